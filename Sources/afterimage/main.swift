@@ -1,0 +1,9 @@
+import Appliance
+import Hummingbird
+import HummingbirdTLS
+import GRDB
+import AsyncHTTPClient
+import Subprocess
+import ServiceLifecycle
+import X509
+import NIOSSL
