@@ -1,25 +1,26 @@
-/// A tapped disk's device below, through the event loop's ring.
+/// A tapped disk's device below, through the event loop's ring. The loop keeps it, the device and `keepAlive` (what its completions
+/// reach) until it is shut down: no completion can find them gone.
 public final class RingDiskIO: DiskIO {
     private let device: BlockDevice
     private let loop: EventLoop
     private let handler: HandlerID
+    private let keepAlive: AnyObject
 
     private final class Handler: IOHandler {
-        unowned(unsafe) var io: RingDiskIO?
+        var io: RingDiskIO?
         override func ioCompleted(token: UInt32, result: Int32) { io!.completed(token: token, result: result) }
     }
 
     /// On the loop's thread.
-    init(device: BlockDevice, loop: EventLoop) {
+    init(device: BlockDevice, loop: EventLoop, keepAlive: AnyObject) {
         let handler = Handler()
         self.device = device
         self.loop = loop
         self.handler = loop.register(handler)
+        self.keepAlive = keepAlive
         super.init()
         handler.io = self
     }
-
-    func close() { loop.unregister(handler) }
 
     public override func read(into buffer: UnsafeMutableRawPointer, count: Int, offset: UInt64, token: UInt32) {
         loop.submitRead(fd: device.fd, into: buffer, count: count, offset: offset, handler: handler, token: token)

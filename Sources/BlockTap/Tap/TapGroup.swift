@@ -24,11 +24,11 @@ public final class TapGroup: EpochSource, @unchecked Sendable {
         nonisolated(unsafe) let unsafeEngine = engine
         await loop.run {
             for (name, device) in disks {
-                _ = unsafeEngine.addDisk(name: name, geometry: device.geometry, io: RingDiskIO(device: device, loop: loop))
+                _ = unsafeEngine.addDisk(name: name, geometry: device.geometry, io: RingDiskIO(device: device, loop: loop, keepAlive: unsafeEngine))
             }
         }
-        engine.queue.resume = { [weak self, weak loop] in
-            loop?.execute { self?.engine.pump() }
+        engine.queue.resume = { [weak loop] in
+            _ = loop?.execute { unsafeEngine.pump() }
         }
     }
 
