@@ -16,14 +16,14 @@ public enum AgentEnrolment {
     }
 
     public static func enroll(token: String, stateDirectory: String) async throws -> Outcome {
-        let token = try EnrolmentToken(parsing: token)
+        let token = try EnrolmentToken(text: token)
         let ca = try await fetchCA(token)
         let agent = try AgentIdentity.makeKeyAndCSR(name: token.serverName)
         var configuration = TLSConfiguration.makeClientConfiguration()
         configuration.trustRoots = .certificates(try NIOSSLCertificate.fromPEMBytes(Array(ca.utf8)))
-        let response: EnrolmentResponse = try await exchange(
-            token, "POST", "/v1/enrol", body: try JSONEncoder().encode(EnrolmentRequest(secret: token.secret, csr: agent.csrPEM)), configuration)
-        guard try certificateFingerprint(pem: response.caCertificate) == token.caFingerprint else {
+        let response: EnrolAnswer = try await exchange(
+            token, "POST", "/v1/enrol", body: try JSONEncoder().encode(EnrolRequest(secret: token.secret, csr: agent.csrPEM)), configuration)
+        guard try certificateFingerprint(pem: response.ca) == token.caFingerprint else {
             throw AgentError("the appliance at \(token.url) answered with another CA certificate than it showed before: not enrolled")
         }
 
@@ -33,7 +33,7 @@ public enum AgentEnrolment {
         let file = { (name: String) in directory.appendingPathComponent(name).path }
         try KeyFile.write(agent.keyPEM, to: file("key.pem"), mode: 0o600)
         try KeyFile.write(response.certificate, to: file("cert.pem"), mode: 0o644)
-        try KeyFile.write(response.caCertificate, to: file("ca.pem"), mode: 0o644)
+        try KeyFile.write(response.ca, to: file("ca.pem"), mode: 0o644)
         let link = AgentState.Link(host: response.linkHost, port: response.linkPort, serverName: response.serverName)
         try KeyFile.write(String(decoding: try JSONEncoder().encode(link), as: UTF8.self), to: file("link.json"), mode: 0o644)
         return Outcome(serverName: response.serverName, linkHost: response.linkHost, linkPort: response.linkPort)

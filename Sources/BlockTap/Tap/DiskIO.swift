@@ -7,6 +7,9 @@ open class DiskIO {
 
     public init() {}
 
+    /// Whether `zero` is worth offering to clients.
+    open var supportsZeroing: Bool { true }
+
     open func read(into buffer: UnsafeMutableRawPointer, count: Int, offset: UInt64, token: UInt32) { fatalError("abstract") }
     open func write(from buffer: UnsafeRawPointer, count: Int, offset: UInt64, dsync: Bool, token: UInt32) { fatalError("abstract") }
     /// Makes the range read as zeroes; `allocate` keeps the space. Answers -EOPNOTSUPP where the device cannot.

@@ -22,6 +22,8 @@ public final class RingDiskIO: DiskIO {
         handler.io = self
     }
 
+    public override var supportsZeroing: Bool { device.canPunchHoles }
+
     public override func read(into buffer: UnsafeMutableRawPointer, count: Int, offset: UInt64, token: UInt32) {
         loop.submitRead(fd: device.fd, into: buffer, count: count, offset: offset, handler: handler, token: token)
     }

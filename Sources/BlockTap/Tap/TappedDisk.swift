@@ -19,7 +19,7 @@ public final class TappedDisk: BlockStore {
     public let name: String
     public let geometry: BlockGeometry
     public var isReadOnly: Bool { false }
-    public var supportsTrim: Bool { true }
+    public var supportsTrim: Bool { io.supportsZeroing }
 
     let io: DiskIO
     unowned(unsafe) let engine: EpochEngine
