@@ -1,0 +1,146 @@
+# Sourced by every tool: words, the run's own directory, and a cleanup stack that runs on every exit.
+#
+# A run owns one directory, $run_dir. Whatever it makes (loop devices on files in there, processes, sockets) is
+# either inside that directory or on the cleanup stack, so that a finished run leaves nothing and two runs never meet.
+
+set -euo pipefail
+# shellcheck disable=SC2034 # read by the tools
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+tool_name=$(basename "$0")
+cache_dir=${AFTERIMAGE_CACHE:-/var/cache/afterimage}
+
+say() { printf '%s\n' "$*" >&2; }
+die() { printf '%s: %s\n' "$tool_name" "$*" >&2; exit 1; }
+now() { printf '%s' "${EPOCHREALTIME/,/.}"; }                      # seconds since 1970, with fraction
+since() { awk -v a="$1" -v b="${2:-$(now)}" 'BEGIN { printf "%.1f", b - a }'; }
+
+# --- the cleanup stack -----------------------------------------------------------------------------------------------
+cleanup_stack=()
+run_dir=
+cleanup_owner=$BASHPID
+
+# defer COMMAND ARG...: runs at exit, last one first. Arguments are kept as they are.
+defer() { cleanup_stack+=("$(printf '%q ' "$@")"); }
+
+run_cleanup() {
+    local status=$?
+    [ "$BASHPID" = "$cleanup_owner" ] || exit "$status"
+    trap '' INT TERM HUP
+    set +e
+    local index
+    for ((index = ${#cleanup_stack[@]} - 1; index >= 0; index--)); do eval "${cleanup_stack[index]}" </dev/null >/dev/null 2>&1; done
+    cleanup_stack=()
+    exit "$status"
+}
+trap run_cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
+
+# make_run_dir: sets $run_dir. Short, because unix socket paths end at 107 bytes.
+make_run_dir() {
+    [ -z "$run_dir" ] || return 0
+    reclaim_stale_runs
+    run_dir=$(mktemp -d "/tmp/afterimage-$tool_name.XXXXXX")
+    echo "$$ $(process_start_time $$)" >"$run_dir/owner"
+    defer remove_run "$run_dir"
+}
+
+process_start_time() { sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20 || true; }
+
+# remove_run DIR: ends processes that work in DIR, detaches loop devices on its files, removes it.
+remove_run() {
+    local dir=$1 pid device round
+    [[ $dir == /tmp/afterimage-*.?????? ]] || return 1
+    for round in TERM KILL; do
+        for pid in $(processes_naming "$dir"); do kill -"$round" "$pid" 2>/dev/null || true; done
+        for _ in $(seq 20); do [ -n "$(processes_naming "$dir")" ] || break; sleep 0.1; done
+    done
+    mount_points_below "$dir" | while read -r point; do umount "$point" || umount -l "$point" || true; done
+    for device in $(loops_below "$dir"); do losetup -d "$device" || true; done
+    rm -rf "$dir"
+}
+
+# Processes whose command line names a path below DIR: only those that this run started know that name.
+processes_naming() {
+    local dir=$1 file pid
+    for file in /proc/[0-9]*/cmdline; do
+        pid=${file#/proc/}; pid=${pid%/cmdline}
+        [ "$pid" != "$$" ] && [ "$pid" != "$BASHPID" ] || continue
+        if tr '\0' '\n' <"$file" 2>/dev/null | grep -qF "$dir/"; then echo "$pid"; fi
+    done 2>/dev/null || true
+}
+loops_below() { losetup -n -l -O NAME,BACK-FILE 2>/dev/null | awk -v d="$1/" 'index($2, d) == 1 { print $1 }'; }
+mount_points_below() { awk -v d="$1/" 'index($2, d) == 1 { print $2 }' /proc/mounts | sort -r; }
+
+# A tool that was killed with SIGKILL cannot clean up; the next run does it.
+reclaim_stale_runs() {
+    local owner pid start
+    for owner in /tmp/afterimage-*.??????/owner; do
+        [ -f "$owner" ] && [ -O "$owner" ] || continue
+        read -r pid start <"$owner" || continue
+        [ "$(process_start_time "$pid")" = "$start" ] || remove_run "$(dirname "$owner")"
+    done
+}
+
+# --- processes -------------------------------------------------------------------------------------------------------
+# start LOG COMMAND...: starts COMMAND in the background; its pid is in $started_pid. It dies with this shell.
+start() {
+    local log=$1
+    shift
+    setpriv --pdeathsig KILL "$@" >>"$log" 2>&1 </dev/null &
+    started_pid=$!
+    disown "$started_pid"                                          # no "Killed" lines from the shell
+    defer stop_process "$started_pid" "$(process_start_time "$started_pid")"
+}
+
+alive() { kill -0 "$1" 2>/dev/null && [ "$(sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | cut -c1)" != Z ]; }
+
+# stop_process PID [START_TIME]: TERM, then KILL after 5 s. Does nothing when PID is meanwhile somebody else.
+stop_process() {
+    local pid=$1
+    [ -z "${2:-}" ] || [ "$(process_start_time "$pid")" = "$2" ] || return 0
+    kill -TERM "$pid" 2>/dev/null || return 0
+    for _ in $(seq 50); do alive "$pid" || return 0; sleep 0.1; done
+    kill -KILL "$pid" 2>/dev/null || true
+    for _ in $(seq 50); do alive "$pid" || return 0; sleep 0.1; done
+}
+
+# kill_now PID...: SIGKILL, and wait until it is gone.
+kill_now() {
+    local pid
+    kill -KILL "$@" 2>/dev/null || true
+    for pid in "$@"; do until_true 10 process_gone "$pid" || return 1; done
+}
+process_gone() { ! alive "$1"; }
+
+# until_true SECONDS COMMAND...: asks ten times a second.
+until_true() {
+    local end=$((SECONDS + $1 + 1))
+    shift
+    until "$@"; do
+        [ "$SECONDS" -lt "$end" ] || return 1
+        sleep 0.1
+    done
+}
+
+# foreground COMMAND...: like COMMAND, but a signal to this shell is answered at once.
+foreground() {
+    local pid status=0
+    "$@" </dev/null &
+    pid=$!
+    defer stop_process "$pid" "$(process_start_time "$pid")"
+    wait "$pid" || status=$?
+    unset 'cleanup_stack[-1]'
+    return "$status"
+}
+
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# attach_loop FILE: a loop device with direct I/O; its name is in $loop_device.
+attach_loop() {
+    loop_device=$(losetup --find --show --direct-io=on "$1")
+    defer losetup -d "$loop_device"
+}
