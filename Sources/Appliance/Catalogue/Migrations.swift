@@ -44,7 +44,7 @@ extension Catalogue {
                 t.column("server", .text).notNull().references("server", column: "id", onDelete: .restrict)
                 t.column("kind", .text).notNull()
                 t.column("step", .text).notNull()
-                t.column("point", .text).notNull()
+                t.column("point", .text)
                 t.column("pointCutTimeNanoseconds", .integer).notNull()
                 t.column("settings", .text).notNull()
                 t.column("volumes", .text).notNull()

@@ -85,7 +85,8 @@ public struct InstanceRecord: Codable, Sendable, Hashable, FetchableRecord, Pers
     public var server: String
     public var kind: InstanceKind
     public var step: InstanceStep
-    public var point: RecoveryPointID
+    /// nil for "current point in time" until the source is fenced.
+    public var point: RecoveryPointID?
     /// Cut time of `point`, nanoseconds since 1970.
     public var pointCutTimeNanoseconds: Int64
     public var settings: MachineSettings
@@ -206,3 +207,8 @@ public struct TokenRecord: Codable, Sendable, Hashable, FetchableRecord, Persist
     public var hash: String
     public var created: Date
 }
+
+extension InstanceKind: DatabaseValueConvertible {}
+extension TaskStatus: DatabaseValueConvertible {}
+extension Trigger: DatabaseValueConvertible {}
+extension ServerState: DatabaseValueConvertible {}
