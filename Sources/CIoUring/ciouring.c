@@ -134,6 +134,10 @@ bool ciouring_prep_recv(ciouring *r, int fd, void *buffer, uint64_t count, int f
     PREPARE(r, user_data, io_uring_prep_recv(sqe, fd, buffer, count, flags));
 }
 
+bool ciouring_prep_recvmsg(ciouring *r, int fd, struct msghdr *message, uint32_t flags, uint64_t user_data) {
+    PREPARE(r, user_data, io_uring_prep_recvmsg(sqe, fd, message, flags));
+}
+
 bool ciouring_prep_sendmsg(ciouring *r, int fd, const struct msghdr *message, uint32_t flags, uint64_t user_data) {
     PREPARE(r, user_data, io_uring_prep_sendmsg(sqe, fd, message, flags));
 }

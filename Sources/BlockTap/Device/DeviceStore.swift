@@ -9,7 +9,7 @@ public final class DeviceStore: BlockStore {
     public let device: BlockDevice
     public let geometry: BlockGeometry
     public let isReadOnly: Bool
-    public var supportsTrim: Bool { device.canPunchHoles }
+    public var supportsTrim: Bool { !isReadOnly }
 
     private let loop: EventLoop
     private let fd: Int32

@@ -69,6 +69,13 @@ extension EventLoop {
         queue { ciouring_prep_recv($0, fd, buffer, UInt64(count), flags, handler.userData(token: token)) }
     }
 
+    /// As `submitReceive`, into the message's iovecs in turn.
+    public func submitReceiveMessage(
+        fd: Int32, message: UnsafeMutablePointer<msghdr>, flags: UInt32 = 0, handler: HandlerID, token: UInt32
+    ) {
+        queue { ciouring_prep_recvmsg($0, fd, message, flags, handler.userData(token: token)) }
+    }
+
     public func submitSendMessage(
         fd: Int32, message: UnsafePointer<msghdr>, flags: UInt32 = 0, handler: HandlerID, token: UInt32
     ) {

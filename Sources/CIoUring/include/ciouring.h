@@ -55,6 +55,7 @@ bool ciouring_prep_datasync(ciouring *, int fd, uint64_t user_data);
 bool ciouring_prep_fallocate(ciouring *, int fd, int mode, uint64_t offset, uint64_t length, uint64_t user_data);
 bool ciouring_prep_accept(ciouring *, int fd, int flags, uint64_t user_data);
 bool ciouring_prep_recv(ciouring *, int fd, void *buffer, uint64_t count, int flags, uint64_t user_data);
+bool ciouring_prep_recvmsg(ciouring *, int fd, struct msghdr *message, uint32_t flags, uint64_t user_data);
 bool ciouring_prep_sendmsg(ciouring *, int fd, const struct msghdr *message, uint32_t flags, uint64_t user_data);
 bool ciouring_prep_poll(ciouring *, int fd, uint32_t events, uint64_t user_data);
 // Relative, monotonic clock; completes with -ETIME.
