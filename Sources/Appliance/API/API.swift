@@ -50,7 +50,10 @@ struct API: Sendable {
     private var open: [APIRoute] {
         [
             APIRoute(method: .get, path: "/v1/health", access: .open, summary: "whether the appliance is up") { _, _ in
-                try APIResponse.json(Health(status: "ok", version: ApplianceVersion.current))
+                try APIResponse.json(Health(status: "ok", version: afterimageVersion))
+            },
+            APIRoute(method: .get, path: "/v1/ca", access: .open, summary: "the appliance's CA certificate, to be compared with a fingerprint") { _, _ in
+                try APIResponse.json(CACertificate(certificate: lifecycle.authority.certificatePEM))
             },
             APIRoute(method: .post, path: "/v1/enrol", access: .open, summary: "exchange an enrolment token's secret and a CSR for a certificate") { request, _ in
                 try APIResponse.json(try await lifecycle.enrol(try await request.decoded(EnrolRequest.self)))

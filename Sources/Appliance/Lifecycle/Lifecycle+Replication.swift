@@ -51,6 +51,11 @@ extension Lifecycle {
         guard !settings.disks.isEmpty, Set(settings.disks).count == settings.disks.count else {
             throw ApplianceError.invalid("name each disk to be followed once, and at least one")
         }
+        let reported = server.disks.map(\.name)
+        guard reported.isEmpty || settings.disks == reported || !Set(settings.disks).isSubset(of: reported) else {
+            throw ApplianceError.invalid(
+                "all disks of an agent are followed together, in its order: \(reported.joined(separator: ", ")); run the agent without a disk that is not to be followed")
+        }
         guard (100...3_600_000).contains(settings.epochMilliseconds) else {
             throw ApplianceError.invalid("an epoch lasts 100 to 3600000 milliseconds, not \(settings.epochMilliseconds)")
         }

@@ -7,7 +7,7 @@ extension Lifecycle {
         let servers = try await views()
         let pairs = try await sitePairs().count
         return StatusView(
-            version: ApplianceVersion.current, time: Date(), sitePairs: pairs, storeDirectory: settings.storeDirectory,
+            version: afterimageVersion, time: Date(), sitePairs: pairs, storeDirectory: settings.storeDirectory,
             protected: !servers.isEmpty && servers.allSatisfy { $0.state == .replicating && $0.lastRecoveryPoint != nil }, servers: servers)
     }
 

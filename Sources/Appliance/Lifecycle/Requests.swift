@@ -91,6 +91,11 @@ public struct EnrolAnswer: Sendable, Codable {
     public var linkPort: Int
 }
 
+public struct CACertificate: Sendable, Codable {
+    /// PEM.
+    public var certificate: String
+}
+
 public struct StartReplication: Sendable, Codable {
     /// nil: all disks that the agent reports.
     public var disks: [String]?

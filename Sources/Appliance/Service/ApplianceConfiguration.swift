@@ -1,9 +1,5 @@
 import Foundation
 
-public enum ApplianceVersion {
-    public static let current = "0.1.0"
-}
-
 /// What `afterimage appliance` is started with.
 public struct ApplianceConfiguration: Sendable {
     /// Catalogue, CA, machines' files. Mode 0700.
