@@ -37,11 +37,11 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
 
-# make_run_dir: sets $run_dir. Short, because unix socket paths end at 107 bytes.
+# make_run_dir: sets $run_dir. Its name is short, because unix socket paths end at 107 bytes.
 make_run_dir() {
     [ -z "$run_dir" ] || return 0
     reclaim_stale_runs
-    run_dir=$(mktemp -d "/tmp/afterimage-$tool_name.XXXXXX")
+    run_dir=$(mktemp -d "${TMPDIR:-/tmp}/afterimage-$(cut -c1-10 <<<"${tool_name%.sh}").XXXXXX")
     echo "$$ $(process_start_time $$)" >"$run_dir/owner"
     defer remove_run "$run_dir"
 }
@@ -51,7 +51,7 @@ process_start_time() { sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -
 # remove_run DIR: ends processes that work in DIR, detaches loop devices on its files, removes it.
 remove_run() {
     local dir=$1 pid device round
-    [[ $dir == /tmp/afterimage-*.?????? ]] || return 1
+    [[ $dir == */afterimage-*.?????? ]] || return 1
     for round in TERM KILL; do
         for pid in $(processes_naming "$dir"); do kill -"$round" "$pid" 2>/dev/null || true; done
         for _ in $(seq 20); do [ -n "$(processes_naming "$dir")" ] || break; sleep 0.1; done
@@ -76,7 +76,7 @@ mount_points_below() { awk -v d="$1/" 'index($2, d) == 1 { print $2 }' /proc/mou
 # A tool that was killed with SIGKILL cannot clean up; the next run does it.
 reclaim_stale_runs() {
     local owner pid start
-    for owner in /tmp/afterimage-*.??????/owner; do
+    for owner in "${TMPDIR:-/tmp}"/afterimage-*.??????/owner; do
         [ -f "$owner" ] && [ -O "$owner" ] || continue
         read -r pid start <"$owner" || continue
         [ "$(process_start_time "$pid")" = "$start" ] || remove_run "$(dirname "$owner")"

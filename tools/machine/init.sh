@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # /init of the machine: checks the file system and the records of its data partition, says so on the console, records on.
-# Settings, from the kernel's command line (recorder.rate=40) or QEMU's -smbios type=1,serial=recorder:rate=40,once :
+# Settings, from the kernel's command line (recorder.rate=40) or QEMU's -smbios type=1,serial=recorder:rate=40:once
 #   rate=N  records a second       bulk=N  KiB/s of bulk data (0: none)       once  check, then power off
 /bin/busybox mkdir -p /proc /sys /dev /data /sbin /etc
 /bin/busybox --install -s /bin
@@ -11,8 +11,7 @@ mount -t devtmpfs dev /dev
 ln -s /proc/mounts /etc/mtab
 
 rate=40 bulk=512 once=
-set -- $(sed 's/recorder\.//g' /proc/cmdline) $(sed -n 's/^recorder://; T; s/,/ /gp; t; p' /sys/class/dmi/id/product_serial 2>/dev/null)
-for word; do
+for word in $(sed 's/recorder\.//g' /proc/cmdline) $(sed -n 's/^recorder://p' /sys/class/dmi/id/product_serial 2>/dev/null | tr : ' '); do
     case $word in
     rate=*) rate=${word#*=} ;;
     bulk=*) bulk=${word#*=} ;;

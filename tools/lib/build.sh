@@ -1,0 +1,48 @@
+# Builds the release once, and finds what was built.
+build_dir=${AFTERIMAGE_BUILD:-$repository/.build}
+
+# What Swift links the product with; qemu-utils, nbd and fio are for the tests and benchmarks.
+build_packages=(liburing-dev libaio-dev libnbd-dev liblz4-dev libxxhash-dev libsqlite3-dev pkg-config git)
+run_packages=(util-linux e2fsprogs python3 openssl)
+test_packages=(qemu-utils libnbd-bin nbdkit fio)
+
+# sudo hides the PATH of the person who called it, where Swift usually is.
+find_swift() {
+    local candidate home=
+    [ -z "${SUDO_USER:-}" ] || home=$(getent passwd "$SUDO_USER" | cut -d: -f6)
+    for candidate in "$(command -v swift || true)" /opt/swift/usr/bin/swift /usr/local/swift/usr/bin/swift \
+        ${home:+"$home/.local/share/swiftly/bin/swift" "$home/.swiftly/bin/swift"} /usr/libexec/swift/bin/swift; do
+        if [ -x "$candidate" ]; then swift=$candidate; return 0; fi
+    done
+    die "Swift is not installed, or not in the PATH: this needs Swift 6.2 or newer (https://www.swift.org/install/linux/)"
+}
+
+# as_owner COMMAND...: as the person who called sudo, if the repository is theirs, so that no file of root's is left in it.
+as_owner() {
+    if [ "$(id -u)" = 0 ] && [ -n "${SUDO_USER:-}" ] && [ "$SUDO_USER" != root ] && [ "$(stat -c %U "$repository")" = "$SUDO_USER" ]; then
+        sudo -u "$SUDO_USER" -H --preserve-env=AFTERIMAGE_BUILD env PATH="$(dirname "$swift"):$PATH" "$@"
+    else
+        env PATH="$(dirname "$swift"):$PATH" "$@"
+    fi
+}
+
+# build_release ARG...: swift build in release; ARGs go along. Its output is shown when it fails, its progress on a terminal.
+build_release() {
+    find_swift
+    local log status=0
+    log=$(mktemp /tmp/afterimage-build.XXXXXX)
+    if [ -t 2 ]; then
+        foreground as_owner "$swift" build -c release --package-path "$repository" --scratch-path "$build_dir" "$@" 2>&1 | tee "$log" | tr '\r' '\n' |
+            awk '{ printf "\r\033[K   %s", substr($0, 1, 100); fflush() } END { print "" }' >&2 || status=$?
+    else
+        foreground as_owner "$swift" build -c release --package-path "$repository" --scratch-path "$build_dir" "$@" >"$log" 2>&1 || status=$?
+    fi
+    if [ "$status" != 0 ]; then
+        grep -E 'error:' "$log" | sort -u | head -n 20 >&2 || true
+        tail -n 15 "$log" >&2
+        rm -f "$log"
+        die "the build failed (its errors are above)"
+    fi
+    rm -f "$log"
+    afterimage=$build_dir/release/afterimage
+}
