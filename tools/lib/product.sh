@@ -11,7 +11,7 @@ product_setup() {
 }
 
 appliance_command() {
-    appliance_command=("$afterimage" appliance --state "$secondary_state" --store "$store" --runtime "$sockets" --listen "127.0.0.1:$api_port"
+    appliance_command=("$afterimage" appliance --state "$secondary_state" --store "$store" --runtime-dir "$sockets" --listen "127.0.0.1:$api_port"
         --link "127.0.0.1:$link_port" --qemu "$AFTERIMAGE_QEMU" --accel tcg)
 }
 agent_command() { # DEVICE
@@ -35,6 +35,13 @@ start_agent() {
     until_true 30 answers_or_dead tap_answers "$agent_pid" && alive "$agent_pid" || give_up "the agent did not start" "$run_dir/agent.log"
 }
 answers_or_dead() { "$1" || ! alive "$2"; }
+# The last words of both, for a tool that fails.
+show_logs() {
+    local log
+    for log in "$run_dir"/appliance.log "$run_dir"/agent.log; do
+        [ ! -s "$log" ] || { say "the end of $(basename "$log"):"; tail -n 12 "$log" | sed 's/^/    /' >&2; }
+    done
+}
 give_up() { say "$1; the end of its log:"; tail -n 8 "$2" >&2; exit 1; }
 
 # --- questions -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ tell() { printf '   %s\n' "$*"; }
 shown() {
     local words=() word
     for word; do
-        word=${word#"$build_dir/release/"}
+        [ "$word" != "$afterimage" ] || word=afterimage
         if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then words+=("$word"); else words+=("'${word//\'/\'\\\'\'}'"); fi
     done
     printf '   %s$ %s%s\n' "$dim" "${words[*]}" "$plain"
@@ -31,6 +31,20 @@ run() {
     said=$(cat "$run_dir/said")
     [ -z "$said" ] || sed 's/^/     /' <<<"$said"
     [ "$status" = 0 ] || die "this command failed (exit code $status): $(shown "$@")"
+}
+
+# run_live SECONDS COMMAND...: the same for a command that takes its time: on a terminal its own progress bar is seen.
+run_live() {
+    local limit=$1 status=0
+    shift
+    shown "$@"
+    if [ -t 1 ]; then
+        foreground timeout --foreground -k 5 "$limit" "$@" || status=$?
+    else
+        foreground timeout -k 5 "$limit" "$@" > >(exec sed -u 's/^/     /') 2>&1 || status=$?
+    fi
+    [ "$status" != 124 ] || say "   not done after $limit s"
+    return "$status"
 }
 
 checks_held=0 checks_failed=0
@@ -46,22 +60,6 @@ verify() {
         printf '   %s✗ %s%s\n' "$red" "$words" "$plain"
     fi
 }
-
-bar_shown=-1
-# bar DONE TOTAL WORDS: redrawn in place on a terminal, a line at every quarter elsewhere.
-bar() {
-    local percent=0 width=30 filled
-    [ "$2" -le 0 ] 2>/dev/null || percent=$((100 * $1 / $2))
-    [ "$percent" -le 100 ] || percent=100
-    filled=$((width * percent / 100))
-    if [ -t 1 ]; then
-        printf '\r\033[K   [%s%s] %3d%% %s' "$(printf '%*s' "$filled" '' | tr ' ' '#')" "$(printf '%*s' $((width - filled)) '' | tr ' ' '.')" "$percent" "$3"
-    elif [ $((percent / 25)) -gt "$bar_shown" ]; then
-        bar_shown=$((percent / 25))
-        printf '   %3d%% %s\n' "$percent" "$3"
-    fi
-}
-end_bar() { [ ! -t 1 ] || printf '\n'; bar_shown=-1; }
 
 # spin SECONDS WORDS COMMAND...: waits until COMMAND succeeds, showing that it does.
 spin() {
