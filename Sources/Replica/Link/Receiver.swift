@@ -65,7 +65,7 @@ final class Receiver {
 
     /// Stops taking frames and gives up the unfinished epoch; the future succeeds once no seal is under way any more, so that
     /// what the store says of the group then is final.
-    func end(on eventLoop: any EventLoop) -> EventLoopFuture<Void> {
+    func end(on eventLoop: any NIOCore.EventLoop) -> EventLoopFuture<Void> {
         isEnded = true
         if let current { current.writer.abandon() }
         current = nil

@@ -16,7 +16,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
     }
 
     private let server: LinkServer
-    private let eventLoop: any EventLoop
+    private let eventLoop: any NIOCore.EventLoop
     private var logger: Logger
     private var state = State.handshake
     private var greeting: Task<Void, Never>?
