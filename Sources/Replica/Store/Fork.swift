@@ -80,8 +80,8 @@ extension ReplicaStore {
             let journal = try storage.open(ForkJournal.path(record.journal), .readWrite, direct: false)
             let (log, frames) = try FramedLog.open(journal, expecting: .journal, id: record.journal, store: uuid)
             let map = BlockMap(
-                volume: record.spec.name, sizeBytes: record.spec.geometry.sizeBytes, index: snapshot.index, layers: snapshot.layers, segments: table,
-                report: BadBlockReport(store: self, context: "fork \(id)"), open: OpenLayerData(segment: segment))
+                spec: record.spec, snapshot: snapshot, segments: table, report: BadBlockReport(store: self, context: "fork \(id)"),
+                open: OpenLayerData(segment: segment))
             return try ForkVolume(store: self, id: id, spec: record.spec, map: map, log: log, frames: frames, pin: pin, key: key)
         } catch {
             shared.withLock { _ = $0.openForks.remove(key) }

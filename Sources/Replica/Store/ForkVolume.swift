@@ -14,7 +14,7 @@ public final class ForkVolume: @unchecked Sendable {
     public let name: String
     public let geometry: BlockGeometry
     let store: ReplicaStore
-    private(set) var map: BlockMap
+    let map: BlockMap
     let open: OpenLayerData
     let log: FramedLog
     private let key: String
@@ -23,8 +23,10 @@ public final class ForkVolume: @unchecked Sendable {
     /// Next free block of the segment.
     private var nextBlock: UInt32 = 1
     private var reservedBytes: UInt64
-    /// Completed writes that no journal frame holds yet.
+    /// Completed writes that no journal frame holds yet, and those of the frame being written.
     private var pending: [StoredExtent] = []
+    private var flushing: [StoredExtent] = []
+    private var flushBegan: (endBytes: UInt64, sequence: UInt64) = (0, 0)
     /// A data write completed since the last sync of the segment began.
     private var hasUnsyncedData = false
     /// Set by a failed flush: what is on disk is unknown, so nothing is promised any more.
@@ -122,23 +124,29 @@ public final class ForkVolume: @unchecked Sendable {
     /// Begins a flush of everything committed so far: the bytes to write to the journal and where. The caller syncs the segment,
     /// writes and syncs the journal, then calls `flushEnded`; one flush at a time.
     func beginFlush() -> (bytes: [UInt8], offset: UInt64) {
-        let offset = log.endBytes
+        flushBegan = (log.endBytes, log.sequence)
         var bytes: [UInt8] = []
-        if !pending.isEmpty {
-            let payload = ForkJournal.payload(pending, open)
+        swap(&pending, &flushing)
+        if !flushing.isEmpty {
+            let payload = ForkJournal.payload(flushing, open)
             payload.withUnsafeBytes { log.encode(type: ForkJournal.frameType, payload: $0, into: &bytes) }
-            pending.removeAll(keepingCapacity: true)
         }
         hasUnsyncedData = false
-        return (bytes, offset)
+        return (bytes, flushBegan.endBytes)
     }
 
+    /// A flush that found no space may be tried again; after any other failure nobody knows what is on disk.
     func flushEnded(_ error: StoreError?) {
+        defer { flushing.removeAll(keepingCapacity: true) }
         guard let error else { return }
-        if failure == nil {
+        if case .full = error {
+            log.rewind(to: flushBegan.endBytes, sequence: flushBegan.sequence)
+            pending.insert(contentsOf: flushing, at: 0)
+            hasUnsyncedData = true
+        } else if failure == nil {
             failure = error
-            store.logger.error("a fork cannot be written any more", metadata: ["fork": "\(id)", "volume": "\(name)", "error": "\(error)"])
         }
+        store.logger.error("a fork cannot be flushed", metadata: ["fork": "\(id)", "volume": "\(name)", "error": "\(error)"])
     }
 
     // MARK: Synchronous
@@ -205,12 +213,13 @@ public final class ForkVolume: @unchecked Sendable {
             if !bytes.isEmpty {
                 try bytes.withBytes { bytes throws(StoreError) in try log.file.write(bytes, at: offset) }
                 try log.file.dataSync()
-                try log.markSynced()
+                try? log.markSynced()
             }
         } catch {
             flushEnded(error)
             throw error
         }
+        flushEnded(nil)
     }
 
     private func readBlock(_ block: UInt64, into memory: UnsafeMutableRawPointer) throws(StoreError) {
