@@ -22,11 +22,13 @@ cleanup_owner=$BASHPID
 # defer COMMAND ARG...: runs at exit, last one first. Arguments are kept as they are.
 defer() { cleanup_stack+=("$(printf '%q ' "$@")"); }
 
+# run_cleanup also calls on_failure, when a tool has defined it and ends with an error of its own.
 run_cleanup() {
     local status=$?
     [ "$BASHPID" = "$cleanup_owner" ] || exit "$status"
     trap '' INT TERM HUP
     set +e
+    [ "$status" = 0 ] || [ "$status" -ge 128 ] || ! declare -F on_failure >/dev/null || on_failure
     local index
     for ((index = ${#cleanup_stack[@]} - 1; index >= 0; index--)); do eval "${cleanup_stack[index]}" </dev/null >/dev/null 2>&1; done
     cleanup_stack=()

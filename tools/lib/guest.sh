@@ -1,13 +1,20 @@
 # QEMU guests run by the tools themselves (the primary machine; boot tests). Recovery machines are the appliance's.
 
+guest_hardware=(-nodefaults -no-user-config -display none -no-reboot -machine pc -accel "tcg,thread=multi" -cpu "qemu64,+rdrand" -smp 1 -m 256)
+
+# tap_disk SOCKET EXPORT: sets ${tap_disk[@]}, QEMU's arguments for a disk behind the agent's tap. While the agent is away the
+# machine waits for it, instead of seeing errors.
+tap_disk() {
+    tap_disk=(-blockdev "driver=nbd,node-name=disk0,server.type=unix,server.path=$1,export=$2,reconnect-delay=600" -device virtio-blk-pci,drive=disk0)
+}
+
 # start_guest CONSOLE ARG...: starts QEMU with the usual hardware plus ARGs; every console line goes to the file CONSOLE
 # with the time of its receipt. Sets $guest_pid. Give it its disk and, if wanted, -smbios.
 start_guest() {
     local console=$1
     shift
     : >"$console"
-    setpriv --pdeathsig KILL "$AFTERIMAGE_QEMU" -nodefaults -no-user-config -display none -no-reboot -accel tcg,thread=multi \
-        -machine pc -cpu qemu64,+rdrand -smp 1 -m 256 -net none -serial stdio "$@" </dev/null 2>&1 > >(exec python3 "$repository/tools/lib/stamp.py" "$console") &
+    setpriv --pdeathsig KILL "$AFTERIMAGE_QEMU" "${guest_hardware[@]}" -serial stdio "$@" </dev/null 2>&1 > >(exec python3 "$repository/tools/lib/stamp.py" "$console") &
     guest_pid=$!
     disown "$guest_pid"
     defer stop_process "$guest_pid" "$(process_start_time "$guest_pid")"
