@@ -1,51 +1,75 @@
 import BlockTap
 import Foundation
 import Replica
+import Synchronization
 
 /// Disks of a fork or of a recovery point behind one NBD server on a unix socket, one export per disk, on an event loop of their own.
 final class ServedDisks: Sendable {
+    private struct Parts: Sendable {
+        var stop: @Sendable () async -> Void
+        /// Of a fork; closed so that the next opener finds them free.
+        var volumes: [ForkVolume]
+    }
     private let loop: EventLoop
-    private let stopServer: @Sendable () async -> Void
+    private let parts: Mutex<Parts?>
 
-    private init(loop: EventLoop, stopServer: @escaping @Sendable () async -> Void) {
+    private init(loop: EventLoop, parts: Parts) {
         self.loop = loop
-        self.stopServer = stopServer
+        self.parts = Mutex(parts)
     }
 
-    /// Writable: every disk of a fork.
+    /// Writable: every disk of a fork. Opens indexes: not for a thread that runs async code.
     static func fork(_ fork: ForkID, names: [String], store: ReplicaStore, socketPath: String) throws -> ServedDisks {
-        let loop = try EventLoop(name: "nbd-\(fork)")
-        do {
+        try serve("nbd-\(fork)") { loop in
+            var volumes: [ForkVolume] = []
             let exports = try names.enumerated().map { index, name in
-                (name: name, store: ForkStore(fork: try store.openFork(fork, volume: index), loop: loop))
+                let volume = try store.openFork(fork, volume: index)
+                volumes.append(volume)
+                return (name: name, store: ForkStore(fork: volume, loop: loop))
             }
             let server = try NBDServer(loop: loop, exports: exports, listen: .unix(path: socketPath))
-            return ServedDisks(loop: loop) { await server.stop() }
-        } catch {
-            loop.shutdown()
-            throw error
+            return Parts(stop: { await server.stop() }, volumes: volumes)
         }
     }
 
-    /// Read-only: every disk of a recovery point.
+    /// Read-only: every disk of a recovery point. As `fork`, not for a thread that runs async code.
     static func point(_ group: GroupID, _ point: RecoveryPointID, names: [String], store: ReplicaStore, socketPath: String) throws -> ServedDisks {
-        let loop = try EventLoop(name: "nbd-\(point)")
-        do {
+        try serve("nbd-\(point)") { loop in
             let exports = try names.enumerated().map { index, name in
                 (name: name, store: RecoveryPointStore(reader: try store.openRecoveryPoint(group, point, volume: index), loop: loop))
             }
             let server = try NBDServer(loop: loop, exports: exports, listen: .unix(path: socketPath))
-            return ServedDisks(loop: loop) { await server.stop() }
-        } catch {
+            return Parts(stop: { await server.stop() }, volumes: [])
+        }
+    }
+
+    private static func serve(_ name: String, _ open: (EventLoop) throws -> Parts) throws -> ServedDisks {
+        let loop = try EventLoop(name: name)
+        do { return ServedDisks(loop: loop, parts: try open(loop)) } catch {
             loop.shutdown()
             throw error
         }
     }
 
-    /// Ends after the requests in flight have ended.
+    /// Ends after the requests in flight have ended. Repeating it is harmless.
     func stop() async {
-        await stopServer()
+        guard let volumes = await stopServer() else { return }
+        // The stores went with the server and left their last words on the loop.
+        await loop.run {}
         let loop = loop
-        try? await blocking { loop.shutdown() }
+        try? await blocking {
+            for volume in volumes { try? volume.close() }
+            loop.shutdown()
+        }
+    }
+
+    private func stopServer() async -> [ForkVolume]? {
+        let taken = parts.withLock { parts in
+            defer { parts = nil }
+            return parts
+        }
+        guard let taken else { return nil }
+        await taken.stop()
+        return taken.volumes
     }
 }

@@ -287,7 +287,7 @@ final class NBDConnection: IOHandler {
         guard phase != .dead, phase != .closed else { return settle() }
         if let message = replies.nextMessage(core) {
             loop.submitSendMessage(
-                fd: fd, message: message, flags: UInt32(MSG_NOSIGNAL | MSG_WAITALL), handler: id,
+                fd: fd, message: message, flags: UInt32(MSG_NOSIGNAL), handler: id,
                 token: Token.send.rawValue)
         } else {
             settle()

@@ -6,8 +6,8 @@ final class NBDListener: IOHandler {
         case accept, retry, stall, stop
     }
 
-    /// Connections that make others wait for memory may go this long without moving a byte.
-    static let stallNanoseconds: UInt64 = 30_000_000_000
+    /// Connections that make others wait for memory may go this long (at most twice as long) without moving a byte.
+    private let stallNanoseconds: UInt64
     static let stopNanoseconds: UInt64 = 5_000_000_000
     static let acceptRetryNanoseconds: UInt64 = 100_000_000
 
@@ -21,8 +21,9 @@ final class NBDListener: IOHandler {
     private var isAccepting = false
     private var isStopping = false
 
-    init(fd: Int32, address: NBDListenAddress) {
+    init(fd: Int32, address: NBDListenAddress, stallNanoseconds: UInt64) {
         self.fd = fd
+        self.stallNanoseconds = stallNanoseconds
         self.address = address
     }
 
@@ -70,7 +71,7 @@ final class NBDListener: IOHandler {
     func startStallTimer() {
         guard !isStallTimerSet, let id else { return }
         isStallTimerSet = true
-        loop.submitTimeout(nanoseconds: Self.stallNanoseconds, handler: id, token: Token.stall.rawValue)
+        loop.submitTimeout(nanoseconds: stallNanoseconds, handler: id, token: Token.stall.rawValue)
     }
 
     func startStopTimer() {

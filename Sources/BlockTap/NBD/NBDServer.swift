@@ -14,12 +14,14 @@ public final class NBDServer<Store: BlockStore>: @unchecked Sendable {
     /// Listens when it returns. Any thread.
     ///
     /// - `exports`: at least one; the empty name in a request means the first, unless one is named so.
+    /// - `stallNanoseconds`: while others wait for memory, a connection that sits on some without moving a byte for this long (at
+    ///   most twice as long) is closed.
     /// - `log`: told of connections that were refused or closed for cause; called on the loop's thread.
     ///
     /// Throws when the address cannot be listened on.
     public init(
         loop: EventLoop, exports: [(name: String, store: Store)], listen address: NBDListenAddress,
-        log: @escaping @Sendable (String) -> Void = { _ in }
+        stallNanoseconds: UInt64 = 30_000_000_000, log: @escaping @Sendable (String) -> Void = { _ in }
     ) throws(SystemError) {
         precondition(!exports.isEmpty, "an NBD server needs an export")
         let fd = try address.listen()
@@ -28,7 +30,7 @@ public final class NBDServer<Store: BlockStore>: @unchecked Sendable {
         do throws(SystemError) {
             core = try NBDServerCore(
                 loop: loop, exports: exports.map { NBDStoreExport(name: $0.name, store: $0.store) }, listener: fd,
-                address: address, log: log)
+                address: address, stallNanoseconds: stallNanoseconds, log: log)
         } catch {
             close(fd)
             if case .unix(let path) = address { unlink(path) }

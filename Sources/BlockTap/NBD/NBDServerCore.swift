@@ -23,13 +23,13 @@ final class NBDServerCore: BlockRequestOwner, @unchecked Sendable {
 
     init(
         loop: EventLoop, exports: [NBDExport], listener fd: Int32, address: NBDListenAddress,
-        log: @escaping @Sendable (String) -> Void
+        stallNanoseconds: UInt64, log: @escaping @Sendable (String) -> Void
     ) throws(SystemError) {
         self.loop = loop
         self.exports = exports
         self.log = log
         arena = try NBDArena()
-        listener = NBDListener(fd: fd, address: address)
+        listener = NBDListener(fd: fd, address: address, stallNanoseconds: stallNanoseconds)
         super.init()
         slab.setOwner(self)
         listener.core = self
@@ -155,7 +155,9 @@ final class NBDServerCore: BlockRequestOwner, @unchecked Sendable {
     }
 
     func cutOffAll() {
-        for connection in Array(connections.values) { connection.close(because: "it did not take its replies while the server stopped") }
+        for connection in Array(connections.values) {
+            connection.close(because: "it did not take its replies while the server stopped")
+        }
     }
 
     func finishStopping() {

@@ -28,6 +28,31 @@ import Testing
         }
     }
 
+    @Test func whoSitsOnMemoryThatOthersWaitForIsCutOff() async throws {
+        try await serve({ _ in MemoryStore(bytes: 64 << 20) }, stallNanoseconds: 50_000_000) { served, _ in
+            // Two announced and never sent payloads take all memory.
+            let stalled = try [served.client(), served.client()]
+            for client in stalled { try client.send(RawClient.header(1, cookie: 1, length: 32 << 20)) }
+            let patient = try served.client()
+            #expect(try patient.read(512, at: 0).count == 512)
+            #expect(stalled.allSatisfy { $0.isClosedByServer() })
+            #expect(served.log.all.contains { $0.contains("while others wait for memory") })
+        }
+    }
+
+    @Test func aClientThatDoesNotTakeItsRepliesIsCutOffWhenOthersWait() async throws {
+        let store = HoldingStore()
+        try await serve({ _ in store }, stallNanoseconds: 50_000_000) { served, _ in
+            let stalled = try served.client()
+            for cookie in 1...2 as ClosedRange<UInt64> { try stalled.send(RawClient.header(0, cookie: cookie, length: 32 << 20)) }
+            await store.waitUntilHolding(2, on: served.loop)
+            await served.loop.run { store.release() }
+            let patient = try served.client()
+            #expect(try patient.ask(.read, offset: 0, length: 32 << 20) == 0)
+            #expect(served.log.all.contains { $0.contains("while others wait for memory") })
+        }
+    }
+
     @Test func moreRequestsThanSlotsAreAllAnswered() async throws {
         let store = HoldingStore()
         try await serve { _ in store } _: { served, _ in

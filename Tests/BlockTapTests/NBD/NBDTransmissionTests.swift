@@ -3,8 +3,19 @@ import Testing
 
 @testable import BlockTap
 
+/// Bytes that differ with the seed and, from one 8 KiB to the next, with the place.
 private func pattern(_ seed: UInt8, _ count: Int) -> [UInt8] {
-    (0..<count).map { UInt8(truncatingIfNeeded: $0 &* 31 &+ $0 / 512) ^ seed }
+    let piece = (0..<8192).map { UInt8(truncatingIfNeeded: $0 &* 31 &+ $0 / 512) ^ seed }
+    var bytes: [UInt8] = []
+    bytes.reserveCapacity(count + piece.count)
+    while bytes.count < count {
+        let start = bytes.count
+        bytes += piece
+        bytes[start + 1] = UInt8(truncatingIfNeeded: start >> 13)
+        bytes[start + 2] = UInt8(truncatingIfNeeded: start >> 21)
+    }
+    bytes.removeLast(bytes.count - count)
+    return bytes
 }
 
 private let fua: UInt16 = 1

@@ -96,7 +96,8 @@ struct Served: Sendable {
 
 /// Serves `store` while `body` runs; stops and removes everything afterwards, whatever happened.
 func serve<Store: BlockStore>(
-    _ makeStore: (EventLoop) throws -> Store, name: String = "disk", _ body: (Served, NBDServer<Store>) async throws -> Void
+    _ makeStore: (EventLoop) throws -> Store, name: String = "disk", stallNanoseconds: UInt64 = 30_000_000_000,
+    _ body: (Served, NBDServer<Store>) async throws -> Void
 ) async throws {
     let directory = try TemporaryDirectory()
     let loop = try EventLoop(name: "nbd test", entries: 64)
@@ -104,7 +105,8 @@ func serve<Store: BlockStore>(
     let log = Log()
     let path = directory.path + "/nbd.sock"
     let server = try NBDServer(
-        loop: loop, exports: [(name: name, store: try makeStore(loop))], listen: .unix(path: path), log: { log.add($0) })
+        loop: loop, exports: [(name: name, store: try makeStore(loop))], listen: .unix(path: path),
+        stallNanoseconds: stallNanoseconds, log: { log.add($0) })
     let result: Result<Void, any Error>
     do {
         try await body(Served(socket: path, loop: loop, log: log), server)

@@ -1,0 +1,163 @@
+import Foundation
+import HTTPTypes
+import Hummingbird
+import HummingbirdTesting
+import Logging
+import Replica
+import Testing
+
+@testable import Appliance
+
+@Suite("API")
+struct APITests {
+    @Test("every route but the open ones refuses who has no token or a wrong one")
+    func authentication() async throws {
+        try await withAPI { api, _, client in
+            var checked = 0
+            for route in api.routes {
+                let path = route.path.replacingOccurrences(of: "{server}", with: "web").replacingOccurrences(of: "{point}", with: "p")
+                    .replacingOccurrences(of: "{task}", with: "1")
+                for header in [nil, "Bearer wrong", "Basic YTpi", "Bearer "] {
+                    var headers = HTTPFields()
+                    if let header { headers[.authorization] = header }
+                    let response = try await client.execute(uri: path, method: route.method, headers: headers)
+                    if route.access == .open {
+                        #expect(route.path == "/v1/enrol" || response.status == .ok, "\(route.path)")
+                    } else {
+                        #expect(response.status == .unauthorized, "\(route.method) \(route.path) with \(header ?? "nothing")")
+                        checked += 1
+                    }
+                }
+            }
+            #expect(checked == (api.routes.count - 3) * 4)
+        }
+    }
+
+    @Test("errors are problem+json with a sentence")
+    func problems() async throws {
+        try await withAPI { _, token, client in
+            let cases: [(HTTPRequest.Method, String, String?, Int, String)] = [
+                (.get, "/v1/servers/none", nil, 404, "There is no server none"),
+                (.get, "/v1/tasks/77", nil, 404, "There is no task 77"),
+                (.get, "/v1/nothing", nil, 404, "/v1/nothing"),
+                (.post, "/v1/site-pairs", "{", 422, "cannot understand"),
+                (.post, "/v1/site-pairs", "{}", 422, "name is missing"),
+                (.post, "/v1/site-pairs", #"{"name":"p","type":"moon","primarySite":"a","secondarySite":"b"}"#, 422, "type"),
+                (.post, "/v1/site-pairs", #"{"name":"p","type":"zone-to-zone","primarySite":"a","secondarySite":"a"}"#, 422, "two sites"),
+                (.post, "/v1/servers", #"{"sitePair":"none","names":["web"]}"#, 404, "There is no site pair none"),
+                (.get, "/v1/events?limit=0", nil, 422, "limit"),
+            ]
+            for (method, path, body, status, words) in cases {
+                let response = try await client.execute(uri: path, method: method, headers: [.authorization: "Bearer \(token)"], body: body.map { .init(string: $0) })
+                #expect(response.status.code == status, "\(method) \(path)")
+                #expect(response.headers[.contentType] == "application/problem+json")
+                let problem = try JSONDecoder().decode(Problem.self, from: Data(buffer: response.body))
+                #expect(problem.status == status && problem.detail.contains(words), "\(problem.detail)")
+            }
+        }
+    }
+
+    @Test("site pair, servers and their limits")
+    func servers() async throws {
+        try await withAPI { api, _, _ in
+            _ = try await api.lifecycle.createSitePair(.init(name: "pair", type: .zoneToZone, primarySite: "a", secondarySite: "b"), who: "me")
+            await refused("There is a site pair") { _ = try await api.lifecycle.createSitePair(.init(name: "pair", type: .zoneToZone, primarySite: "a", secondarySite: "b"), who: "me") }
+            let added = try await api.lifecycle.addServers(.init(sitePair: "pair", names: ["web", "db"]), who: "me")
+            #expect(added.map(\.server) == ["web", "db"] && added[0].command.hasPrefix("afterimage agent enroll --token "))
+            for names in [[], (0...10).map { "s\($0)" }, ["x", "x"], ["Web"], ["../x"], [""]] {
+                await #expect(throws: ApplianceError.self) { _ = try await api.lifecycle.addServers(.init(sitePair: "pair", names: names), who: "me") }
+            }
+            // All or none.
+            await refused("There is a server web") { _ = try await api.lifecycle.addServers(.init(sitePair: "pair", names: ["new", "web"]), who: "me") }
+            let views = try await api.lifecycle.views()
+            #expect(views.map(\.name) == ["db", "web"] && views[0].state == .agentInstalling)
+            await refused("not connected yet") { _ = try await api.lifecycle.startReplication("web", .init(disks: ["vda"]), who: "me") }
+            for operation in [api.lifecycle.startDrill, api.lifecycle.startFailover, api.lifecycle.changeRecoveryPoint] {
+                await #expect(throws: ApplianceError.self) { _ = try await operation("web", StartMachine(), "me") }
+            }
+            _ = try await api.lifecycle.removeServer("db", .init(), who: "me")
+        }
+    }
+
+    @Test("an enrolment token works once, for fifteen minutes, and a renewed one replaces it")
+    func enrolment() async throws {
+        try await withAPI { api, _, _ in
+            let lifecycle = api.lifecycle
+            _ = try await lifecycle.createSitePair(.init(name: "pair", type: .zoneToZone, primarySite: "a", secondarySite: "b"), who: "me")
+            let first = try EnrolmentToken(text: try await lifecycle.addServers(.init(sitePair: "pair", names: ["web"]), who: "me")[0].token)
+            #expect(first.caFingerprint == lifecycle.authority.fingerprint && first.serverName == "web")
+            let csr = try AgentIdentity.makeKeyAndCSR(name: "web").csrPEM
+            await unauthorized { _ = try await lifecycle.enrol(.init(secret: "guess", csr: csr)) }
+            await #expect(throws: ApplianceError.self) { _ = try await lifecycle.enrol(.init(secret: first.secret, csr: "no csr")) }
+
+            let renewed = try EnrolmentToken(text: try await lifecycle.renewEnrolment("web", who: "me").token)
+            await unauthorized { _ = try await lifecycle.enrol(.init(secret: first.secret, csr: csr)) }
+            let answer = try await lifecycle.enrol(.init(secret: renewed.secret, csr: csr))
+            #expect(try certificateFingerprint(pem: answer.ca) == renewed.caFingerprint)
+            await unauthorized { _ = try await lifecycle.enrol(.init(secret: renewed.secret, csr: csr)) }
+            let record = try await lifecycle.server("web")
+            #expect(await lifecycle.authorize(answer.server, certificateSerial: record.certificateSerial ?? ""))
+            #expect(!(await lifecycle.authorize(answer.server, certificateSerial: "00")))
+
+            // The time is moved, not waited for.
+            let late = try EnrolmentToken(text: try await lifecycle.renewEnrolment("web", who: "me").token)
+            let stored = try await lifecycle.server("web")
+            let left = try #require(stored.enrolmentExpires).timeIntervalSinceNow
+            #expect((890...900).contains(left))
+            try await api.catalogue.write { db in
+                var record = try db.server("web")
+                record.enrolmentExpires = Date() - 1
+                try record.update(db)
+            }
+            await unauthorized { _ = try await lifecycle.enrol(.init(secret: late.secret, csr: csr)) }
+            let text = String(decoding: try JSONEncoder().encode(stored), as: UTF8.self)
+            #expect(!text.contains(late.secret), "the secret itself is kept")
+        }
+    }
+
+    @Test("docs/lifecycle.md holds the routes")
+    func document() async throws {
+        try await withAPI { api, _, _ in
+            try Documentation.expect(APIDocument.render(api.routes), between: APIDocument.beginMarker, and: APIDocument.endMarker)
+        }
+    }
+
+    private func unauthorized(_ body: () async throws -> Void) async {
+        await #expect { try await body() } throws: { error in
+            if case ApplianceError.unauthorized = error { true } else { false }
+        }
+    }
+
+    private func refused(_ words: String, _ body: () async throws -> Void) async {
+        await #expect { try await body() } throws: { error in
+            if case ApplianceError.refused(let why) = error { why.contains(words) } else { false }
+        }
+    }
+
+    /// The API over a real catalogue, store and CA, asked through its router.
+    private func withAPI(_ body: @Sendable (API, String, any TestClientProtocol) async throws -> Void) async throws {
+        let directory = try TemporaryDirectory()
+        let logger = Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }
+        let catalogue = try Catalogue(path: directory.path + "/c.sqlite")
+        let store = try ReplicaStore.open(directory: directory.path + "/store", logger: logger)
+        let machines = RecoveryHost(
+            store: store, qemu: QEMUConfiguration(executable: "/nonexistent"), runtimeDirectory: directory.path, stateDirectory: directory.path, logger: logger)
+        let lifecycle = Lifecycle(
+            catalogue: catalogue, store: store, machines: machines, exports: PointExporter(store: store, runtimeDirectory: directory.path),
+            authority: try CertificateAuthority.create(directory: directory.path + "/ca"),
+            settings: LifecycleSettings(apiURL: "https://127.0.0.1:1", linkHost: "127.0.0.1", linkPort: 2, storeDirectory: directory.path), logger: logger)
+        let token = try await AccessTokens.administrator(catalogue: catalogue, profilePath: directory.path + "/client.json")
+        let api = API(lifecycle: lifecycle, catalogue: catalogue, logger: logger)
+        try await Application(router: api.router()).test(.router) { client in try await body(api, token, client) }
+        await lifecycle.stop()
+        store.close()
+        try catalogue.close()
+    }
+}
+
+extension StartReplication {
+    init(disks: [String]) {
+        self.init()
+        self.disks = disks
+    }
+}

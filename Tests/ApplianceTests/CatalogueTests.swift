@@ -1,0 +1,110 @@
+import Foundation
+import GRDB
+import Testing
+
+@testable import Appliance
+
+@Suite("Catalogue")
+struct CatalogueTests {
+    @Test("what was stored is there after a restart")
+    func restart() async throws {
+        let directory = try TemporaryDirectory()
+        let path = directory.path + "/catalogue.sqlite"
+        let settings = ReplicationSettings(disks: ["vda"], epochMilliseconds: 500, throttleBytesPerSecond: 7, automaticRestart: false, cpus: 3, memoryMiB: 300)
+        do {
+            let catalogue = try Catalogue(path: path)
+            try await catalogue.write { db in
+                try Fixture.server(db, "web", state: .replicating, settings: settings)
+                try InstanceRecord(
+                    id: "drill-1", server: "web-1", kind: .drill, step: .ready, point: .init("p1"), pointCutTimeNanoseconds: 5,
+                    settings: MachineSettings(cpus: 1, memoryMiB: 64, network: .user, forwards: [.init(hostPort: 1, guestPort: 2)], bootCheck: .serial("ok"), bootSecondsMax: 9),
+                    volumes: ["vda"], accepted: Date()
+                ).insert(db)
+            }
+            try catalogue.close()
+        }
+        let catalogue = try Catalogue(path: path)
+        let (server, instance, synchronous, journal) = try await catalogue.read { db in
+            (
+                try db.server("web"), try InstanceRecord.fetchOne(db, key: "drill-1"), try Int.fetchOne(db, sql: "PRAGMA synchronous"),
+                try String.fetchOne(db, sql: "PRAGMA journal_mode")
+            )
+        }
+        #expect(server.settings == settings && server.state == .replicating)
+        #expect(instance?.settings.bootCheck == .serial("ok") && instance?.settings.forwards.first?.guestPort == 2)
+        #expect(synchronous == 2 && journal == "wal")
+        try catalogue.close()
+    }
+
+    @Test("a catalogue of a newer version is refused")
+    func newer() throws {
+        let directory = try TemporaryDirectory()
+        let path = directory.path + "/catalogue.sqlite"
+        let catalogue = try Catalogue(path: path)
+        try catalogue.pool.write { db in try db.execute(sql: "INSERT INTO grdb_migrations VALUES ('99: from the future')") }
+        try catalogue.close()
+        #expect { try Catalogue(path: path) } throws: { "\($0)".contains("newer version") }
+    }
+
+    @Test("the audit log can neither be changed nor shortened")
+    func appendOnly() async throws {
+        let directory = try TemporaryDirectory()
+        let catalogue = try Catalogue(path: directory.path + "/c.sqlite")
+        try await catalogue.write { db in try db.event("me", "something") }
+        for sql in ["UPDATE event SET who = 'you'", "DELETE FROM event"] {
+            await #expect(throws: DatabaseError.self) { try await catalogue.write { db in try db.execute(sql: sql) } }
+        }
+        try catalogue.close()
+    }
+
+    @Test("a refused operation changes nothing and says the table's sentence")
+    func refusal() async throws {
+        let directory = try TemporaryDirectory()
+        let catalogue = try Catalogue(path: directory.path + "/c.sqlite")
+        try await catalogue.write { db in try Fixture.server(db, "web", state: .failedOver) }
+        await #expect(throws: ApplianceError.self) {
+            try await catalogue.write { db in
+                var server = try db.server("web")
+                try db.apply(.startReplication, to: &server, who: "me", hasRecoveryPoint: true)
+            }
+        }
+        let (state, events) = try await catalogue.read { db in (try db.server("web").state, try EventRecord.fetchCount(db)) }
+        #expect(state == .failedOver && events == 0)
+        try catalogue.close()
+    }
+
+    @Test("a permitted operation stores state and event together")
+    func permission() async throws {
+        let directory = try TemporaryDirectory()
+        let catalogue = try Catalogue(path: directory.path + "/c.sqlite")
+        try await catalogue.write { db in
+            try Fixture.server(db, "web", state: .replicating)
+            var server = try db.server("web")
+            try db.apply(.linkLost, to: &server, who: "agent of web", hasRecoveryPoint: true, reason: "cable")
+        }
+        let (server, event) = try await catalogue.read { db in (try db.server("web"), try EventRecord.fetchOne(db)) }
+        #expect(server.state == .replicationInterrupted && server.reason == "cable")
+        #expect(event?.before == "Replicating" && event?.after == "Replication Interrupted" && event?.detail == "cable")
+        try catalogue.close()
+    }
+}
+
+enum Fixture {
+    static func server(_ db: Database, _ name: String, state: ServerState, settings: ReplicationSettings? = nil) throws {
+        for site in ["a", "b"] { try SiteRecord(name: site, zone: nil).save(db) }
+        try SitePairRecord(
+            name: "pair", type: .zoneToZone, primarySite: "a", secondarySite: "b", replicationNetwork: "default", recoveryNetwork: .isolated, created: Date()
+        ).save(db)
+        try ServerRecord(id: "\(name)-1", name: name, sitePair: "pair", state: state, stateSince: Date(), settings: settings, disks: [], created: Date()).insert(db)
+    }
+}
+
+/// A directory of the test's own, gone with it. Short, since sockets are made in it.
+final class TemporaryDirectory: Sendable {
+    let path: String
+    init() throws {
+        path = "/tmp/ai-" + String(UInt32.random(in: 0...UInt32.max), radix: 36)
+        try FileManager.default.createDirectory(atPath: path, withIntermediateDirectories: false, attributes: [.posixPermissions: 0o700])
+    }
+    deinit { try? FileManager.default.removeItem(atPath: path) }
+}

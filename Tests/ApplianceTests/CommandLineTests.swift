@@ -1,0 +1,68 @@
+import ArgumentParser
+import Foundation
+import Testing
+
+@testable import Appliance
+@testable import afterimage
+
+@Suite("Command line")
+struct CommandLineTests {
+    private func parse<C: ParsableCommand>(_ words: String, as type: C.Type) throws -> C {
+        try #require(try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init)) as? C)
+    }
+
+    @Test("every command of the lifecycle parses", arguments: [
+        "status", "status --json", "site-pair create p --type region-to-region --primary a --secondary b", "site-pair list",
+        "server add a b c --pair p", "server list", "server show a", "server enrol a", "server remove a --delete-points --stop-machine --wait",
+        "replication start a --wait", "replication stop a", "recovery-point list a --json", "recovery-point export a --point latest",
+        "recovery-point unexport a --point p1", "recovery-point exports", "drill start a --wait --network none", "drill clear a --wait",
+        "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover commit a",
+        "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
+        "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T",
+    ])
+    func parses(words: String) throws {
+        _ = try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init))
+    }
+
+    @Test("wrong usage is exit code 64", arguments: [
+        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --forward 1:2:3",
+        "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "task show twelve", "fly",
+    ])
+    func refuses(words: String) throws {
+        let error = #expect(throws: (any Error).self) { _ = try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init)) }
+        #expect(Afterimage.exitCode(for: try #require(error)).rawValue == 64)
+    }
+
+    @Test("Start Replication's settings reach the request; what is not said is left out")
+    func replicationRequest() throws {
+        let full = try parse("replication start a --disk vda --disk vdb --epoch-ms 250 --throttle 10MiB --no-automatic-restart --cpus 4 --memory 2048", as: ReplicationCommand.Start.self).request
+        #expect(full.disks == ["vda", "vdb"] && full.epochMilliseconds == 250 && full.throttleBytesPerSecond == 10 << 20)
+        #expect(full.automaticRestart == false && full.cpus == 4 && full.memoryMiB == 2048)
+        let empty = try parse("replication start a", as: ReplicationCommand.Start.self).request
+        #expect(empty.disks == nil && empty.epochMilliseconds == nil && empty.automaticRestart == nil && empty.cpus == nil)
+    }
+
+    @Test("the machine's settings reach the request")
+    func machineRequest() throws {
+        let start = try parse("drill start a --network user --forward 2222:22 --forward 8080:80 --cpus 1 --memory 256 --boot-timeout 9", as: DrillCommand.Start.self)
+        let request = start.machine.request(point: start.point)
+        #expect(request.recoveryPoint == "latest" && request.network == .user && request.cpus == 1 && request.memoryMiB == 256 && request.bootSecondsMax == 9)
+        #expect(request.forwards == [PortForward(hostPort: 2222, guestPort: 22), PortForward(hostPort: 8080, guestPort: 80)])
+    }
+
+    @Test("the appliance's set-up")
+    func applianceConfiguration() throws {
+        let configuration = try parse("appliance --state /s --listen [::1]:9 --link 10.0.0.1:10 --qemu /q --qemu-data /d1 --qemu-data /d2 --accel tcg", as: ApplianceCommand.self).applianceConfiguration
+        #expect(configuration.storeDirectory == "/s/store" && configuration.listen == ListenAddress(host: "::1", port: 9))
+        #expect(configuration.qemu.dataDirectories == ["/d1", "/d2"] && configuration.qemu.accelerator == .tcg)
+    }
+
+    @Test("a bar fits its terminal and says share, rate and time left")
+    func bar() {
+        let progress = TaskProgress(step: "Initial Full Sync", doneBytes: 1 << 20, totalBytes: 2 << 20, bytesPerSecond: 10 << 20, secondsLeft: 0.1)
+        let line = ProgressBar.line(progress, columns: 100)
+        #expect(line == "Initial Full Sync [####################....................]  50 %  1.0 MiB of 2.0 MiB  10.0 MiB/s  0.1 s left" || line.count < 100)
+        #expect(line.contains(" 50 %") && line.contains("10.0 MiB/s") && line.contains("0.1 s left") && line.count < 100)
+        #expect(ProgressBar.line(progress, columns: 40).count < 40)
+    }
+}
