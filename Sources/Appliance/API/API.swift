@@ -1,0 +1,168 @@
+import Foundation
+import GRDB
+import HTTPTypes
+import Hummingbird
+import Logging
+
+/// The REST API: the routes, and the router made from them.
+struct API: Sendable {
+    let lifecycle: Lifecycle
+    let catalogue: Catalogue
+    let logger: Logger
+
+    func router() -> Router<APIContext> {
+        let router = Router(context: APIContext.self)
+        router.add(middleware: ProblemMiddleware(logger: logger))
+        for route in routes {
+            let path = RouterPath(route.path)
+            router.on(path, method: route.method) { request, context in
+                switch route.access {
+                case .open:
+                    return try await route.handler(request, context)
+                case .token:
+                    var known = context
+                    known.who = try await who(request)
+                    return try await route.handler(request, known)
+                }
+            }
+        }
+        return router
+    }
+
+    /// The name of the token that the request carries.
+    private func who(_ request: Request) async throws -> String {
+        let refusal = ApplianceError.unauthorized("This needs an access token: Authorization: Bearer TOKEN (the CLI takes it from its profile, see afterimage --help).")
+        guard let header = request.headers[.authorization], header.hasPrefix("Bearer ") else { throw refusal }
+        // Hashes are compared, so the time that the comparison takes says nothing about the token.
+        let hash = Secrets.hash(String(header.dropFirst("Bearer ".count)))
+        guard let token = try await catalogue.read({ db in try TokenRecord.filter(Column("hash") == hash).fetchOne(db) }) else { throw refusal }
+        return token.name
+    }
+
+    private func name(_ context: APIContext) throws -> String { try context.parameters.require("server") }
+
+    private func accepted(_ task: TaskRecord) throws -> Response {
+        try APIResponse.json(TaskView(task), status: task.status == .running ? .accepted : .ok)
+    }
+
+    var routes: [APIRoute] { open + sites + servers + replication + recovery + records }
+
+    private var open: [APIRoute] {
+        [
+            APIRoute(method: .get, path: "/v1/health", access: .open, summary: "whether the appliance is up") { _, _ in
+                try APIResponse.json(Health(status: "ok", version: afterimageVersion))
+            },
+            APIRoute(method: .get, path: "/v1/ca", access: .open, summary: "the appliance's CA certificate, to be compared with a fingerprint") { _, _ in
+                try APIResponse.json(CACertificate(certificate: lifecycle.authority.certificatePEM))
+            },
+            APIRoute(method: .post, path: "/v1/enrol", access: .open, summary: "exchange an enrolment token's secret and a CSR for a certificate") { request, _ in
+                try APIResponse.json(try await lifecycle.enrol(try await request.decoded(EnrolRequest.self)))
+            },
+        ]
+    }
+
+    private var sites: [APIRoute] {
+        [
+            APIRoute(method: .get, path: "/v1/status", summary: "am I protected?") { _, _ in
+                try APIResponse.json(try await lifecycle.status())
+            },
+            APIRoute(method: .get, path: "/v1/site-pairs", summary: "list site pairs") { _, _ in
+                try APIResponse.json(try await lifecycle.sitePairs())
+            },
+            APIRoute(method: .post, path: "/v1/site-pairs", summary: "create a site pair") { request, context in
+                let pair = try await lifecycle.createSitePair(try await request.decoded(CreateSitePair.self), who: context.who)
+                return try APIResponse.json(pair, status: .created)
+            },
+        ]
+    }
+
+    private var servers: [APIRoute] {
+        [
+            APIRoute(method: .get, path: "/v1/servers", summary: "list servers") { _, _ in
+                try APIResponse.json(try await lifecycle.views())
+            },
+            APIRoute(method: .post, path: "/v1/servers", summary: "add 1 to 10 servers") { request, context in
+                let added = try await lifecycle.addServers(try await request.decoded(AddServers.self), who: context.who)
+                return try APIResponse.json(added, status: .created)
+            },
+            APIRoute(method: .get, path: "/v1/servers/{server}", summary: "show a server") { _, context in
+                try APIResponse.json(try await lifecycle.view(try name(context)))
+            },
+            APIRoute(method: .delete, path: "/v1/servers/{server}", summary: "unregister a server") { request, context in
+                try accepted(try await lifecycle.removeServer(try name(context), try await request.decoded(RemoveServer.self), who: context.who))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/enrolment", summary: "a new enrolment token") { _, context in
+                try APIResponse.json(try await lifecycle.renewEnrolment(try name(context), who: context.who), status: .created)
+            },
+        ]
+    }
+
+    private var replication: [APIRoute] {
+        [
+            APIRoute(method: .post, path: "/v1/servers/{server}/replication", summary: "Start Replication") { request, context in
+                try accepted(try await lifecycle.startReplication(try name(context), try await request.decoded(StartReplication.self), who: context.who))
+            },
+            APIRoute(method: .delete, path: "/v1/servers/{server}/replication", summary: "Stop Replication") { _, context in
+                try accepted(try await lifecycle.stopReplication(try name(context), who: context.who))
+            },
+            APIRoute(method: .get, path: "/v1/servers/{server}/recovery-points", summary: "list recovery points, oldest first") { _, context in
+                try APIResponse.json(try await lifecycle.recoveryPoints(try name(context)))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/export", summary: "serve a recovery point read-only over NBD") { _, context in
+                let point = try context.parameters.require("point")
+                return try APIResponse.json(try await lifecycle.export(try name(context), point: point, who: context.who), status: .created)
+            },
+            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}/export", summary: "end an export") { _, context in
+                try await lifecycle.unexport(try name(context), point: try context.parameters.require("point"), who: context.who)
+                return Response(status: .noContent)
+            },
+            APIRoute(method: .get, path: "/v1/exports", summary: "list exported recovery points") { _, _ in
+                try APIResponse.json(try await lifecycle.pointExports())
+            },
+        ]
+    }
+
+    private var recovery: [APIRoute] {
+        [
+            APIRoute(method: .post, path: "/v1/servers/{server}/drill", summary: "Disaster Recovery Drill") { request, context in
+                try accepted(try await lifecycle.startDrill(try name(context), try await request.decoded(StartMachine.self), who: context.who))
+            },
+            APIRoute(method: .delete, path: "/v1/servers/{server}/drill", summary: "Clear Test Failover Environment") { _, context in
+                try accepted(try await lifecycle.clearDrill(try name(context), who: context.who))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover", summary: "Failover") { request, context in
+                try accepted(try await lifecycle.startFailover(try name(context), try await request.decoded(StartMachine.self), who: context.who))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover/recovery-point", summary: "Change Recovery Point") { request, context in
+                try accepted(try await lifecycle.changeRecoveryPoint(try name(context), try await request.decoded(StartMachine.self), who: context.who))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover/commit", summary: "Commit Failover") { _, context in
+                try accepted(try await lifecycle.commitFailover(try name(context), who: context.who))
+            },
+        ]
+    }
+
+    private var records: [APIRoute] {
+        [
+            APIRoute(method: .get, path: "/v1/tasks", summary: "list tasks, newest first (?server=NAME&limit=N)") { request, _ in
+                let server = request.uri.queryParameters["server"].map(String.init)
+                return try APIResponse.json(try await lifecycle.taskViews(server: server, limit: try limit(request)))
+            },
+            APIRoute(method: .get, path: "/v1/tasks/{task}", summary: "show a task with its log") { _, context in
+                let text = try context.parameters.require("task")
+                guard let id = Int64(text) else { throw ApplianceError.notFound("There is no task \(text) (afterimage task list).") }
+                return try APIResponse.json(try await lifecycle.taskView(id))
+            },
+            APIRoute(method: .get, path: "/v1/events", summary: "list events, newest first (?server=NAME&limit=N)") { request, _ in
+                let server = request.uri.queryParameters["server"].map(String.init)
+                return try APIResponse.json(try await lifecycle.events(server: server, limit: try limit(request)))
+            },
+        ]
+    }
+
+    private func limit(_ request: Request) throws -> Int {
+        guard let text = request.uri.queryParameters["limit"] else { return 50 }
+        guard let limit = Int(text), (1...1000).contains(limit) else { throw ApplianceError.invalid("limit is 1 to 1000, not \(text)") }
+        return limit
+    }
+}

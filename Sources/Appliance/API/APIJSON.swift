@@ -1,0 +1,82 @@
+import Foundation
+
+/// JSON as the API speaks it: dates in ISO 8601, UTC, with milliseconds.
+public enum APIJSON {
+    public static func encoder(pretty: Bool = false) -> JSONEncoder {
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = pretty ? [.sortedKeys, .withoutEscapingSlashes, .prettyPrinted] : [.sortedKeys, .withoutEscapingSlashes]
+        encoder.dateEncodingStrategy = .custom { date, encoder in
+            var container = encoder.singleValueContainer()
+            try container.encode(text(date))
+        }
+        return encoder
+    }
+
+    public static func decoder() -> JSONDecoder {
+        let decoder = JSONDecoder()
+        decoder.dateDecodingStrategy = .custom { decoder in
+            let text = try decoder.singleValueContainer().decode(String.self)
+            return try Date(text, strategy: Date.ISO8601FormatStyle(includingFractionalSeconds: true))
+        }
+        return decoder
+    }
+
+    public static func text(_ date: Date) -> String {
+        date.formatted(Date.ISO8601FormatStyle(includingFractionalSeconds: true))
+    }
+}
+
+/// An error as the API tells it: application/problem+json (RFC 9457).
+public struct Problem: Sendable, Codable, Hashable {
+    /// One of `Kind`'s values, as a relative URI reference.
+    public var type: String
+    public var title: String
+    public var status: Int
+    /// A full sentence for the operator.
+    public var detail: String
+
+    public enum Kind: String, Sendable, CaseIterable {
+        case invalid = "problem:invalid"
+        case notFound = "problem:not-found"
+        case refused = "problem:refused"
+        case unauthorized = "problem:unauthorized"
+        case failed = "problem:failed"
+
+        public var status: Int {
+            switch self {
+            case .invalid: 422
+            case .notFound: 404
+            case .refused: 409
+            case .unauthorized: 401
+            case .failed: 500
+            }
+        }
+
+        var title: String {
+            switch self {
+            case .invalid: "The request makes no sense"
+            case .notFound: "There is no such thing"
+            case .refused: "Not possible in this state"
+            case .unauthorized: "Not let in"
+            case .failed: "The appliance has failed"
+            }
+        }
+    }
+
+    public init(_ kind: Kind, _ detail: String) {
+        type = kind.rawValue
+        title = kind.title
+        status = kind.status
+        self.detail = detail
+    }
+
+    public init(_ error: ApplianceError) {
+        switch error {
+        case .invalid(let s): self.init(.invalid, s)
+        case .notFound(let s): self.init(.notFound, s)
+        case .refused(let s): self.init(.refused, s)
+        case .unauthorized(let s): self.init(.unauthorized, s)
+        case .failed(let s), .catalogue(let s): self.init(.failed, s)
+        }
+    }
+}

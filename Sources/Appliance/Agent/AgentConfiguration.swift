@@ -1,0 +1,37 @@
+import BlockTap
+
+/// What a person tells `afterimage agent run`.
+public struct AgentConfiguration: Sendable {
+    public struct Disk: Sendable, Hashable {
+        /// The disk's name in recovery: letters, digits, `-` and `_`.
+        public var name: String
+        public var devicePath: String
+        public init(name: String, devicePath: String) {
+            self.name = name
+            self.devicePath = devicePath
+        }
+    }
+
+    /// Keys, certificate and what is known of the disks; mode 0700.
+    public var stateDirectory: String
+    /// Where the NBD taps' sockets (`NAME.sock`) are made.
+    public var socketDirectory: String
+    public var disks: [Disk]
+    /// Accept that a disk is smaller than when it was last protected.
+    public var acceptsSmallerDisks: Bool
+    public var tap: TapConfiguration
+
+    public init(stateDirectory: String, socketDirectory: String, disks: [Disk], acceptsSmallerDisks: Bool = false, tap: TapConfiguration = TapConfiguration()) {
+        self.stateDirectory = stateDirectory
+        self.socketDirectory = socketDirectory
+        self.disks = disks
+        self.acceptsSmallerDisks = acceptsSmallerDisks
+        self.tap = tap
+    }
+}
+
+/// Something about the agent's set-up that a person has to change.
+public struct AgentError: Error, CustomStringConvertible, Sendable {
+    public var description: String
+    public init(_ description: String) { self.description = description }
+}

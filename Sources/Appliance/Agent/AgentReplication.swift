@@ -1,0 +1,56 @@
+import BlockTap
+import Logging
+import Replica
+
+/// What the appliance's commands amount to at the agent: at most one Sender over the tap group.
+actor AgentReplication {
+    private let source: TapGroup
+    private let endpoint: LinkEndpoint
+    private let logger: Logger
+    private var sender: Sender?
+    private var order: ReplicationOrder?
+
+    init(source: TapGroup, endpoint: LinkEndpoint, logger: Logger) {
+        self.source = source
+        self.endpoint = endpoint
+        self.logger = logger
+    }
+
+    /// Carrying out a command twice is harmless.
+    func carryOut(_ command: AgentCommand) async {
+        switch command {
+        case .startReplication(let order):
+            if order == self.order, sender?.status.phase != .fenced { return }
+            await stop()
+            logger.info("replication of group \(order.group) starts, \(order.generation), disks \(order.disks.joined(separator: ", "))")
+            guard order.disks == source.disks.map(\.name) else {
+                logger.error("the appliance asks for disks \(order.disks), this agent serves \(source.disks.map(\.name)): not replicating")
+                return
+            }
+            let sender = Sender(source: source, endpoint: endpoint, order: order, logger: logger)
+            self.sender = sender
+            self.order = order
+            sender.start()
+        case .stopReplication:
+            if sender != nil { logger.info("replication stops") }
+            await stop()
+        case .fenced(let generation):
+            logger.warning("fenced: this server was failed over under \(generation); replication stops until an operator decides")
+            await stop()
+        case .cutNow:
+            sender?.cutNow()
+        }
+    }
+
+    func status() async -> AgentStatus {
+        var status = sender?.status ?? AgentStatus()
+        status.source = await source.statistics
+        return status
+    }
+
+    func stop() async {
+        await sender?.stop()
+        sender = nil
+        order = nil
+    }
+}

@@ -1,0 +1,70 @@
+import BlockTap
+import Foundation
+import Replica
+
+/// The agent's state directory: the lock that makes it the only agent there, its enrolment, and the sizes of the disks it
+/// has protected.
+///
+///     STATE/lock                    held while the agent runs
+///     STATE/disks.json              name → size in bytes when last served
+///     STATE/enrolment/{key.pem,cert.pem,ca.pem,link.json}
+final class AgentState: @unchecked Sendable {
+    let directory: URL
+    private let lockFD: Int32
+
+    struct Link: Codable, Sendable {
+        var host: String
+        var port: Int
+        var serverName: String
+    }
+
+    init(directory path: String) throws {
+        directory = URL(fileURLWithPath: path, isDirectory: true)
+        try FileManager.default.createDirectory(at: directory, withIntermediateDirectories: true, attributes: [.posixPermissions: 0o700])
+        let lockPath = directory.appendingPathComponent("lock").path
+        lockFD = open(lockPath, O_RDWR | O_CREAT | O_CLOEXEC, 0o600)
+        guard lockFD >= 0 else { throw AgentError("cannot open \(lockPath): \(String(cString: strerror(errno)))") }
+        guard flock(lockFD, LOCK_EX | LOCK_NB) == 0 else {
+            close(lockFD)
+            throw AgentError("another agent is running with the state directory \(path): stop it first, or give this one a directory of its own (--state)")
+        }
+    }
+
+    deinit { close(lockFD) }
+
+    // MARK: disks
+
+    private var disksFile: URL { directory.appendingPathComponent("disks.json") }
+
+    /// Refuses a disk that shrank since it was last protected, then remembers the sizes.
+    func rememberSizes(_ disks: [(name: String, device: BlockDevice)], acceptsSmaller: Bool) throws {
+        var sizes: [String: UInt64] = [:]
+        if let data = try? Data(contentsOf: disksFile) { sizes = try JSONDecoder().decode([String: UInt64].self, from: data) }
+        for (name, device) in disks {
+            if let before = sizes[name], device.geometry.sizeBytes < before, !acceptsSmaller {
+                throw AgentError(
+                    "disk \(name) (\(device.path)) has \(device.geometry.sizeBytes) bytes now and had \(before) when it was last protected: "
+                        + "is it the right device? (--accept-smaller-disks if it is; its replica is then made anew)")
+            }
+            sizes[name] = device.geometry.sizeBytes
+        }
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.sortedKeys]
+        try KeyFile.write(String(decoding: try encoder.encode(sizes), as: UTF8.self), to: disksFile.path, mode: 0o600)
+    }
+
+    // MARK: enrolment
+
+    static func enrolmentDirectory(_ state: String) -> URL { URL(fileURLWithPath: state, isDirectory: true).appendingPathComponent("enrolment", isDirectory: true) }
+
+    /// Nil until `afterimage agent enroll` has been run.
+    func enrolment() throws -> (endpoint: LinkEndpoint, serverName: String)? {
+        let base = Self.enrolmentDirectory(directory.path)
+        let linkFile = base.appendingPathComponent("link.json")
+        guard let data = try? Data(contentsOf: linkFile) else { return nil }
+        let link = try JSONDecoder().decode(Link.self, from: data)
+        let identity = try TLSIdentity(certificateFile: base.appendingPathComponent("cert.pem").path, keyFile: base.appendingPathComponent("key.pem").path)
+        let ca = try String(contentsOf: base.appendingPathComponent("ca.pem"), encoding: .utf8)
+        return (LinkEndpoint(host: link.host, port: link.port, identity: identity, caCertificatePEM: ca), link.serverName)
+    }
+}

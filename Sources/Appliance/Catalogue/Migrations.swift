@@ -1,0 +1,108 @@
+import GRDB
+
+extension Catalogue {
+    /// Each version that was ever released stays here unchanged; a new one is added below it.
+    static var migrator: DatabaseMigrator {
+        var migrator = DatabaseMigrator()
+        migrator.registerMigration("1: forward, drill, failover") { db in
+            try db.create(table: "site") { t in
+                t.primaryKey("name", .text)
+                t.column("zone", .text)
+            }
+            try db.create(table: "sitePair") { t in
+                t.primaryKey("name", .text)
+                t.column("type", .text).notNull()
+                t.column("primarySite", .text).notNull().references("site", column: "name")
+                t.column("secondarySite", .text).notNull().references("site", column: "name")
+                t.column("replicationNetwork", .text).notNull()
+                t.column("recoveryNetwork", .text).notNull()
+                t.column("created", .datetime).notNull()
+            }
+            try db.create(table: "server") { t in
+                t.primaryKey("id", .text)
+                t.column("name", .text).notNull().unique()
+                t.column("sitePair", .text).notNull().references("sitePair", column: "name")
+                t.column("state", .text).notNull()
+                t.column("stateSince", .datetime).notNull()
+                t.column("reason", .text)
+                t.column("drill", .text)
+                t.column("drillReason", .text)
+                t.column("settings", .text)
+                t.column("disks", .text).notNull()
+                t.column("hostName", .text)
+                t.column("agentVersion", .text)
+                t.column("kernel", .text)
+                t.column("certificateSerial", .text)
+                t.column("enrolmentHash", .text)
+                t.column("enrolmentExpires", .datetime)
+                t.column("created", .datetime).notNull()
+                t.column("lastSeen", .datetime)
+            }
+            try db.create(index: "serverByEnrolment", on: "server", columns: ["enrolmentHash"])
+            try db.create(table: "instance") { t in
+                t.primaryKey("id", .text)
+                t.column("server", .text).notNull().references("server", column: "id", onDelete: .restrict)
+                t.column("kind", .text).notNull()
+                t.column("step", .text).notNull()
+                t.column("point", .text)
+                t.column("pointCutTimeNanoseconds", .integer).notNull()
+                t.column("settings", .text).notNull()
+                t.column("volumes", .text).notNull()
+                t.column("generation", .integer)
+                t.column("pid", .integer)
+                t.column("accelerator", .text)
+                t.column("accepted", .datetime).notNull()
+                t.column("ready", .datetime)
+                t.column("rtoMilliseconds", .integer)
+                t.column("bootLine", .text)
+                t.column("reason", .text)
+            }
+            try db.create(table: "task") { t in
+                t.autoIncrementedPrimaryKey("id")
+                t.column("server", .text)
+                t.column("serverName", .text)
+                t.column("operation", .text).notNull()
+                t.column("parameters", .text).notNull()
+                t.column("status", .text).notNull()
+                t.column("progress", .text)
+                t.column("result", .text)
+                t.column("error", .text)
+                t.column("who", .text).notNull()
+                t.column("created", .datetime).notNull()
+                t.column("finished", .datetime)
+            }
+            try db.create(index: "taskByServer", on: "task", columns: ["server", "status"])
+            try db.create(table: "taskLog") { t in
+                t.autoIncrementedPrimaryKey("id")
+                t.column("task", .integer).notNull().references("task", column: "id", onDelete: .cascade).indexed()
+                t.column("time", .datetime).notNull()
+                t.column("line", .text).notNull()
+            }
+            try db.create(table: "event") { t in
+                t.autoIncrementedPrimaryKey("id")
+                t.column("time", .datetime).notNull()
+                t.column("who", .text).notNull()
+                t.column("what", .text).notNull()
+                t.column("server", .text)
+                t.column("before", .text)
+                t.column("after", .text)
+                t.column("detail", .text)
+            }
+            for (name, verb) in [("eventNeverChanges", "UPDATE"), ("eventNeverGoes", "DELETE")] {
+                try db.execute(sql: "CREATE TRIGGER \(name) BEFORE \(verb) ON event BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END")
+            }
+            try db.create(table: "pointExport") { t in
+                t.primaryKey("id", .text)
+                t.column("server", .text).notNull().references("server", column: "id", onDelete: .restrict)
+                t.column("point", .text).notNull()
+                t.column("created", .datetime).notNull()
+            }
+            try db.create(table: "token") { t in
+                t.primaryKey("name", .text)
+                t.column("hash", .text).notNull().unique()
+                t.column("created", .datetime).notNull()
+            }
+        }
+        return migrator
+    }
+}

@@ -1,0 +1,214 @@
+import BlockTap
+import Foundation
+import GRDB
+import Replica
+
+/// Rows of the catalogue. Properties are columns; nested values are JSON text.
+
+public struct SiteRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "site"
+    public var name: String
+    /// Availability zone or region, for people.
+    public var zone: String?
+}
+
+public struct SitePairRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "sitePair"
+    public var name: String
+    public var type: SitePairType
+    public var primarySite: String
+    public var secondarySite: String
+    public var replicationNetwork: String
+    public var recoveryNetwork: RecoveryNetwork
+    public var created: Date
+}
+
+public struct ServerRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "server"
+    /// Also the consistency group's name in the store and the identity in the agent's certificate.
+    public var id: String
+    public var name: String
+    public var sitePair: String
+    public var state: ServerState
+    public var stateSince: Date
+    public var reason: String?
+    public var drill: ServerState?
+    public var drillReason: String?
+    /// nil until Start Replication.
+    public var settings: ReplicationSettings?
+    /// As the agent last reported them.
+    public var disks: [DiskReport]
+    public var hostName: String?
+    public var agentVersion: String?
+    public var kernel: String?
+    /// The only certificate that is let in; hexadecimal.
+    public var certificateSerial: String?
+    /// SHA-256 of the one-time secret, hexadecimal; nil when used.
+    public var enrolmentHash: String?
+    public var enrolmentExpires: Date?
+    public var created: Date
+    public var lastSeen: Date?
+
+    public var serverID: ServerID { ServerID(id) }
+    public var group: GroupID { GroupID(id) }
+    var lifecycle: LifecycleState {
+        get { LifecycleState(main: state, drill: drill) }
+        set {
+            state = newValue.main
+            drill = newValue.drill
+        }
+    }
+}
+
+public enum InstanceKind: String, Sendable, Codable { case drill, failover }
+
+/// How far a recovery instance has come. Written before the step's work starts.
+public enum InstanceStep: String, Sendable, Codable {
+    /// Intent only.
+    case planned
+    /// Fork, disks, QEMU, boot check; in this order, each harmless when repeated.
+    case starting
+    /// The boot check passed.
+    case ready
+    /// QEMU runs, the boot check did not pass: kept for inspection.
+    case unproven
+    /// The machine ended by itself, or could not be kept.
+    case stopped
+    /// To be taken down: QEMU, sockets, fork, files.
+    case removing
+}
+
+public struct InstanceRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "instance"
+    /// Also the fork's name.
+    public var id: String
+    public var server: String
+    public var kind: InstanceKind
+    public var step: InstanceStep
+    /// nil for "current point in time" until the source is fenced.
+    public var point: RecoveryPointID?
+    /// Cut time of `point`, nanoseconds since 1970.
+    public var pointCutTimeNanoseconds: Int64
+    public var settings: MachineSettings
+    /// Names of the group's volumes, in order; also the NBD export names.
+    public var volumes: [String]
+    /// The fence that this failover raised.
+    public var generation: Int64?
+    /// QEMU's process; meaningful together with its identity in /proc.
+    public var pid: Int32?
+    /// "kvm" or "tcg".
+    public var accelerator: String?
+    /// When the command was accepted; the RTO counts from here.
+    public var accepted: Date
+    public var ready: Date?
+    /// From `accepted` to the boot check passed.
+    public var rtoMilliseconds: Int64?
+    /// The console line that passed the boot check.
+    public var bootLine: String?
+    public var reason: String?
+
+    public var forkID: ForkID { ForkID(id) }
+}
+
+public enum TaskStatus: String, Sendable, Codable { case running, succeeded, failed }
+
+/// Bytes for a bar, or just words.
+public struct TaskProgress: Sendable, Codable, Hashable {
+    public var step: String
+    public var doneBytes: UInt64?
+    public var totalBytes: UInt64?
+    public var bytesPerSecond: UInt64?
+    public var secondsLeft: Double?
+    public init(step: String, doneBytes: UInt64? = nil, totalBytes: UInt64? = nil, bytesPerSecond: UInt64? = nil, secondsLeft: Double? = nil) {
+        self.step = step
+        self.doneBytes = doneBytes
+        self.totalBytes = totalBytes
+        self.bytesPerSecond = bytesPerSecond
+        self.secondsLeft = secondsLeft
+    }
+}
+
+/// What a task came to; the fields that its operation has.
+public struct TaskResult: Sendable, Codable, Hashable {
+    public var recoveryPoint: RecoveryPointID?
+    /// Nanoseconds since 1970.
+    public var cutTimeNanoseconds: UInt64?
+    public var generation: UInt64?
+    public var instance: String?
+    public var rtoSeconds: Double?
+    public var bootLine: String?
+    public var accelerator: String?
+    public var message: String?
+    public init() {}
+}
+
+public struct TaskRecord: Codable, Sendable, Hashable, FetchableRecord, MutablePersistableRecord {
+    public static let databaseTableName = "task"
+    public var id: Int64?
+    public var server: String?
+    public var serverName: String?
+    public var operation: Trigger
+    public var parameters: TaskParameters
+    public var status: TaskStatus
+    public var progress: TaskProgress?
+    public var result: TaskResult?
+    public var error: String?
+    public var who: String
+    public var created: Date
+    public var finished: Date?
+
+    public mutating func didInsert(_ inserted: InsertionSuccess) { id = inserted.rowID }
+}
+
+/// The intent of a task: all that is needed to go on with it after a crash.
+public struct TaskParameters: Sendable, Codable, Hashable {
+    /// The recovery instance that this task brings up or takes down.
+    public var instance: String?
+    /// The instance that a changed recovery point replaces.
+    public var replaces: String?
+    public init(instance: String? = nil, replaces: String? = nil) {
+        self.instance = instance
+        self.replaces = replaces
+    }
+}
+
+public struct TaskLogRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "taskLog"
+    public var id: Int64?
+    public var task: Int64
+    public var time: Date
+    public var line: String
+}
+
+/// One line of the audit log.
+public struct EventRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "event"
+    public var id: Int64?
+    public var time: Date
+    public var who: String
+    public var what: String
+    public var server: String?
+    public var before: String?
+    public var after: String?
+    public var detail: String?
+}
+
+public struct PointExportRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "pointExport"
+    public var id: String
+    public var server: String
+    public var point: RecoveryPointID
+    public var created: Date
+}
+
+public struct TokenRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "token"
+    public var name: String
+    public var hash: String
+    public var created: Date
+}
+
+extension InstanceKind: DatabaseValueConvertible {}
+extension TaskStatus: DatabaseValueConvertible {}
+extension Trigger: DatabaseValueConvertible {}
+extension ServerState: DatabaseValueConvertible {}

@@ -1,0 +1,88 @@
+import Replica
+
+/// The documented service's three types of site pair.
+public enum SitePairType: String, Sendable, Codable, CaseIterable {
+    case zoneToZone = "zone-to-zone"
+    case regionToRegion = "region-to-region"
+    case datacenterToZone = "datacenter-to-zone"
+}
+
+/// What Start Replication was asked for. Kept while the server is protected, so that an agent that comes back goes on.
+public struct ReplicationSettings: Sendable, Codable, Hashable {
+    /// The agent's disks, in the order of the group's volumes; the first is the boot disk.
+    public var disks: [String]
+    public var epochMilliseconds: UInt32
+    /// 0 = no limit.
+    public var throttleBytesPerSecond: UInt64
+    /// Automatic restart after replication interruption.
+    public var automaticRestart: Bool
+    /// The machine that drills and failovers start unless told otherwise.
+    public var cpus: Int
+    public var memoryMiB: Int
+
+    func order(group: GroupID, generation: Generation) -> ReplicationOrder {
+        ReplicationOrder(
+            group: group, generation: generation, disks: disks, epochMilliseconds: epochMilliseconds,
+            throttleBytesPerSecond: throttleBytesPerSecond, automaticRestart: automaticRestart)
+    }
+}
+
+public enum RecoveryNetwork: String, Sendable, Codable, CaseIterable {
+    /// No network card.
+    case none
+    /// A card on a network of its own: nothing leaves it, nothing enters.
+    case isolated
+    /// Out through the host (user mode), in through the forwarded ports.
+    case user
+}
+
+/// A port of the appliance's host, on 127.0.0.1, that leads to a port of the machine.
+public struct PortForward: Sendable, Codable, Hashable {
+    public var hostPort: UInt16
+    public var guestPort: UInt16
+    public init(hostPort: UInt16, guestPort: UInt16) {
+        self.hostPort = hostPort
+        self.guestPort = guestPort
+    }
+}
+
+/// What decides that a recovery machine is ready.
+public enum BootCheck: Sendable, Codable, Hashable {
+    /// QEMU runs the machine (QMP says `running`).
+    case running
+    /// A line of the serial console matches the regular expression.
+    case serial(String)
+
+    /// `none` or `serial:REGEX`.
+    public init(text: String) throws(ApplianceError) {
+        if text == "none" {
+            self = .running
+        } else if text.hasPrefix("serial:"), text.count > "serial:".count {
+            let pattern = String(text.dropFirst("serial:".count))
+            do { _ = try Regex(pattern) } catch {
+                throw .invalid("cannot use the boot check \(text): not a regular expression (\(error))")
+            }
+            self = .serial(pattern)
+        } else {
+            throw .invalid("cannot use the boot check \(text): write none or serial:REGEX")
+        }
+    }
+
+    public var text: String {
+        switch self {
+        case .running: "none"
+        case .serial(let pattern): "serial:" + pattern
+        }
+    }
+}
+
+/// The machine that a drill or a failover starts.
+public struct MachineSettings: Sendable, Codable, Hashable {
+    public var cpus: Int
+    public var memoryMiB: Int
+    public var network: RecoveryNetwork
+    public var forwards: [PortForward]
+    public var bootCheck: BootCheck
+    /// Time limit of the boot check, from the start of QEMU.
+    public var bootSecondsMax: Int
+}

@@ -1,0 +1,159 @@
+import BlockTap
+import Foundation
+import GRDB
+import Replica
+
+/// What agents tell, turned into the table's happenings.
+extension Lifecycle: LinkServerDelegate {
+    public func authorize(_ server: ServerID, certificateSerial: String) async -> Bool {
+        let record = try? await catalogue.read { db in try ServerRecord.fetchOne(db, key: server.rawValue) }
+        return record?.certificateSerial == certificateSerial
+    }
+
+    public func agentConnected(_ server: ServerID, _ hello: AgentHello) async -> [AgentCommand] {
+        agents[server] = LiveAgent(status: agents[server]?.status, connected: true)
+        do {
+            let unfit = unfitness(server, hello)
+            let record = try await catalogue.write { db in
+                var record = try db.server(server.rawValue)
+                record.disks = hello.disks
+                record.hostName = hello.hostName
+                record.agentVersion = hello.agentVersion
+                record.kernel = hello.kernel
+                record.lastSeen = Date()
+                if let unfit {
+                    try db.apply(.agentUnfit, to: &record, who: "agent of \(record.name)", hasRecoveryPoint: true, reason: unfit)
+                } else {
+                    try db.apply(.agentConnected, to: &record, who: "agent of \(record.name)", hasRecoveryPoint: true)
+                }
+                return record
+            }
+            return try commands(for: record)
+        } catch {
+            logger.error("cannot take in the agent's hello: \(error)", metadata: ["server": "\(server)"])
+            return []
+        }
+    }
+
+    /// Why the disks that the agent has now cannot carry on what is protected, or nil.
+    private func unfitness(_ server: ServerID, _ hello: AgentHello) -> String? {
+        guard let group = store.group(GroupID(server.rawValue)) else { return nil }
+        for volume in group.volumes {
+            guard let disk = hello.disks.first(where: { $0.name == volume.name }) else {
+                return "disk \(volume.name) is protected, but the agent does not serve it now (afterimage agent run --disk \(volume.name)=PATH)"
+            }
+            if disk.geometry.sizeBytes < volume.geometry.sizeBytes {
+                return "\(StoreError.shrunk(volume: volume.name, nowBytes: disk.geometry.sizeBytes, wasBytes: volume.geometry.sizeBytes))"
+            }
+        }
+        return nil
+    }
+
+    /// What an agent that has just connected is to do.
+    private func commands(for record: ServerRecord) throws -> [AgentCommand] {
+        switch record.state {
+        case .enableReplicating, .initialFullSync, .replicating:
+            guard let settings = record.settings else { return [.stopReplication] }
+            return [.startReplication(try order(record.id, settings))]
+        case .replicationInterrupted:
+            guard let settings = record.settings, settings.automaticRestart else { return [.stopReplication] }
+            return [.startReplication(try order(record.id, settings))]
+        case .failoverInProgress, .failedOver, .failoverCommitted:
+            guard let generation = store.group(record.group)?.generation else { return [.stopReplication] }
+            return [.fenced(generation)]
+        default:
+            return [.stopReplication]
+        }
+    }
+
+    public func agentDisconnected(_ server: ServerID) async {
+        agents[server]?.connected = false
+        if isStopping { return }
+        await happened(.linkLost, server, reason: "the agent is not connected")
+    }
+
+    public func agentStatus(_ server: ServerID, _ status: AgentStatus) async {
+        var live = agents[server] ?? LiveAgent(connected: true)
+        let before = live.status
+        live.status = status
+        live.connected = true
+        live.fullSyncRate.note(status.fullSyncDoneBytes)
+        agents[server] = live
+        guard let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) }), record.state.phase == .forward
+        else { return }
+
+        switch status.phase {
+        case .idle, .connecting:
+            break
+        case .fullSync:
+            if record.state != .initialFullSync { await happened(.fullSyncStarted, server) }
+            await reportFullSync(record, status, rate: live.fullSyncRate.bytesPerSecond)
+        case .replicating where status.lastRecoveryPointNanoseconds > 0 && hasRecoveryPoint(record):
+            if record.state != .replicating { await happened(.pointsFollow, server) }
+            await endStartTask(record)
+        case .replicating:
+            await reportFullSync(record, status, rate: live.fullSyncRate.bytesPerSecond)
+        case .interrupted:
+            if record.state != .replicationInterrupted { await happened(.linkLost, server, reason: status.reason) }
+        case .failed:
+            if record.state != .replicationInterrupted || record.reason != status.reason {
+                await happened(.linkLost, server, reason: status.reason)
+            }
+        case .fenced:
+            // A failover that was rolled back left a newer generation: the agent needs an order under it.
+            if before?.phase != .fenced, let settings = record.settings, let order = try? order(record.id, settings) {
+                await tell(server, .startReplication(order))
+            }
+        }
+    }
+
+    public func mayReplicate(_ server: ServerID, group: GroupID, generation: Generation) async -> Bool {
+        guard group.rawValue == server.rawValue,
+            let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) })
+        else { return false }
+        return record.state.phase == .forward
+    }
+
+    /// Applies a happening; one that the state gives no meaning to changes nothing.
+    func happened(_ trigger: Trigger, _ server: ServerID, reason: String? = nil) async {
+        do {
+            try await catalogue.write { db in
+                guard var record = try ServerRecord.fetchOne(db, key: server.rawValue) else { return }
+                guard record.state.phase == .forward || trigger != .linkLost else { return }
+                try db.apply(trigger, to: &record, who: "agent of \(record.name)", hasRecoveryPoint: true, reason: reason)
+            }
+        } catch {
+            logger.error("cannot store that \(trigger.rawValue): \(error)", metadata: ["server": "\(server)"])
+        }
+    }
+
+    private func reportFullSync(_ record: ServerRecord, _ status: AgentStatus, rate: UInt64) async {
+        guard let task = try? await catalogue.read({ db in try db.runningTask(of: record, [.startReplication]) }) else { return }
+        await tasks.report(
+            task,
+            TaskProgress(
+                step: ServerState.initialFullSync.rawValue, doneBytes: status.fullSyncDoneBytes, totalBytes: status.fullSyncTotalBytes,
+                bytesPerSecond: rate, secondsLeft: Lifecycle.secondsLeft(status, rate: rate)))
+    }
+
+    static func secondsLeft(_ status: AgentStatus, rate: UInt64) -> Double? {
+        guard rate > 0, status.fullSyncTotalBytes >= status.fullSyncDoneBytes else { return nil }
+        return Double(status.fullSyncTotalBytes - status.fullSyncDoneBytes) / Double(rate)
+    }
+
+    /// The first recovery point is there: what Start Replication was for.
+    private func endStartTask(_ record: ServerRecord) async {
+        do {
+            guard let task = try await catalogue.read({ db in try db.runningTask(of: record, [.startReplication]) }),
+                let point = newestPoint(record), point.receivedTimeNanoseconds >= UInt64(task.created.timeIntervalSince1970 * 1e9)
+            else { return }
+            var result = TaskResult()
+            result.recoveryPoint = point.id
+            result.cutTimeNanoseconds = point.cutTimeNanoseconds
+            result.message = "recovery point \(point.id) is there; \(record.name) is protected"
+            try await tasks.finish(task, result: result)
+        } catch {
+            logger.error("cannot end the task of Start Replication: \(error)", metadata: ["server": "\(record.name)"])
+        }
+    }
+}

@@ -1,0 +1,149 @@
+import BlockTap
+import Foundation
+import GRDB
+import Replica
+
+/// Disaster Recovery Drill: a machine from a fork beside running replication, isolated, kept until it is cleared.
+extension Lifecycle {
+    public func startDrill(_ name: String, _ request: StartMachine, who: String) async throws -> TaskRecord {
+        let found = try await server(name)
+        if case .refused(let why) = StateTable.verdict(found.lifecycle, .drill, hasRecoveryPoint: hasRecoveryPoint(found)) {
+            throw ApplianceError.refused(why)
+        }
+        let point = try point(of: found, named: request.recoveryPoint)
+        let machine = try await machineSettings(found, request)
+        let instance = InstanceRecord(
+            id: Names.unique("drill"), server: found.id, kind: .drill, step: .planned, point: point.id,
+            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: volumeNames(found), accepted: Date())
+        let task = try await catalogue.write { db in
+            var record = try db.server(found.id)
+            try db.apply(.drill, to: &record, who: who, hasRecoveryPoint: true, detail: "recovery point \(point.id)")
+            try instance.insert(db)
+            return try TaskBoard.plan(.drill, server: record, parameters: TaskParameters(instance: instance.id), who: who, in: db)
+        }
+        await start(task)
+        return task
+    }
+
+    func performDrill(_ task: TaskRecord) async throws -> TaskResult {
+        let instance = try await instance(task)
+        do {
+            let result = try await bringUp(instance, task: task)
+            await moved(.drillReady, instance.server)
+            return result
+        } catch {
+            // Cancelled by a clear or by the appliance's end: not this task's failure to tell.
+            if !Task.isCancelled { await moved(.drillFailed, instance.server, reason: "\(error)") }
+            throw error
+        }
+    }
+
+    /// Clear Test Failover Environment. While it runs, asking again gives the same task.
+    public func clearDrill(_ name: String, who: String) async throws -> TaskRecord {
+        let found = try await server(name)
+        let (task, drill) = try await catalogue.write { db in
+            var record = try db.server(found.id)
+            if let running = try db.runningTask(of: record, [.clearDrill]) { return (running, nil as TaskRecord?) }
+            try db.apply(.clearDrill, to: &record, who: who, hasRecoveryPoint: true)
+            let drill = try db.runningTask(of: record, [.drill])
+            if let drill { try TaskBoard.finish(drill, error: "the drill was cleared by \(who)", in: db) }
+            return (try TaskBoard.plan(.clearDrill, server: record, who: who, in: db), drill)
+        }
+        if let drill { await tasks.cancel(drill) }
+        await start(task)
+        return task
+    }
+
+    func performClearDrill(_ task: TaskRecord) async throws -> TaskResult {
+        guard let id = task.server else { throw ApplianceError.failed("the task has no server") }
+        let record = try await server(id)
+        for instance in try await catalogue.read({ db in try db.instances(of: record, kind: .drill) }) {
+            try await takeDown(instance, task: task)
+        }
+        await moved(.drillCleared, id)
+        var result = TaskResult()
+        result.message = "the drill's machine, disks and network are gone"
+        return result
+    }
+
+    // MARK: shared with failover
+
+    func volumeNames(_ server: ServerRecord) -> [String] {
+        store.group(server.group)?.volumes.map(\.name) ?? []
+    }
+
+    /// The machine to start: what was asked for, else what was recorded at Start Replication.
+    func machineSettings(_ server: ServerRecord, _ request: StartMachine) async throws -> MachineSettings {
+        let pairName = server.sitePair
+        let pair = try await catalogue.read { db in try db.sitePair(pairName) }
+        let settings = MachineSettings(
+            cpus: request.cpus ?? server.settings?.cpus ?? 2, memoryMiB: request.memoryMiB ?? server.settings?.memoryMiB ?? 1024,
+            network: request.network ?? pair.recoveryNetwork, forwards: request.forwards ?? [],
+            bootCheck: try BootCheck(text: request.bootCheck ?? "none"), bootSecondsMax: request.bootSecondsMax ?? 120)
+        try checkMachine(cpus: settings.cpus, memoryMiB: settings.memoryMiB)
+        guard settings.forwards.isEmpty || settings.network == .user else {
+            throw ApplianceError.invalid("ports are forwarded only on the recovery network user, not \(settings.network.rawValue)")
+        }
+        guard (1...3600).contains(settings.bootSecondsMax) else {
+            throw ApplianceError.invalid("the boot check's time limit is 1 to 3600 seconds, not \(settings.bootSecondsMax)")
+        }
+        return settings
+    }
+
+    /// Fork, disks, QEMU, boot check. Every step may be repeated; what is there already is taken over.
+    func bringUp(_ instance: InstanceRecord, task: TaskRecord) async throws -> TaskResult {
+        try await update(instance.id) { $0.step = .starting }
+        let log: @Sendable (String) async -> Void = { [tasks] line in await tasks.log(task, line) }
+        let seconds = String(format: "%.1f", max(0, Date().timeIntervalSince1970 - Double(instance.pointCutTimeNanoseconds) / 1e9))
+        await log("recovery point \(instance.point?.rawValue ?? "?"), cut \(seconds) s ago")
+        await tasks.report(task, TaskProgress(step: "fork and disks"))
+        let started = try await machines.attach(instance, mayStart: true, log: log)
+        try await update(instance.id) {
+            $0.pid = started.pid
+            $0.accelerator = started.accelerator?.rawValue ?? $0.accelerator
+        }
+        await tasks.report(task, TaskProgress(step: "boot check"))
+        let line: String?
+        do { line = try await machines.bootCheck(instance) } catch {
+            if !Task.isCancelled {
+                let why = "\(error)"
+                try await update(instance.id) {
+                    $0.step = .unproven
+                    $0.reason = why
+                }
+            }
+            throw error
+        }
+        let ready = Date()
+        let rto = ready.timeIntervalSince(instance.accepted)
+        try await update(instance.id) {
+            $0.step = .ready
+            $0.ready = ready
+            $0.rtoMilliseconds = Int64(rto * 1000)
+            $0.bootLine = line
+            $0.reason = nil
+        }
+        await log(line.map { "boot check passed after \(String(format: "%.2f", rto)) s: \($0)" } ?? "the machine runs after \(String(format: "%.2f", rto)) s (no boot check was asked for)")
+        var result = TaskResult()
+        result.recoveryPoint = instance.point
+        result.cutTimeNanoseconds = UInt64(instance.pointCutTimeNanoseconds)
+        result.generation = instance.generation.map(UInt64.init)
+        result.instance = instance.id
+        result.rtoSeconds = rto
+        result.bootLine = line
+        result.accelerator = started.accelerator?.rawValue ?? instance.accelerator
+        return result
+    }
+
+    /// Applies a happening of the appliance's own.
+    func moved(_ trigger: Trigger, _ server: String, reason: String? = nil) async {
+        do {
+            try await catalogue.write { db in
+                guard var record = try ServerRecord.fetchOne(db, key: server) else { return }
+                try db.apply(trigger, to: &record, who: "appliance", hasRecoveryPoint: true, reason: reason)
+            }
+        } catch {
+            logger.error("cannot store that \(trigger.rawValue): \(error)", metadata: ["server": "\(server)"])
+        }
+    }
+}

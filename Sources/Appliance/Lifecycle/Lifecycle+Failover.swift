@@ -1,0 +1,186 @@
+import BlockTap
+import Foundation
+import GRDB
+import Replica
+
+/// Failover, Change Recovery Point, Commit Failover.
+///
+/// Order of a failover: what can be refused is refused first (QEMU missing, no point) → generation raised (the fence; durable in the
+/// store) → point chosen (so the newest point is the last that can ever be) → fork → machine → boot check. A failure before the
+/// machine runs is rolled back: fork gone, Replication Interrupted, replication free to go on under the new generation. A machine
+/// that runs but fails its check is kept for inspection; another point may be chosen.
+extension Lifecycle {
+    public func startFailover(_ name: String, _ request: StartMachine, who: String) async throws -> TaskRecord {
+        let accepted = Date()
+        let found = try await server(name)
+        if case .refused(let why) = StateTable.verdict(found.lifecycle, .failover, hasRecoveryPoint: hasRecoveryPoint(found)) {
+            throw ApplianceError.refused(why)
+        }
+        let isNamed = request.recoveryPoint.map { $0 != "latest" } ?? false
+        let point = try point(of: found, named: request.recoveryPoint)
+        let machine = try await machineSettings(found, request)
+        try await machines.checkQEMU()
+        let instance = InstanceRecord(
+            id: Names.unique("failover"), server: found.id, kind: .failover, step: .planned, point: isNamed ? point.id : nil,
+            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: volumeNames(found), accepted: accepted)
+        let task = try await catalogue.write { db in
+            var record = try db.server(found.id)
+            try db.apply(
+                .failover, to: &record, who: who, hasRecoveryPoint: true,
+                detail: "recovery point \(isNamed ? point.id.rawValue : "current point in time")")
+            if let running = try db.runningTask(of: record, [.startReplication]) {
+                try TaskBoard.finish(running, error: "a failover was started by \(who)", in: db)
+            }
+            try instance.insert(db)
+            return try TaskBoard.plan(.failover, server: record, parameters: TaskParameters(instance: instance.id), who: who, in: db)
+        }
+        await start(task)
+        return task
+    }
+
+    func performFailover(_ task: TaskRecord) async throws -> TaskResult {
+        var instance = try await instance(task)
+        do {
+            instance = try await fence(instance, task: task)
+            let result = try await bringUp(instance, task: task)
+            await moved(.failoverReady, instance.server)
+            return result
+        } catch {
+            if Task.isCancelled { throw error }
+            let stored = try await self.instance(task)
+            if stored.step == .unproven {
+                await noteFailoverTrouble(instance.server, "\(error)")
+            } else {
+                try await takeDown(stored, task: task)
+                await moved(.failoverFailed, instance.server, reason: "the failover failed: \(error)")
+                await tasks.log(task, "rolled back: replication may go on")
+                await offerReplication(instance.server)
+            }
+            throw error
+        }
+    }
+
+    /// Raises the generation and settles the recovery point; both durable before anything is built on them.
+    private func fence(_ instance: InstanceRecord, task: TaskRecord) async throws -> InstanceRecord {
+        var fenced = instance
+        let group = GroupID(instance.server)
+        if instance.generation == nil {
+            let generation = try await blocking { [store] in try store.raiseGeneration(group) }
+            fenced.generation = Int64(generation.rawValue)
+            await tasks.log(task, "\(generation): the source is fenced, replication is stopped")
+        }
+        if instance.point == nil {
+            let record = try await server(instance.server)
+            let newest = try point(of: record, named: nil)
+            fenced.point = newest.id
+            fenced.pointCutTimeNanoseconds = Int64(newest.cutTimeNanoseconds)
+        }
+        let settled = fenced
+        try await update(instance.id) {
+            $0.generation = settled.generation
+            $0.point = settled.point
+            $0.pointCutTimeNanoseconds = settled.pointCutTimeNanoseconds
+        }
+        if let generation = settled.generation { await tell(ServerID(instance.server), .fenced(Generation(UInt64(generation)))) }
+        return settled
+    }
+
+    /// After a failover that was rolled back: a source that still lives is followed again.
+    private func offerReplication(_ server: String) async {
+        guard let record = try? await self.server(server), let settings = record.settings, settings.automaticRestart,
+            agents[record.serverID]?.connected == true, let order = try? order(server, settings)
+        else { return }
+        await tell(record.serverID, .startReplication(order))
+    }
+
+    private func noteFailoverTrouble(_ server: String, _ why: String) async {
+        do {
+            try await catalogue.write { db in
+                var record = try db.server(server)
+                record.reason = why
+                try record.update(db)
+                try db.event("appliance", Trigger.failoverFailed.rawValue, server: record, before: record.lifecycle.text, after: record.lifecycle.text, detail: why)
+            }
+        } catch {
+            logger.error("cannot store why a failover failed: \(error)", metadata: ["server": "\(server)"])
+        }
+    }
+
+    /// Replaces the failed-over machine by one from another point. The old one and all it has written are deleted.
+    public func changeRecoveryPoint(_ name: String, _ request: StartMachine, who: String) async throws -> TaskRecord {
+        let accepted = Date()
+        let found = try await server(name)
+        if case .refused(let why) = StateTable.verdict(found.lifecycle, .changeRecoveryPoint, hasRecoveryPoint: true) {
+            throw ApplianceError.refused(why)
+        }
+        guard let wanted = request.recoveryPoint, wanted != "latest" else {
+            throw ApplianceError.invalid("name the recovery point (--point ID): the current point in time can be had only once (afterimage recovery-point list \(found.name))")
+        }
+        let point = try point(of: found, named: wanted)
+        let old = try await catalogue.read { db in try db.instances(of: found, kind: .failover) }.last
+        var machine = try await machineSettings(found, request)
+        if let old {
+            // What is not said again stays as it was.
+            machine.cpus = request.cpus ?? old.settings.cpus
+            machine.memoryMiB = request.memoryMiB ?? old.settings.memoryMiB
+            machine.network = request.network ?? old.settings.network
+            machine.forwards = request.forwards ?? (machine.network == .user ? old.settings.forwards : [])
+            machine.bootCheck = request.bootCheck == nil ? old.settings.bootCheck : machine.bootCheck
+            machine.bootSecondsMax = request.bootSecondsMax ?? old.settings.bootSecondsMax
+        }
+        try await machines.checkQEMU()
+        let generation = store.group(found.group)?.generation.rawValue
+        let instance = InstanceRecord(
+            id: Names.unique("failover"), server: found.id, kind: .failover, step: .planned, point: point.id,
+            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: volumeNames(found),
+            generation: generation.map(Int64.init), accepted: accepted)
+        let task = try await catalogue.write { db in
+            var record = try db.server(found.id)
+            if let running = try db.runningTask(of: record, [.failover, .changeRecoveryPoint]) {
+                throw ApplianceError.refused("Task \(running.id ?? 0) (\(running.operation.rawValue)) is at work on this server: wait for it (afterimage task show \(running.id ?? 0)).")
+            }
+            record.reason = nil
+            try db.apply(.changeRecoveryPoint, to: &record, who: who, hasRecoveryPoint: true, detail: "recovery point \(point.id)")
+            try instance.insert(db)
+            return try TaskBoard.plan(
+                .changeRecoveryPoint, server: record, parameters: TaskParameters(instance: instance.id, replaces: old?.id), who: who, in: db)
+        }
+        await start(task)
+        return task
+    }
+
+    func performChangePoint(_ task: TaskRecord) async throws -> TaskResult {
+        let instance = try await instance(task)
+        do {
+            if let id = task.parameters.replaces, let old = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: id) }) {
+                try await takeDown(old, task: task)
+            }
+            let result = try await bringUp(instance, task: task)
+            await moved(.failoverReady, instance.server)
+            return result
+        } catch {
+            if Task.isCancelled { throw error }
+            await noteFailoverTrouble(instance.server, "\(error)")
+            if let stored = try? await self.instance(task), stored.step != .unproven { try await takeDown(stored, task: task) }
+            throw error
+        }
+    }
+
+    /// Irrevocable: the machine stays on its point for good.
+    public func commitFailover(_ name: String, who: String) async throws -> TaskRecord {
+        let found = try await server(name)
+        return try await catalogue.write { db in
+            var record = try db.server(found.id)
+            let machine = try db.instances(of: record, kind: .failover).last
+            try db.apply(.commitFailover, to: &record, who: who, hasRecoveryPoint: true, detail: machine?.point.map { "recovery point \($0)" })
+            let task = try TaskBoard.plan(.commitFailover, server: record, parameters: TaskParameters(instance: machine?.id), who: who, in: db)
+            var result = TaskResult()
+            result.instance = machine?.id
+            result.recoveryPoint = machine?.point
+            result.generation = machine?.generation.map(UInt64.init)
+            result.message = "committed: the machine stays on this recovery point; its old source stays fenced"
+            try TaskBoard.finish(task, result: result, in: db)
+            return try TaskRecord.fetchOne(db, key: task.id) ?? task
+        }
+    }
+}

@@ -1,0 +1,144 @@
+import BlockTap
+import Foundation
+import GRDB
+import Replica
+
+extension Lifecycle {
+    static let cpuLimit = 256
+    static let memoryMiBRange = 16...(8 << 20)
+
+    /// Start Replication: the task ends when the first new recovery point is there.
+    public func startReplication(_ name: String, _ request: StartReplication, who: String) async throws -> TaskRecord {
+        let found = try await server(name)
+        let settings = try replicationSettings(found, request)
+        // The table first, so that a wrong state is not reported as a wrong disk.
+        if case .refused(let why) = StateTable.verdict(found.lifecycle, .startReplication, hasRecoveryPoint: hasRecoveryPoint(found)) {
+            throw ApplianceError.refused(why)
+        }
+        let volumes = try settings.disks.map { disk in
+            guard let report = found.disks.first(where: { $0.name == disk }) else {
+                let known = found.disks.map(\.name).joined(separator: ", ")
+                throw ApplianceError.invalid("server \(found.name) has no disk \(disk); its agent reports: \(known.isEmpty ? "none" : known)")
+            }
+            return VolumeSpec(name: disk, geometry: report.geometry)
+        }
+        let group = found.group
+        do { try await blocking { [store] in try store.createGroup(group, volumes: volumes) } } catch let error as StoreError {
+            throw ApplianceError.refused("\(error)")
+        }
+        let connected = agents[found.serverID]?.connected == true
+        let task = try await catalogue.write { db in
+            var record = try db.server(found.id)
+            record.settings = settings
+            try db.apply(
+                .startReplication, to: &record, who: who, hasRecoveryPoint: true,
+                reason: connected ? nil : "waiting for the agent to connect", detail: "disks \(settings.disks.joined(separator: ", "))")
+            return try TaskBoard.plan(.startReplication, server: record, who: who, in: db)
+        }
+        await tasks.log(task, "disks \(settings.disks.joined(separator: ", ")), an epoch every \(settings.epochMilliseconds) ms")
+        if connected { await tell(found.serverID, .startReplication(try order(found.id, settings))) }
+        return task
+    }
+
+    private func replicationSettings(_ server: ServerRecord, _ request: StartReplication) throws -> ReplicationSettings {
+        let old = server.settings
+        let settings = ReplicationSettings(
+            disks: request.disks ?? old?.disks ?? server.disks.map(\.name),
+            epochMilliseconds: request.epochMilliseconds ?? old?.epochMilliseconds ?? 1000,
+            throttleBytesPerSecond: request.throttleBytesPerSecond ?? old?.throttleBytesPerSecond ?? 0,
+            automaticRestart: request.automaticRestart ?? old?.automaticRestart ?? true,
+            cpus: request.cpus ?? old?.cpus ?? 2, memoryMiB: request.memoryMiB ?? old?.memoryMiB ?? 1024)
+        guard !settings.disks.isEmpty, Set(settings.disks).count == settings.disks.count else {
+            throw ApplianceError.invalid("name each disk to be followed once, and at least one")
+        }
+        let reported = server.disks.map(\.name)
+        guard reported.isEmpty || settings.disks == reported || !Set(settings.disks).isSubset(of: reported) else {
+            throw ApplianceError.invalid(
+                "all disks of an agent are followed together, in its order: \(reported.joined(separator: ", ")); run the agent without a disk that is not to be followed")
+        }
+        guard (100...3_600_000).contains(settings.epochMilliseconds) else {
+            throw ApplianceError.invalid("an epoch lasts 100 to 3600000 milliseconds, not \(settings.epochMilliseconds)")
+        }
+        try checkMachine(cpus: settings.cpus, memoryMiB: settings.memoryMiB)
+        return settings
+    }
+
+    func checkMachine(cpus: Int, memoryMiB: Int) throws {
+        guard (1...Self.cpuLimit).contains(cpus) else { throw ApplianceError.invalid("a machine has 1 to \(Self.cpuLimit) CPUs, not \(cpus)") }
+        guard Self.memoryMiBRange.contains(memoryMiB) else {
+            throw ApplianceError.invalid("a machine has \(Self.memoryMiBRange.lowerBound) to \(Self.memoryMiBRange.upperBound) MiB of memory, not \(memoryMiB)")
+        }
+    }
+
+    /// The order that an agent gets, under the group's present generation.
+    func order(_ server: String, _ settings: ReplicationSettings) throws -> ReplicationOrder {
+        let group = GroupID(server)
+        guard let info = store.group(group) else { throw ApplianceError.failed("the store has lost group \(group)") }
+        return settings.order(group: group, generation: info.generation)
+    }
+
+    public func stopReplication(_ name: String, who: String) async throws -> TaskRecord {
+        let found = try await server(name)
+        let task = try await catalogue.write { db in
+            var record = try db.server(found.id)
+            try db.apply(.stopReplication, to: &record, who: who, hasRecoveryPoint: true)
+            if let running = try db.runningTask(of: record, [.startReplication]) {
+                try TaskBoard.finish(running, error: "replication was stopped by \(who)", in: db)
+            }
+            let task = try TaskBoard.plan(.stopReplication, server: record, who: who, in: db)
+            var result = TaskResult()
+            result.message = "replication is stopped; the recovery points stay"
+            try TaskBoard.finish(task, result: result, in: db)
+            return try TaskRecord.fetchOne(db, key: task.id) ?? task
+        }
+        await tell(found.serverID, .stopReplication)
+        return task
+    }
+
+    public func recoveryPoints(_ name: String) async throws -> [RecoveryPoint] {
+        let found = try await server(name)
+        return found.settings == nil ? [] : store.recoveryPoints(found.group)
+    }
+
+    /// Serves a recovery point's disks read-only until unexported. Doing it twice gives the same sockets.
+    public func export(_ name: String, point: String, who: String) async throws -> PointExport {
+        let found = try await server(name)
+        let chosen = try self.point(of: found, named: point)
+        let record = try await catalogue.write { db in
+            let record = try db.server(found.id)
+            if let there = try PointExportRecord.filter(Column("server") == record.id && Column("point") == chosen.id.rawValue).fetchOne(db) {
+                return there
+            }
+            let export = PointExportRecord(id: Names.unique("export"), server: record.id, point: chosen.id, created: Date())
+            try export.insert(db)
+            try db.event(who, "Export recovery point", server: record, detail: chosen.id.rawValue)
+            return export
+        }
+        do { return try await exports.begin(record, serverName: found.name) } catch {
+            try await catalogue.write { db in _ = try PointExportRecord.deleteOne(db, key: record.id) }
+            throw error
+        }
+    }
+
+    public func unexport(_ name: String, point: String, who: String) async throws {
+        let found = try await server(name)
+        let record = try await catalogue.write { db in
+            guard let record = try PointExportRecord.filter(Column("server") == found.id && Column("point") == point).fetchOne(db) else {
+                throw ApplianceError.notFound("Recovery point \(point) of \(found.name) is not exported.")
+            }
+            try db.event(who, "Unexport recovery point", server: found, detail: point)
+            return record
+        }
+        try await exports.end(record.id)
+        try await catalogue.write { db in _ = try PointExportRecord.deleteOne(db, key: record.id) }
+    }
+
+    public func pointExports() async throws -> [PointExport] {
+        let rows = try await catalogue.read { db in
+            try PointExportRecord.fetchAll(db).map { ($0, try db.server($0.server).name) }
+        }
+        var views: [PointExport] = []
+        for (record, name) in rows { views.append(await exports.view(record, serverName: name)) }
+        return views
+    }
+}

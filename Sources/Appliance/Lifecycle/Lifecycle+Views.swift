@@ -1,0 +1,89 @@
+import Foundation
+import GRDB
+import Replica
+
+extension Lifecycle {
+    public func status() async throws -> StatusView {
+        let servers = try await views()
+        let pairs = try await sitePairs().count
+        return StatusView(
+            version: afterimageVersion, time: Date(), sitePairs: pairs, storeDirectory: settings.storeDirectory,
+            protected: !servers.isEmpty && servers.allSatisfy { $0.state == .replicating && $0.lastRecoveryPoint != nil }, servers: servers)
+    }
+
+    public func views() async throws -> [ServerView] {
+        let rows = try await catalogue.read { db in
+            try ServerRecord.order(Column("name")).fetchAll(db).map { ($0, try db.instances(of: $0)) }
+        }
+        return rows.map { view($0.0, instances: $0.1) }
+    }
+
+    public func view(_ name: String) async throws -> ServerView {
+        let (record, instances) = try await catalogue.read { db in
+            let record = try db.server(name)
+            return (record, try db.instances(of: record))
+        }
+        return view(record, instances: instances)
+    }
+
+    private func view(_ record: ServerRecord, instances: [InstanceRecord]) -> ServerView {
+        let live = agents[record.serverID]
+        let group = store.group(record.group)
+        let newest = newestPoint(record)
+        let connected = live?.connected ?? false
+        let followed = record.state.phase == .forward
+        return ServerView(
+            id: record.id, name: record.name, sitePair: record.sitePair, state: record.state, stateSince: record.stateSince, reason: record.reason,
+            drill: record.drill, drillReason: record.drillReason, agentConnected: connected, hostName: record.hostName,
+            agentVersion: record.agentVersion, lastSeen: connected ? Date() : record.lastSeen, disks: record.disks, settings: record.settings,
+            agent: connected ? live?.status : nil, recoveryPointCount: group?.recoveryPointCount ?? 0, lastRecoveryPoint: newest?.id,
+            lastRecoveryPointTime: newest.map { Date(nanoseconds: $0.cutTimeNanoseconds) },
+            rpoSeconds: followed ? newest.map { max(0, Date().timeIntervalSince(Date(nanoseconds: $0.cutTimeNanoseconds))) } : nil,
+            behindBytes: connected && followed ? live?.status.map { $0.source.behindBytes + $0.source.unsyncedBytes } : nil,
+            secondsLeft: record.state == .initialFullSync ? live.flatMap { l in l.status.flatMap { Lifecycle.secondsLeft($0, rate: l.fullSyncRate.bytesPerSecond) } } : nil,
+            storedBytes: group?.storedBytes, generation: group?.generation.rawValue, instances: instances.map(view),
+            next: record.next(agentConnected: connected, pointCount: group?.recoveryPointCount ?? 0, drill: instances.last { $0.kind == .drill }))
+    }
+
+    private func view(_ instance: InstanceRecord) -> InstanceView {
+        InstanceView(
+            id: instance.id, kind: instance.kind, step: instance.step, recoveryPoint: instance.point,
+            recoveryPointTime: instance.point == nil ? nil : Date(nanoseconds: UInt64(instance.pointCutTimeNanoseconds)), machine: instance.settings,
+            generation: instance.generation.map(UInt64.init), accelerator: instance.accelerator, pid: instance.pid, accepted: instance.accepted,
+            ready: instance.ready, rtoSeconds: instance.rtoMilliseconds.map { Double($0) / 1000 }, bootLine: instance.bootLine,
+            reason: instance.reason, consolePath: machines.consolePath(instance.id), nbdSocketPath: machines.nbdSocketPath(instance.id),
+            qmpSocketPath: machines.qmpSocketPath(instance.id))
+    }
+
+    public func taskViews(server: String?, limit: Int) async throws -> [TaskView] {
+        let records = try await catalogue.read { db in
+            var request = TaskRecord.order(Column("id").desc).limit(limit)
+            if let server { request = request.filter(Column("serverName") == server) }
+            return try request.fetchAll(db)
+        }
+        var views: [TaskView] = []
+        for record in records { views.append(TaskView(await tasks.live(record))) }
+        return views
+    }
+
+    public func taskView(_ id: Int64) async throws -> TaskView {
+        let (record, log) = try await catalogue.read { db in
+            guard let record = try TaskRecord.fetchOne(db, key: id) else { throw ApplianceError.notFound("There is no task \(id) (afterimage task list).") }
+            return (record, try TaskLogRecord.filter(Column("task") == id).order(Column("id")).fetchAll(db))
+        }
+        return TaskView(await tasks.live(record), log: log)
+    }
+
+    public func events(server: String?, limit: Int) async throws -> [EventRecord] {
+        try await catalogue.read { db in
+            var request = EventRecord.order(Column("id").desc).limit(limit)
+            if let server { request = request.filter(Column("server") == server) }
+            return try request.fetchAll(db)
+        }
+    }
+}
+
+extension Date {
+    /// From nanoseconds since 1970.
+    init(nanoseconds: UInt64) { self.init(timeIntervalSince1970: Double(nanoseconds) / 1e9) }
+}

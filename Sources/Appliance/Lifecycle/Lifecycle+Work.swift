@@ -1,0 +1,125 @@
+import Foundation
+import GRDB
+import Replica
+
+/// The work behind tasks, and how it goes on after a crash.
+extension Lifecycle {
+    /// Called once, before agents and operators are let in: re-adopts machines, serves exports again, goes on with unfinished tasks.
+    public func resume() async throws {
+        let (servers, instances, running, exported) = try await catalogue.read { db in
+            (
+                try ServerRecord.fetchAll(db), try InstanceRecord.fetchAll(db),
+                try TaskRecord.filter(Column("status") == TaskStatus.running).order(Column("id")).fetchAll(db),
+                try PointExportRecord.fetchAll(db)
+            )
+        }
+        try await machines.sweep(known: Set(instances.map(\.id)))
+        let busy = Set(running.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
+        for instance in instances where !busy.contains(instance.id) { await revive(instance) }
+        for export in exported {
+            guard let server = servers.first(where: { $0.id == export.server }) else { continue }
+            do { _ = try await exports.begin(export, serverName: server.name) } catch {
+                logger.error("cannot serve an exported recovery point again: \(error)", metadata: ["server": "\(server.name)"])
+            }
+        }
+        // No agent is connected yet: what was followed is interrupted until its agent is back.
+        for server in servers where server.state.phase == .forward {
+            await happened(.linkLost, server.serverID, reason: "the appliance was restarted; waiting for the agent")
+        }
+        for task in running {
+            if task.operation != .startReplication { await tasks.log(task, "the appliance was restarted: going on") }
+            await start(task)
+        }
+    }
+
+    /// Starts a task's work in the background.
+    func start(_ task: TaskRecord) async {
+        // Start Replication is the agent's work; its statuses end the task.
+        if task.operation == .startReplication { return }
+        await tasks.run(task) { await self.perform(task) }
+    }
+
+    private func perform(_ task: TaskRecord) async {
+        do {
+            let result: TaskResult
+            switch task.operation {
+            case .drill: result = try await performDrill(task)
+            case .clearDrill: result = try await performClearDrill(task)
+            case .failover: result = try await performFailover(task)
+            case .changeRecoveryPoint: result = try await performChangePoint(task)
+            case .unregister: result = try await performUnregister(task)
+            default: throw ApplianceError.failed("task \(task.id ?? 0) has no work")
+            }
+            try await tasks.finish(task, result: result)
+        } catch {
+            // Stopped with the appliance: the intent stays and the next start goes on.
+            if Task.isCancelled || isStopping { return }
+            await tasks.log(task, "failed: \(error)")
+            do { try await tasks.finish(task, error: "\(error)") } catch {
+                logger.error("cannot store that a task failed: \(error)", metadata: ["task": "\(task.id ?? 0)"])
+            }
+        }
+    }
+
+    /// A machine at rest after a restart of the appliance: adopt it; a failed-over one that is gone is started again.
+    private func revive(_ instance: InstanceRecord) async {
+        switch instance.step {
+        case .ready, .unproven:
+            let mayStart = instance.kind == .failover && instance.step == .ready
+            do {
+                let adopted = try await machines.attach(instance, mayStart: mayStart, log: { [logger] line in logger.info("\(line)") })
+                try await update(instance.id) { $0.pid = adopted.pid }
+            } catch {
+                await machineEnded(instance.id, "\(error)")
+            }
+        case .planned, .starting, .stopped:
+            break
+        case .removing:
+            do { try await takeDown(instance, task: nil) } catch {
+                logger.error("cannot take down \(instance.id): \(error)")
+            }
+        }
+    }
+
+    /// QEMU ended without being told to.
+    func machineEnded(_ id: String, _ why: String) async {
+        if isStopping { return }
+        do {
+            try await catalogue.write { db in
+                guard var instance = try InstanceRecord.fetchOne(db, key: id), instance.step == .ready || instance.step == .unproven else { return }
+                instance.step = .stopped
+                instance.reason = why
+                instance.pid = nil
+                try instance.update(db)
+                if let server = try ServerRecord.fetchOne(db, key: instance.server) {
+                    try db.event("appliance", "Machine ended", server: server, detail: "\(instance.kind.rawValue) machine \(id): \(why)")
+                }
+            }
+        } catch {
+            logger.error("cannot store that machine \(id) ended: \(error)")
+        }
+    }
+
+    func update(_ id: String, _ change: @escaping @Sendable (inout InstanceRecord) -> Void) async throws {
+        try await catalogue.write { db in
+            guard var instance = try InstanceRecord.fetchOne(db, key: id) else { return }
+            change(&instance)
+            try instance.update(db)
+        }
+    }
+
+    func instance(_ task: TaskRecord) async throws -> InstanceRecord {
+        guard let id = task.parameters.instance, let instance = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: id) }) else {
+            throw ApplianceError.failed("the machine of task \(task.id ?? 0) is gone")
+        }
+        return instance
+    }
+
+    /// Everything of an instance goes: QEMU, sockets, fork, files, record. May be repeated.
+    func takeDown(_ instance: InstanceRecord, task: TaskRecord?) async throws {
+        try await update(instance.id) { $0.step = .removing }
+        try await machines.takeDown(instance)
+        try await catalogue.write { db in _ = try InstanceRecord.deleteOne(db, key: instance.id) }
+        if let task { await tasks.log(task, "machine \(instance.id) and its fork are gone") }
+    }
+}

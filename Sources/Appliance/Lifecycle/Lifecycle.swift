@@ -1,0 +1,129 @@
+import BlockTap
+import Foundation
+import GRDB
+import Logging
+import NIOPosix
+import Replica
+
+/// Carries out the operations on protected servers.
+///
+/// Every operation is one transaction (the table's verdict, the new state, the intent as a task or instance, the audit event), then
+/// work that may be repeated: after a crash `resume()` starts the work of every unfinished task again. Nothing decides on state read
+/// outside the transaction, so operations that race are refused by the table, never interleaved.
+public actor Lifecycle {
+    let catalogue: Catalogue
+    let store: ReplicaStore
+    let machines: RecoveryHost
+    let exports: PointExporter
+    let authority: CertificateAuthority
+    var settings: LifecycleSettings
+    let tasks: TaskBoard
+    let logger: Logger
+    /// What agents said last; only in memory.
+    var agents: [ServerID: LiveAgent] = [:]
+    var link: LinkServer?
+    var isStopping = false
+
+    init(
+        catalogue: Catalogue, store: ReplicaStore, machines: RecoveryHost, exports: PointExporter, authority: CertificateAuthority,
+        settings: LifecycleSettings, logger: Logger
+    ) {
+        self.catalogue = catalogue
+        self.store = store
+        self.machines = machines
+        self.exports = exports
+        self.authority = authority
+        self.settings = settings
+        self.logger = logger
+        tasks = TaskBoard(catalogue: catalogue, logger: logger)
+    }
+
+    func connect(link: LinkServer) { self.link = link }
+    func setSettings(_ settings: LifecycleSettings) { self.settings = settings }
+
+    /// Stops working; machines go on without their disks until the next start (their QEMUs wait for them).
+    func stop() async {
+        isStopping = true
+        await tasks.stop()
+        await exports.stop()
+        await machines.detachAll()
+    }
+
+    // MARK: helpers of the operations
+
+    /// Sends to an agent when it is there; an agent that comes later is told at its hello.
+    func tell(_ server: ServerID, _ command: AgentCommand) async {
+        do { try await link?.send(command, to: server) } catch {
+            logger.info("will be told when it connects: \(error)", metadata: ["server": "\(server)"])
+        }
+    }
+
+    func hasRecoveryPoint(_ server: ServerRecord) -> Bool { newestPoint(server) != nil }
+
+    func newestPoint(_ server: ServerRecord) -> RecoveryPoint? {
+        guard server.settings != nil else { return nil }
+        return store.recoveryPoints(server.group).last
+    }
+
+    /// nil and "latest" are the newest point.
+    func point(of server: ServerRecord, named name: String?) throws -> RecoveryPoint {
+        let points = server.settings == nil ? [] : store.recoveryPoints(server.group)
+        guard let newest = points.last else { throw ApplianceError.refused(StateTable.noRecoveryPoint) }
+        guard let name, name != "latest" else { return newest }
+        guard let point = points.last(where: { $0.id.rawValue == name }) else {
+            throw ApplianceError.notFound("Server \(server.name) has no recovery point \(name) (afterimage recovery-point list \(server.name)).")
+        }
+        return point
+    }
+
+    func server(_ name: String) async throws -> ServerRecord {
+        try await catalogue.read { db in try db.server(name) }
+    }
+}
+
+/// What the operations need to know of this appliance's set-up.
+public struct LifecycleSettings: Sendable {
+    /// The API as agents reach it.
+    public var apiURL: String
+    public var linkHost: String
+    public var linkPort: Int
+    public var storeDirectory: String
+    public var enrolmentSeconds: Double
+    public init(apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, enrolmentSeconds: Double = 15 * 60) {
+        self.apiURL = apiURL
+        self.linkHost = linkHost
+        self.linkPort = linkPort
+        self.storeDirectory = storeDirectory
+        self.enrolmentSeconds = enrolmentSeconds
+    }
+}
+
+/// An agent as its control stream shows it.
+struct LiveAgent: Sendable {
+    var status: AgentStatus?
+    var connected: Bool
+    /// Full-sync bytes per second, over the last seconds.
+    var fullSyncRate = RateMeter()
+}
+
+/// Bytes per second over a sliding window.
+struct RateMeter: Sendable {
+    private var samples: [(time: ContinuousClock.Instant, bytes: UInt64)] = []
+    private static let window: Duration = .seconds(5)
+
+    mutating func note(_ bytes: UInt64, at time: ContinuousClock.Instant = .now) {
+        if let last = samples.last, bytes < last.bytes { samples.removeAll() }
+        samples.append((time, bytes))
+        while samples.count > 2, time - samples[0].time > Self.window { samples.removeFirst() }
+    }
+
+    var bytesPerSecond: UInt64 {
+        guard let first = samples.first, let last = samples.last, last.time > first.time else { return 0 }
+        return UInt64(Double(last.bytes - first.bytes) / ((last.time - first.time) / .seconds(1)))
+    }
+}
+
+/// Runs what blocks (file systems, joins of threads) away from the threads that run async code.
+func blocking<T: Sendable>(_ body: @escaping @Sendable () throws -> T) async throws -> T {
+    try await NIOThreadPool.singleton.runIfActive(body)
+}

@@ -1,0 +1,155 @@
+import BlockTap
+import Foundation
+import Replica
+
+/// Bodies of the API's requests and answers; the CLI uses the same types.
+
+public struct CreateSitePair: Sendable, Codable {
+    public var name: String
+    public var type: SitePairType
+    public var primarySite: String
+    public var secondarySite: String
+    /// The network that the link uses, for people.
+    public var replicationNetwork: String?
+    /// What drills use unless told otherwise.
+    public var recoveryNetwork: RecoveryNetwork?
+    public init(name: String, type: SitePairType, primarySite: String, secondarySite: String, replicationNetwork: String? = nil, recoveryNetwork: RecoveryNetwork? = nil) {
+        self.name = name
+        self.type = type
+        self.primarySite = primarySite
+        self.secondarySite = secondarySite
+        self.replicationNetwork = replicationNetwork
+        self.recoveryNetwork = recoveryNetwork
+    }
+}
+
+public struct AddServers: Sendable, Codable {
+    public var sitePair: String
+    /// 1 to 10.
+    public var names: [String]
+    public init(sitePair: String, names: [String]) {
+        self.sitePair = sitePair
+        self.names = names
+    }
+}
+
+/// One server's way in.
+public struct Enrolment: Sendable, Codable {
+    public var server: String
+    /// One-time; see `EnrolmentToken`.
+    public var token: String
+    /// To be run on the server.
+    public var command: String
+    public var expires: Date
+}
+
+/// What an enrolment token holds, as base64url of JSON.
+public struct EnrolmentToken: Sendable, Codable, Hashable {
+    /// The appliance's API, for example https://10.0.0.2:8443.
+    public var url: String
+    /// SHA-256 of the DER of the CA's certificate, hexadecimal.
+    public var caFingerprint: String
+    public var secret: String
+    public var serverName: String
+    public init(url: String, caFingerprint: String, secret: String, serverName: String) {
+        self.url = url
+        self.caFingerprint = caFingerprint
+        self.secret = secret
+        self.serverName = serverName
+    }
+
+    public var text: String {
+        get throws { base64URL(try JSONEncoder().encode(self)) }
+    }
+
+    public init(text: String) throws(ApplianceError) {
+        guard let data = Data(base64URL: text), let token = try? JSONDecoder().decode(EnrolmentToken.self, from: data) else {
+            throw .invalid("this is not an enrolment token: copy the whole word that afterimage server add printed")
+        }
+        self = token
+    }
+}
+
+public struct EnrolRequest: Sendable, Codable {
+    public var secret: String
+    /// PEM.
+    public var csr: String
+    public init(secret: String, csr: String) {
+        self.secret = secret
+        self.csr = csr
+    }
+}
+
+public struct EnrolAnswer: Sendable, Codable {
+    public var server: ServerID
+    public var serverName: String
+    /// PEM.
+    public var certificate: String
+    /// PEM.
+    public var ca: String
+    public var linkHost: String
+    public var linkPort: Int
+}
+
+public struct CACertificate: Sendable, Codable {
+    /// PEM.
+    public var certificate: String
+}
+
+public struct StartReplication: Sendable, Codable {
+    /// nil: all disks that the agent reports.
+    public var disks: [String]?
+    public var epochMilliseconds: UInt32?
+    public var throttleBytesPerSecond: UInt64?
+    public var automaticRestart: Bool?
+    public var cpus: Int?
+    public var memoryMiB: Int?
+    public init() {}
+}
+
+/// Drill, failover, and change of the recovery point.
+public struct StartMachine: Sendable, Codable {
+    /// A recovery point's id; nil or "latest": the newest ("current point in time").
+    public var recoveryPoint: String?
+    public var cpus: Int?
+    public var memoryMiB: Int?
+    public var network: RecoveryNetwork?
+    public var forwards: [PortForward]?
+    /// `none` or `serial:REGEX`.
+    public var bootCheck: String?
+    public var bootSecondsMax: Int?
+    public init() {}
+}
+
+public struct RemoveServer: Sendable, Codable {
+    /// Its recovery points go with it: must be said when there are any.
+    public var deletePoints: Bool?
+    /// Its recovery machine goes with it: must be said when one is committed.
+    public var stopMachine: Bool?
+    public init(deletePoints: Bool = false, stopMachine: Bool = false) {
+        self.deletePoints = deletePoints
+        self.stopMachine = stopMachine
+    }
+}
+
+public struct PointExport: Sendable, Codable {
+    public var server: String
+    public var recoveryPoint: RecoveryPointID
+    /// Read-only NBD.
+    public var socketPath: String
+    /// One export per disk: nbd+unix:///DISK?socket=PATH.
+    public var uris: [String]
+    public var created: Date
+}
+
+func base64URL(_ data: Data) -> String {
+    data.base64EncodedString().replacingOccurrences(of: "+", with: "-").replacingOccurrences(of: "/", with: "_")
+        .replacingOccurrences(of: "=", with: "")
+}
+
+extension Data {
+    init?(base64URL text: String) {
+        let plain = text.replacingOccurrences(of: "-", with: "+").replacingOccurrences(of: "_", with: "/")
+        self.init(base64Encoded: plain + String(repeating: "=", count: (4 - plain.count % 4) % 4))
+    }
+}

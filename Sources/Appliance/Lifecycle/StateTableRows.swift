@@ -1,0 +1,120 @@
+/// The cells of the state table. A cell that is not named answers with the state's own sentence: what is going on, what to do.
+extension StateTable {
+    static func cell(_ state: ServerState, _ trigger: Trigger) -> StateOutcome {
+        if let named = named[state]?[trigger] { return named }
+        // What happens outside is never refused: it may simply come too late to mean anything.
+        return trigger.isOperation ? .refused(sentence(state, trigger)) : .stays
+    }
+
+    private static let named: [ServerState: [Trigger: StateOutcome]] = [
+        .agentInstalling: [
+            .renewEnrolment: .stays, .unregister: .removes, .agentConnected: .to(.initialized), .agentUnfit: .to(.abnormal),
+        ],
+        .initialized: [
+            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .failover: .toWithPoint(.failoverInProgress),
+            .unregister: .removes, .agentUnfit: .to(.abnormal),
+        ],
+        .abnormal: [
+            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .failover: .toWithPoint(.failoverInProgress),
+            .unregister: .removes, .agentConnected: .to(.initialized),
+        ],
+        .enableReplicating: [
+            .stopReplication: .to(.initialized), .failover: .toWithPoint(.failoverInProgress),
+            .fullSyncStarted: .to(.initialFullSync), .pointsFollow: .to(.replicating), .linkLost: .to(.replicationInterrupted),
+            .agentUnfit: .to(.abnormal),
+        ],
+        .initialFullSync: [
+            .stopReplication: .to(.initialized), .failover: .toWithPoint(.failoverInProgress),
+            .pointsFollow: .to(.replicating), .linkLost: .to(.replicationInterrupted), .agentUnfit: .to(.abnormal),
+        ],
+        .replicating: [
+            .stopReplication: .to(.initialized), .drill: .toWithPoint(.testFailoverInProgress),
+            .failover: .toWithPoint(.failoverInProgress), .fullSyncStarted: .to(.initialFullSync),
+            .linkLost: .to(.replicationInterrupted), .agentUnfit: .to(.abnormal),
+        ],
+        .replicationInterrupted: [
+            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .stopReplication: .to(.initialized),
+            .failover: .toWithPoint(.failoverInProgress), .unregister: .removes, .fullSyncStarted: .to(.initialFullSync),
+            .pointsFollow: .to(.replicating), .agentUnfit: .to(.abnormal),
+        ],
+
+        .testFailoverInProgress: [
+            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
+            .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
+            .drillReady: .to(.testFailoverReady), .drillFailed: .stays,
+        ],
+        .testFailoverReady: [
+            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
+            .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
+        ],
+        .clearTestFailoverEnvironment: [
+            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
+            .clearDrill: .stays, .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
+            .drillCleared: .endsDrill,
+        ],
+
+        .failoverInProgress: [
+            .changeRecoveryPoint: .to(.failoverInProgress), .failoverReady: .to(.failedOver),
+            .failoverFailed: .to(.replicationInterrupted),
+        ],
+        .failedOver: [
+            .changeRecoveryPoint: .to(.failoverInProgress), .commitFailover: .to(.failoverCommitted),
+        ],
+        .failoverCommitted: [
+            .unregister: .removes
+        ],
+    ]
+
+    /// Why an operation is not permitted in a state, and what to do instead.
+    private static func sentence(_ state: ServerState, _ trigger: Trigger) -> String {
+        switch (state.phase, trigger) {
+        case (.drill, .drill):
+            return "A drill of this server exists already: clear it first (afterimage drill clear)."
+        case (.drill, .unregister):
+            return "A drill of this server exists: clear it first (afterimage drill clear)."
+        case (.setUp, .clearDrill), (.forward, .clearDrill), (.failover, .clearDrill), (.reverse, .clearDrill), (.failback, .clearDrill):
+            return "There is no drill of this server to clear."
+        case (.setUp, .stopReplication), (.failover, .stopReplication), (.failback, .stopReplication):
+            return "Replication of this server is not running."
+        case (.reverse, .stopReplication):
+            return "Reverse replication is ended by the Failback, not by stopping it."
+        case (.setUp, .changeRecoveryPoint), (.forward, .changeRecoveryPoint), (.setUp, .commitFailover), (.forward, .commitFailover):
+            return "This server is not failed over: start a failover first (afterimage failover start)."
+        case (.setUp, .drill):
+            return "A drill needs replication to be running: start it first (afterimage replication start)."
+        case (.forward, .drill):
+            return "A drill is started only in Replicating; this server is in \(state.rawValue)."
+        case (.forward, .startReplication):
+            return "Replication of this server is running already."
+        case (.forward, .unregister):
+            return "Stop replication first (afterimage replication stop)."
+        case (_, .renewEnrolment):
+            return "The agent of this server is enrolled and in use."
+        case (.failover, .commitFailover) where state == .failoverInProgress:
+            return "The failover has not succeeded: wait for it, or change the recovery point (afterimage failover change-recovery-point)."
+        case (.failover, .failover):
+            switch state {
+            case .failoverInProgress:
+                return "A failover of this server is in progress. If its machine did not pass the boot check, choose another point (afterimage failover change-recovery-point)."
+            case .failedOver:
+                return "This server is failed over already: change the recovery point (afterimage failover change-recovery-point) or commit (afterimage failover commit)."
+            default:
+                return "The failover of this server is committed."
+            }
+        case (.failover, .unregister):
+            return "This server is failed over: commit the failover first (afterimage failover commit)."
+        case (.failover, .changeRecoveryPoint), (.failover, .commitFailover):
+            return "The failover of this server is committed: its recovery point can no longer be changed."
+        case (.failover, .startReplication), (.failover, .drill):
+            return "This server is failed over (\(state.rawValue)): its source is fenced."
+        case (.reverse, _), (.failback, _):
+            return "Not while this server is in \(state.rawValue)."
+        case (.setUp, .startReplication):
+            return "The agent has not connected yet: run the enrolment command on the server (afterimage server enrol shows a new one)."
+        case (.setUp, .failover):
+            return noRecoveryPoint
+        default:
+            return "Not possible in \(state.rawValue)."
+        }
+    }
+}

@@ -1,0 +1,141 @@
+import BlockTap
+import Foundation
+import Replica
+
+/// A server as the API shows it: the catalogue's record, what its agent last said, and the answer to "am I protected?".
+public struct ServerView: Sendable, Codable {
+    public var id: String
+    public var name: String
+    public var sitePair: String
+    public var state: ServerState
+    public var stateSince: Date
+    public var reason: String?
+    public var drill: ServerState?
+    public var drillReason: String?
+    public var agentConnected: Bool
+    public var hostName: String?
+    public var agentVersion: String?
+    public var lastSeen: Date?
+    public var disks: [DiskReport]
+    public var settings: ReplicationSettings?
+    public var agent: AgentStatus?
+    public var recoveryPointCount: Int
+    public var lastRecoveryPoint: RecoveryPointID?
+    /// Cut time of the newest recovery point.
+    public var lastRecoveryPointTime: Date?
+    /// Its age now; nil when there is none.
+    public var rpoSeconds: Double?
+    /// Bytes that differ from the replica's last acknowledged state.
+    public var behindBytes: UInt64?
+    /// The initial full sync's rest, seconds.
+    public var secondsLeft: Double?
+    public var storedBytes: UInt64?
+    public var generation: UInt64?
+    public var instances: [InstanceView]
+    /// What to do next, in words.
+    public var next: String
+}
+
+public struct InstanceView: Sendable, Codable {
+    public var id: String
+    public var kind: InstanceKind
+    public var step: InstanceStep
+    public var recoveryPoint: RecoveryPointID?
+    public var recoveryPointTime: Date?
+    public var machine: MachineSettings
+    public var generation: UInt64?
+    public var accelerator: String?
+    public var pid: Int32?
+    public var accepted: Date
+    public var ready: Date?
+    public var rtoSeconds: Double?
+    public var bootLine: String?
+    public var reason: String?
+    public var consolePath: String
+    /// For `qemu-img` and friends while the machine is stopped.
+    public var nbdSocketPath: String
+    public var qmpSocketPath: String
+}
+
+public struct StatusView: Sendable, Codable {
+    public var version: String
+    public var time: Date
+    public var sitePairs: Int
+    public var storeDirectory: String
+    /// Every server has a recovery point and follows its disks.
+    public var protected: Bool
+    public var servers: [ServerView]
+}
+
+public struct TaskView: Sendable, Codable {
+    public struct Line: Sendable, Codable {
+        public var time: Date
+        public var line: String
+    }
+    public var id: Int64
+    public var server: String?
+    public var operation: Trigger
+    public var status: TaskStatus
+    public var progress: TaskProgress?
+    public var result: TaskResult?
+    public var error: String?
+    public var who: String
+    public var created: Date
+    public var finished: Date?
+    /// Only when one task is asked for.
+    public var log: [Line]?
+
+    init(_ record: TaskRecord, log: [TaskLogRecord]? = nil) {
+        id = record.id ?? 0
+        server = record.serverName
+        operation = record.operation
+        status = record.status
+        progress = record.progress
+        result = record.result
+        error = record.error
+        who = record.who
+        created = record.created
+        finished = record.finished
+        self.log = log?.map { Line(time: $0.time, line: $0.line) }
+    }
+}
+
+public struct Health: Sendable, Codable {
+    public var status: String
+    public var version: String
+}
+
+extension ServerRecord {
+    /// What an operator would do next.
+    func next(agentConnected: Bool, pointCount: Int, drill: InstanceRecord?) -> String {
+        let drillWords: String? =
+            switch self.drill {
+            case .testFailoverReady: "; the drill is ready: look at it, then afterimage drill clear \(name)"
+            case .testFailoverInProgress where drillReason != nil: "; the drill failed: afterimage drill clear \(name)"
+            default: nil
+            }
+        return mainNext(agentConnected: agentConnected, pointCount: pointCount) + (drillWords ?? "")
+    }
+
+    private func mainNext(agentConnected: Bool, pointCount: Int) -> String {
+        switch state {
+        case .agentInstalling:
+            if let expires = enrolmentExpires, expires > Date() { return "run the enrolment command on the server" }
+            return certificateSerial == nil
+                ? "its token has expired: afterimage server enrol \(name)" : "start the agent on the server (afterimage agent run)"
+        case .initialized:
+            return pointCount > 0 ? "not followed now: afterimage replication start \(name)" : "afterimage replication start \(name)"
+        case .abnormal: return "look at the reason, then afterimage replication start \(name)"
+        case .enableReplicating, .initialFullSync: return "wait for the first recovery point"
+        case .replicating: return "nothing; try a drill now and then: afterimage drill start \(name)"
+        case .replicationInterrupted:
+            let restart = settings?.automaticRestart == true ? "goes on by itself when the agent is back" : "afterimage replication start \(name)"
+            return pointCount > 0 ? "\(restart); if the server is lost: afterimage failover start \(name)" : restart
+        case .failoverInProgress:
+            return reason == nil ? "wait for the machine to boot" : "choose another point: afterimage failover change-recovery-point \(name) --point ID"
+        case .failedOver: return "check the machine, then afterimage failover commit \(name) (or change-recovery-point)"
+        case .failoverCommitted: return "nothing: the machine runs here now"
+        default: return "wait"
+        }
+    }
+}

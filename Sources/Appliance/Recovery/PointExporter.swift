@@ -1,0 +1,48 @@
+import Foundation
+import Replica
+
+/// Recovery points served read-only over NBD until they are unexported.
+actor PointExporter {
+    private let store: ReplicaStore
+    private let runtimeDirectory: String
+    private var serving: [String: ServedDisks] = [:]
+
+    init(store: ReplicaStore, runtimeDirectory: String) {
+        self.store = store
+        self.runtimeDirectory = runtimeDirectory
+    }
+
+    /// Serves, or goes on serving, the record's point.
+    func begin(_ record: PointExportRecord, serverName: String) async throws -> PointExport {
+        if serving[record.id] == nil {
+            let group = GroupID(record.server)
+            let names = store.group(group)?.volumes.map(\.name) ?? []
+            let path = socketPath(record.id)
+            let disks = try await blocking { [store] in
+                try ServedDisks.point(group, record.point, names: names, store: store, socketPath: path)
+            }
+            if serving[record.id] == nil { serving[record.id] = disks } else { await disks.stop() }
+        }
+        return view(record, serverName: serverName)
+    }
+
+    func end(_ id: String) async throws {
+        await serving.removeValue(forKey: id)?.stop()
+    }
+
+    func stop() async {
+        let all = serving
+        serving.removeAll()
+        for disks in all.values { await disks.stop() }
+    }
+
+    func view(_ record: PointExportRecord, serverName: String) -> PointExport {
+        let path = socketPath(record.id)
+        let names = store.group(GroupID(record.server))?.volumes.map(\.name) ?? []
+        return PointExport(
+            server: serverName, recoveryPoint: record.point, socketPath: path,
+            uris: names.map { "nbd+unix:///\($0)?socket=\(path)" }, created: record.created)
+    }
+
+    private func socketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id).sock" }
+}

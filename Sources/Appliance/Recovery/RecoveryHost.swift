@@ -1,0 +1,223 @@
+import BlockTap
+import Foundation
+import Logging
+import NIOCore
+import Replica
+
+/// The recovery instances of this appliance: for each a fork, a block server and a QEMU.
+///
+/// QEMU lives in its own session and survives the appliance; its disks are served again on the same socket at the next start, and
+/// until then its requests wait (`reconnect-delay`). Every call may be repeated after a crash at any point in it.
+actor RecoveryHost {
+    struct Started: Sendable {
+        var pid: pid_t
+        /// nil when a running machine was taken over.
+        var accelerator: Accelerator?
+    }
+
+    private struct Machine {
+        var disks: ServedDisks
+        var process: QEMUProcess
+        var qmp: QMPClient
+        var watch: Task<Void, Never>
+    }
+
+    private let store: ReplicaStore
+    private let qemu: QEMUConfiguration
+    private let runtimeDirectory: String
+    private let instancesDirectory: String
+    private let logger: Logger
+    private var machines: [String: Machine] = [:]
+    private var onEnded: @Sendable (_ instance: String, _ why: String) async -> Void = { _, _ in }
+
+    init(store: ReplicaStore, qemu: QEMUConfiguration, runtimeDirectory: String, stateDirectory: String, logger: Logger) {
+        self.store = store
+        self.qemu = qemu
+        self.runtimeDirectory = runtimeDirectory
+        instancesDirectory = stateDirectory + "/instances"
+        self.logger = logger
+    }
+
+    func setOnEnded(_ body: @escaping @Sendable (_ instance: String, _ why: String) async -> Void) { onEnded = body }
+
+    nonisolated func consolePath(_ id: String) -> String { "\(instancesDirectory)/\(id)/console.log" }
+    nonisolated func nbdSocketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id)/nbd.sock" }
+    nonisolated func qmpSocketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id)/qmp.sock" }
+    private nonisolated func qemuLogPath(_ id: String) -> String { "\(instancesDirectory)/\(id)/qemu.log" }
+    private nonisolated func machineName(_ id: String) -> String { "afterimage-\(id)" }
+
+    /// Throws when this host cannot start machines at all.
+    nonisolated func checkQEMU() async throws { _ = try await QEMUVersion.of(qemu.executable) }
+
+    /// Brings fork, disks and QEMU of an instance to life, taking over what is there. With `mayStart` false a missing QEMU is an error.
+    func attach(_ instance: InstanceRecord, mayStart: Bool, log: @Sendable (String) async -> Void) async throws -> Started {
+        if let machine = machines[instance.id], machine.process.isAlive { return Started(pid: machine.process.pid) }
+        let id = instance.id
+        let running = QEMUProcess.find(name: machineName(id))
+        if running == nil && !mayStart { throw ApplianceError.failed("the machine is no longer running") }
+        guard let point = instance.point else { throw ApplianceError.failed("machine \(id) has no recovery point") }
+
+        for directory in ["\(runtimeDirectory)/\(id)", "\(instancesDirectory)/\(id)"] {
+            try FileManager.default.createDirectory(atPath: directory, withIntermediateDirectories: true, attributes: [.posixPermissions: 0o700])
+        }
+        let socketPath = nbdSocketPath(id)
+        let disks = try await blocking { [store] in
+            if !store.forks().contains(where: { $0.id == instance.forkID }) {
+                try store.fork(instance.forkID, of: GroupID(instance.server), at: point, purpose: instance.kind.rawValue)
+            }
+            return try ServedDisks.fork(instance.forkID, names: instance.volumes, store: store, socketPath: socketPath)
+        }
+        do {
+            let process: QEMUProcess
+            var accelerator: Accelerator?
+            if let running {
+                process = running
+                await log("the machine runs already (pid \(running.pid)): taken over")
+            } else {
+                (process, accelerator) = try await startQEMU(instance, log: log)
+            }
+            let qmp = try await control(process, id: id)
+            machines[id] = Machine(disks: disks, process: process, qmp: qmp, watch: watch(id, process, qmp))
+            return Started(pid: process.pid, accelerator: accelerator)
+        } catch {
+            // No machine without somebody in charge of it.
+            await QEMUProcess.find(name: machineName(id))?.terminate()
+            await disks.stop()
+            throw error
+        }
+    }
+
+    private func startQEMU(_ instance: InstanceRecord, log: @Sendable (String) async -> Void) async throws -> (QEMUProcess, Accelerator) {
+        let version = try await QEMUVersion.of(qemu.executable)
+        let accelerator: Accelerator = qemu.accelerator == .kvm ? .kvm : .tcg
+        switch qemu.accelerator {
+        case .kvm: await log("\(version) with KVM")
+        case .tcg: await log("\(version) without KVM (TCG): slower than the hardware")
+        case .auto:
+            let why = access("/dev/kvm", R_OK | W_OK) == 0
+                ? "/dev/kvm is there, but that does not prove that guests run under it; where they do, use --accel kvm" : "there is no usable /dev/kvm"
+            await log("\(version) without KVM (TCG): \(why)")
+        }
+        if let warning = version.warning(accelerator) { await log(warning) }
+        let id = instance.id
+        let command = QEMUCommand(
+            name: machineName(id), machine: instance.settings, accelerator: accelerator, dataDirectories: qemu.dataDirectories,
+            nbdSocketPath: nbdSocketPath(id), exports: instance.volumes, qmpSocketPath: qmpSocketPath(id), consolePath: consolePath(id))
+        unlink(qmpSocketPath(id))
+        unlink(consolePath(id))
+        let process = try QEMUProcess.spawn(executable: qemu.executable, arguments: command.arguments, logPath: qemuLogPath(id))
+        await log("QEMU started (pid \(process.pid)): \(instance.settings.cpus) CPUs, \(instance.settings.memoryMiB) MiB, network \(instance.settings.network.rawValue)")
+        return (process, accelerator)
+    }
+
+    /// QMP, as soon as QEMU listens; QEMU's own words when it ends before that.
+    private func control(_ process: QEMUProcess, id: String) async throws -> QMPClient {
+        let deadline = ContinuousClock.now + .seconds(20)
+        while true {
+            do { return try await QMPClient.connect(path: qmpSocketPath(id)) } catch {
+                guard process.isAlive else { throw ApplianceError.failed("QEMU ended at once: \(tail(qemuLogPath(id)))") }
+                if ContinuousClock.now > deadline { throw error }
+            }
+            try await Task.sleep(for: .milliseconds(20))
+        }
+    }
+
+    /// Waits until the boot check passes; the line that passed it. Throws with the console's last lines when it does not.
+    func bootCheck(_ instance: InstanceRecord) async throws -> String? {
+        guard let machine = machines[instance.id] else { throw ApplianceError.failed("machine \(instance.id) is not running") }
+        let limit = Duration.seconds(instance.settings.bootSecondsMax)
+        let deadline = ContinuousClock.now + limit
+        guard case .serial(let pattern) = instance.settings.bootCheck else {
+            let state = try await machine.qmp.runState()
+            guard state == "running" else { throw ApplianceError.failed("QEMU is up, but the machine is \(state)") }
+            return nil
+        }
+        var follower = try SerialFollower(path: consolePath(instance.id), pattern: pattern)
+        while true {
+            let alive = machine.process.isAlive
+            if let line = try follower.poll() { return line }
+            let tail = follower.tail.isEmpty ? "the console is silent" : "the console's last lines:\n" + follower.tail.joined(separator: "\n")
+            guard alive else { throw ApplianceError.failed("the boot check did not pass: the machine ended; \(tail)") }
+            guard ContinuousClock.now < deadline else {
+                throw ApplianceError.failed("the boot check did not pass: no console line matched /\(pattern)/ within \(instance.settings.bootSecondsMax) s; \(tail)")
+            }
+            try await Task.sleep(for: .milliseconds(25))
+        }
+    }
+
+    private func watch(_ id: String, _ process: QEMUProcess, _ qmp: QMPClient) -> Task<Void, Never> {
+        Task { [logger] in
+            var last = "QEMU ended"
+            for await event in qmp.events {
+                logger.info("machine \(id): \(event.name)")
+                if event.name == "SHUTDOWN" { last = "the machine was shut down (\(event.data?["reason"]?.string ?? "no reason given"))" }
+                if event.name == "GUEST_PANICKED" { last = "the machine's kernel panicked" }
+            }
+            // The control socket closes when QEMU goes; it takes its process a moment more.
+            if Task.isCancelled { return }
+            guard await process.waitForEnd(seconds: 10) else {
+                logger.error("machine \(id) lives, but closed its control socket")
+                return
+            }
+            await self.ended(id, last)
+        }
+    }
+
+    private func ended(_ id: String, _ why: String) async {
+        guard let machine = machines.removeValue(forKey: id) else { return }
+        await machine.disks.stop()
+        await onEnded(id, why)
+    }
+
+    /// Ends QEMU, the block server, the fork and the instance's files.
+    func takeDown(_ instance: InstanceRecord) async throws {
+        let id = instance.id
+        if let machine = machines.removeValue(forKey: id) {
+            machine.watch.cancel()
+            _ = try? await machine.qmp.execute("quit", timeout: .seconds(2))
+            await machine.qmp.close()
+            if !(await machine.process.waitForEnd(seconds: 2)) { await machine.process.terminate() }
+            await machine.disks.stop()
+        }
+        await QEMUProcess.find(name: machineName(id))?.terminate()
+        try await blocking { [store] in
+            if store.forks().contains(where: { $0.id == instance.forkID }) { try store.dropFork(instance.forkID) }
+        }
+        for directory in ["\(runtimeDirectory)/\(id)", "\(instancesDirectory)/\(id)"] {
+            try? FileManager.default.removeItem(atPath: directory)
+        }
+    }
+
+    /// Lets go of all machines; their QEMUs go on and wait for their disks.
+    func detachAll() async {
+        let all = machines
+        machines.removeAll()
+        for machine in all.values {
+            machine.watch.cancel()
+            await machine.qmp.close()
+            await machine.disks.stop()
+        }
+    }
+
+    /// After a crash: what belongs to no instance any more goes. Only names of this appliance's own state directory are touched.
+    func sweep(known: Set<String>) async throws {
+        let left = (try? FileManager.default.contentsOfDirectory(atPath: instancesDirectory)) ?? []
+        for id in left where !known.contains(id) {
+            logger.warning("cleaning up machine \(id), which the catalogue does not know")
+            await QEMUProcess.find(name: machineName(id))?.terminate()
+            for directory in ["\(runtimeDirectory)/\(id)", "\(instancesDirectory)/\(id)"] {
+                try? FileManager.default.removeItem(atPath: directory)
+            }
+        }
+        let forks = store.forks().filter { !known.contains($0.id.rawValue) }
+        for fork in forks {
+            logger.warning("dropping fork \(fork.id), which the catalogue does not know")
+            try await blocking { [store] in try store.dropFork(fork.id) }
+        }
+    }
+
+    private func tail(_ path: String) -> String {
+        guard let data = FileManager.default.contents(atPath: path) else { return "no output" }
+        return String(decoding: data.suffix(2000), as: UTF8.self).trimmingCharacters(in: .whitespacesAndNewlines)
+    }
+}

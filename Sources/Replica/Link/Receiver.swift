@@ -1,0 +1,307 @@
+import BlockTap
+import CLZ4
+import CXXHash
+import Logging
+import NIOCore
+
+/// The appliance's end of one data stream: from frames to the store's epochs. Confined to the connection's event loop.
+///
+/// Rules
+/// - A block is appended only after it matched its checksum.
+/// - ACK is sent from the store's seal callback and from nowhere else.
+/// - An epoch is sealed only after the one before it was: were both handed to a store that fails the first (full) and then
+///   takes the second, the replica would miss the first one's blocks. So a SEAL that comes early waits in `waitingSeal`; the
+///   sender, which never has more than two unacknowledged epochs, sends no other before the ACK.
+/// - Credits: what was received minus what the store wrote stays below the window. An epoch that ends returns what it
+///   still held.
+final class Receiver {
+    static let windowBytes: UInt64 = 64 * 1024 * 1024
+
+    /// An epoch's part in the credits. Apart from `OpenEpoch` so that the writer's callback does not keep the writer alive.
+    private final class Account {
+        var dataBytes: UInt64 = 0
+        /// Of `dataBytes`, what has been given back as credit.
+        var creditedBytes: UInt64 = 0
+    }
+
+    /// An epoch being received or sealed.
+    private final class OpenEpoch {
+        let cut: Cut
+        let writer: EpochWriter
+        let account = Account()
+        var zeroBytes: UInt64 = 0
+        var digest: UInt64 = 0
+        init(cut: Cut, writer: EpochWriter) {
+            self.cut = cut
+            self.writer = writer
+        }
+    }
+
+    private let store: ReplicaStore
+    private let hello: DataHello
+    private let handler: FrameHandler
+    private let logger: Logger
+    private var current: OpenEpoch?
+    private var sealing: OpenEpoch?
+    private var waitingSeal: (epoch: OpenEpoch, consistency: Consistency)?
+    private var lastEpoch: EpochNumber = .none
+    private var receivedBytes: UInt64 = 0
+    private var creditedBytes: UInt64 = 0
+    private var announcedCreditBytes: UInt64 = 0
+    private var isEnded = false
+    private var idlePromise: EventLoopPromise<Void>?
+    private var unpacked = UnsafeMutableRawBufferPointer(start: nil, count: 0)
+
+    init(store: ReplicaStore, hello: DataHello, handler: FrameHandler, logger: Logger) {
+        self.store = store
+        self.hello = hello
+        self.handler = handler
+        self.logger = logger
+    }
+
+    deinit { if unpacked.baseAddress != nil { unpacked.deallocate() } }
+
+    var isWorking: Bool { sealing != nil }
+
+    /// Stops taking frames and gives up the unfinished epoch; the future succeeds once no seal is under way any more, so that
+    /// what the store says of the group then is final.
+    func end(on eventLoop: any EventLoop) -> EventLoopFuture<Void> {
+        isEnded = true
+        if let current { current.writer.abandon() }
+        current = nil
+        if let waitingSeal { waitingSeal.epoch.writer.abandon() }
+        waitingSeal = nil
+        guard sealing != nil else { return eventLoop.makeSucceededVoidFuture() }
+        let promise = idlePromise ?? eventLoop.makePromise()
+        idlePromise = promise
+        return promise.futureResult
+    }
+
+    func received(_ frame: FrameView) throws(FrameError) {
+        guard !isEnded else { return }
+        var reader = MetaReader(frame)
+        switch frame.header.type {
+        case .epochBegin: try begin(EpochBeginMeta(&reader).cut)
+        case .extents: try extents(frame, &reader)
+        case .zero: try zero(frame, &reader)
+        case .epochSeal: try seal(EpochSealMeta(&reader))
+        case .epochAbandon: try abandon(EpochNumber(NumberMeta(&reader).value))
+        case .alive: break
+        default: throw .unexpected(frame.header.type, "not part of a data stream from an agent")
+        }
+    }
+
+    // MARK: One epoch
+
+    private func begin(_ cut: Cut) throws(FrameError) {
+        guard current == nil, waitingSeal == nil else { throw .unexpected(.epochBegin, "\(current?.cut.epoch.description ?? "an epoch") has not ended") }
+        guard cut.epoch > lastEpoch else { throw .unexpected(.epochBegin, "\(cut.epoch) after \(lastEpoch)") }
+        lastEpoch = cut.epoch
+        do throws(StoreError) {
+            let writer = try store.beginEpoch(hello.group, generation: hello.generation, cut: cut, instance: hello.instance)
+            let epoch = OpenEpoch(cut: cut, writer: writer)
+            let bound = NIOLoopBound((self, epoch.account), eventLoop: handler.eventLoop)
+            writer.onWritten = { count in
+                bound.eventLoop.execute {
+                    let (receiver, account) = bound.value
+                    receiver.written(UInt64(count), of: account)
+                }
+            }
+            current = epoch
+        } catch {
+            failed(error, cut.epoch)
+        }
+    }
+
+    private func open(_ epoch: EpochNumber, _ type: FrameType) throws(FrameError) -> OpenEpoch {
+        guard let current, current.cut.epoch == epoch else { throw .unexpected(type, "\(epoch) is not open") }
+        return current
+    }
+
+    private func extents(_ frame: FrameView, _ reader: inout MetaReader) throws(FrameError) {
+        let front = try ExtentsFront(&reader)
+        let epoch = try open(front.epoch, .extents)
+        receivedBytes &+= UInt64(front.plainBytes)
+        guard receivedBytes &- creditedBytes <= Self.windowBytes else { throw reader.malformed("it exceeds the credits granted") }
+        let plain = try unpack(frame, front, reader)
+        // The tables' place in the meta part is a multiple of 8 bytes, and the meta part is aligned to 16.
+        let sums = UnsafeRawBufferPointer(rebasing: frame.meta[(ExtentsFront.bytes + front.extentCount * WireExtent.bytes)...])
+            .bindMemory(to: UInt64.self)
+        var offset = 0
+        var block = 0
+        for _ in 0..<front.extentCount {
+            let extent = try reader.extent()
+            let length = Int(extent.length)
+            try check(extent, lengthBytes: UInt64(length), reader)
+            let blocks = (length + blockBytes - 1) / blockBytes
+            guard length <= plain.count - offset, blocks <= sums.count - block else { throw reader.malformed("its tables do not fit") }
+            let bytes = UnsafeRawBufferPointer(rebasing: plain[offset..<(offset + length)])
+            let checksums = UnsafeBufferPointer(rebasing: sums[block..<(block + blocks)])
+            try verify(bytes, checksums, extent)
+            do throws(StoreError) {
+                try epoch.writer.append(
+                    volume: Int(extent.volume), offsetBytes: extent.offsetBytes, bytes: bytes, checksums: checksums)
+            } catch {
+                return failed(error, epoch.cut.epoch)
+            }
+            offset += length
+            block += blocks
+        }
+        guard offset == plain.count, block == sums.count else { throw reader.malformed("its tables do not fit") }
+        epoch.account.dataBytes &+= UInt64(plain.count)
+        epoch.digest = XXH3_64bits_withSeed(frame.meta.baseAddress, frame.meta.count, epoch.digest)
+    }
+
+    private func unpack(_ frame: FrameView, _ front: ExtentsFront, _ reader: MetaReader) throws(FrameError) -> UnsafeRawBufferPointer {
+        switch front.encoding {
+        case .plain:
+            guard frame.payload.count == front.plainBytes else { throw reader.malformed("its payload does not fit") }
+            return frame.payload
+        case .lz4:
+            if unpacked.count < front.plainBytes {
+                if unpacked.baseAddress != nil { unpacked.deallocate() }
+                unpacked = .allocate(byteCount: front.plainBytes, alignment: 4096)
+            }
+            let count = LZ4_decompress_safe(
+                frame.payload.baseAddress?.assumingMemoryBound(to: CChar.self),
+                unpacked.baseAddress?.assumingMemoryBound(to: CChar.self),
+                Int32(frame.payload.count), Int32(front.plainBytes))
+            guard count == Int32(front.plainBytes) else { throw reader.malformed("its payload does not unpack") }
+            return UnsafeRawBufferPointer(rebasing: unpacked[..<front.plainBytes])
+        }
+    }
+
+    /// Inside the volume, whole blocks except at its end.
+    private func check(_ extent: WireExtent, lengthBytes: UInt64, _ reader: MetaReader) throws(FrameError) {
+        guard extent.volume < hello.disks.count else { throw reader.malformed("volume \(extent.volume) does not exist") }
+        let size = hello.disks[Int(extent.volume)].geometry.sizeBytes
+        guard extent.offsetBytes % UInt64(blockBytes) == 0, lengthBytes > 0, extent.offsetBytes < size,
+            lengthBytes <= size - extent.offsetBytes,
+            lengthBytes % UInt64(blockBytes) == 0 || extent.offsetBytes + lengthBytes == size
+        else {
+            throw reader.malformed("bytes \(extent.offsetBytes) + \(lengthBytes) are not blocks of volume \(extent.volume)")
+        }
+    }
+
+    private func verify(
+        _ bytes: UnsafeRawBufferPointer, _ checksums: UnsafeBufferPointer<UInt64>, _ extent: WireExtent
+    ) throws(FrameError) {
+        let first = extent.offsetBytes / UInt64(blockBytes)
+        for index in 0..<checksums.count {
+            let start = index * blockBytes
+            let sum = BlockChecksum.of(
+                bytes.baseAddress! + start, count: min(blockBytes, bytes.count - start), blockIndex: first + UInt64(index))
+            guard sum == UInt64(littleEndian: checksums[index]) else {
+                throw .malformed(.extents, "block \(first + UInt64(index)) of disk \(hello.disks[Int(extent.volume)].name) does not match its checksum")
+            }
+        }
+    }
+
+    private func zero(_ frame: FrameView, _ reader: inout MetaReader) throws(FrameError) {
+        let epoch = try open(EpochNumber(reader.u64()), .zero)
+        while reader.remaining > 0 {
+            let extent = try reader.extent()
+            guard extent.volume < hello.disks.count else { throw reader.malformed("volume \(extent.volume) does not exist") }
+            let size = hello.disks[Int(extent.volume)].geometry.sizeBytes
+            let wanted = UInt64(extent.length) * UInt64(blockBytes)
+            let length = extent.offsetBytes < size ? min(wanted, size - extent.offsetBytes) : 0
+            guard wanted - length < UInt64(blockBytes) else { throw reader.malformed("zeroes past the end of volume \(extent.volume)") }
+            try check(extent, lengthBytes: length, reader)
+            do throws(StoreError) {
+                try epoch.writer.zero(volume: Int(extent.volume), offsetBytes: extent.offsetBytes, lengthBytes: length)
+            } catch {
+                return failed(error, epoch.cut.epoch)
+            }
+            epoch.zeroBytes &+= length
+        }
+        epoch.digest = XXH3_64bits_withSeed(frame.meta.baseAddress, frame.meta.count, epoch.digest)
+    }
+
+    private func abandon(_ number: EpochNumber) throws(FrameError) {
+        let epoch = try open(number, .epochAbandon)
+        epoch.writer.abandon()
+        current = nil
+        returnCredits(of: epoch.account)
+    }
+
+    // MARK: Making it durable
+
+    private func seal(_ meta: EpochSealMeta) throws(FrameError) {
+        let epoch = try open(meta.epoch, .epochSeal)
+        guard meta.dataBytes == epoch.account.dataBytes, meta.zeroBytes == epoch.zeroBytes, meta.digest == epoch.digest else {
+            throw .malformed(.epochSeal, "\(meta.epoch) is not what was sent (\(epoch.account.dataBytes) of \(meta.dataBytes) bytes of data)")
+        }
+        current = nil
+        if sealing == nil {
+            start(epoch, meta.consistency)
+        } else {
+            waitingSeal = (epoch, meta.consistency)
+        }
+    }
+
+    private func start(_ epoch: OpenEpoch, _ consistency: Consistency) {
+        sealing = epoch
+        let bound = NIOLoopBound((self, epoch), eventLoop: handler.eventLoop)
+        epoch.writer.seal(consistency: consistency) { result in
+            bound.eventLoop.execute {
+                let (receiver, epoch) = bound.value
+                receiver.sealed(epoch, result)
+            }
+        }
+    }
+
+    private func sealed(_ epoch: OpenEpoch, _ result: Result<RecoveryPoint?, StoreError>) {
+        sealing = nil
+        returnCredits(of: epoch.account)
+        switch result {
+        case .success:
+            if !isEnded { handler.send(.ack) { NumberMeta(epoch.cut.epoch.rawValue).write(&$0) } }
+            if let (next, consistency) = waitingSeal {
+                waitingSeal = nil
+                start(next, consistency)
+            }
+        case .failure(let error):
+            if !isEnded { failed(error, epoch.cut.epoch) }
+        }
+        if sealing == nil { idlePromise?.succeed() }
+    }
+
+    /// The store does not take this epoch: nothing after it may be taken either.
+    private func failed(_ error: StoreError, _ epoch: EpochNumber) {
+        logger.error("cannot take \(epoch) of group \(hello.group): \(error)")
+        _ = end(on: handler.eventLoop)
+        switch error {
+        case .fenced(_, let current):
+            handler.finish(.fenced, { NumberMeta(current.rawValue).write(&$0) }, reason: "\(error)")
+        case .full:
+            handler.refuse(Refusal(.storeFull, "\(error)"))
+        default:
+            handler.refuse(Refusal(.storeError, "\(error)"))
+        }
+    }
+
+    // MARK: Credits
+
+    private func written(_ count: UInt64, of account: Account) {
+        let count = min(count, account.dataBytes &- account.creditedBytes)
+        account.creditedBytes &+= count
+        grant(count)
+    }
+
+    /// An epoch that has ended holds no memory any more, whether its last bytes were written or thrown away.
+    private func returnCredits(of account: Account) {
+        let held = account.dataBytes &- account.creditedBytes
+        account.creditedBytes = account.dataBytes
+        grant(held)
+    }
+
+    private func grant(_ count: UInt64) {
+        creditedBytes &+= count
+        guard !isEnded else { return }
+        // Small grants are put together, but never so long that a sender could wait for one that is held back here.
+        guard creditedBytes &- announcedCreditBytes >= 1 << 20 || creditedBytes == receivedBytes else { return }
+        guard creditedBytes != announcedCreditBytes else { return }
+        announcedCreditBytes = creditedBytes
+        handler.send(.credit) { NumberMeta(creditedBytes).write(&$0) }
+    }
+}

@@ -1,0 +1,68 @@
+import BlockTap
+import Synchronization
+
+/// What the bitmaps of one source are relative to: which group's replica, and from which epoch on.
+///
+/// A source's bitmaps say what changed since the last *acknowledged* epoch, of whatever group that was. So a replica may go on
+/// with them only if it is that group's, was made under the same instance, and holds at least that epoch; anything
+/// else starts with a full sync. Keep one per source for as long as the source lives and give it to every `Sender` on it.
+public final class ReplicationBase: Sendable {
+    struct Known {
+        var group: GroupID
+        var instance: String
+        /// The replica must hold this epoch or a later one.
+        var floor: EpochNumber
+        /// Until the first exact epoch after it is acknowledged.
+        var isFullSyncing: Bool
+    }
+
+    struct State {
+        var known: Known?
+        /// The newest cut of this source.
+        var lastCut: EpochNumber = .none
+        var sentBytes: UInt64 = 0
+        var lastAcknowledged: EpochNumber = .none
+        var lastRecoveryPointNanoseconds: UInt64 = 0
+    }
+
+    private let state = Mutex(State())
+
+    public init() {}
+
+    func read<T>(_ body: (inout State) -> T) -> T where T: Sendable {
+        state.withLock { body(&$0) }
+    }
+
+    /// Whether the replica that answered HELLO with `position` can be brought up to date from the bitmaps.
+    func canContinue(group: GroupID, instance: String, position: Welcome.Position?) -> Bool {
+        state.withLock { state in
+            guard let known = state.known, let position else { return false }
+            return known.group == group && known.instance == instance && position.instance == instance
+                && position.epoch >= known.floor && position.epoch <= state.lastCut
+        }
+    }
+
+    /// A full sync begins: from now on only epochs cut after this moment count.
+    func beginFullSync(group: GroupID, instance: String) {
+        state.withLock { state in
+            if state.known?.group != group {
+                state.lastAcknowledged = .none
+                state.lastRecoveryPointNanoseconds = 0
+            }
+            state.known = Known(group: group, instance: instance, floor: state.lastCut.next, isFullSyncing: true)
+        }
+    }
+
+    func wasCut(_ cut: Cut) { state.withLock { $0.lastCut = max($0.lastCut, cut.epoch) } }
+
+    func wasAcknowledged(_ cut: Cut) {
+        state.withLock { state in
+            state.known?.floor = cut.epoch
+            state.lastAcknowledged = cut.epoch
+            if cut.kind == .exact {
+                state.known?.isFullSyncing = false
+                state.lastRecoveryPointNanoseconds = cut.timeNanoseconds
+            }
+        }
+    }
+}

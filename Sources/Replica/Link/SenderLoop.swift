@@ -1,0 +1,328 @@
+import BlockTap
+import CXXHash
+import Logging
+import NIOCore
+import NIOPosix
+import Synchronization
+
+/// The Sender's state machine, confined to one event loop. This file: the connection's life. `SenderDrain.swift`: epochs.
+///
+///     stopped → connecting → greeting → streaming
+///        ↑                       ╲ lost / refused ╱
+///        ╰── stop, fenced ── recovering (source.abandonAll) → waiting (back-off) → connecting
+///
+/// Invariants
+/// - Nothing is asked of the source in any state but `streaming`; `recovering` waits for a cut that is under way, then for
+///   `abandonAll`, so that no item of an older connection can appear in a newer one.
+/// - No drain buffer is held across turns of the loop: it is copied into the batch and released at once.
+/// - Plain bytes sent + batched − credited ≤ the receiver's window.
+final class SenderLoop: FrameStream, @unchecked Sendable {
+    enum Link {
+        case stopped
+        case connecting(attempt: Int)
+        case greeting(FrameHandler)
+        case streaming(FrameHandler)
+        case recovering
+        case waiting(Scheduled<Void>)
+    }
+
+    static let fuzzyBytesMax: UInt64 = 256 * 1024 * 1024
+    static let unacknowledgedMax = 2
+
+    let source: any EpochSource
+    let order: ReplicationOrder
+    let base: ReplicationBase
+    let timing: LinkTiming
+    let eventLoop: any EventLoop
+    let logger: Logger
+    private let endpoint: LinkEndpoint
+    let published = Mutex(AgentStatus())
+    let isWakePending = Atomic(false)
+    /// The largest run the source hands out.
+    let drainBytes: Int
+
+    // Connection
+    var link = Link.stopped
+    private var attempt = 0
+    private var retries = 0
+    private var isStopping = false
+    private var isFinal = false
+    private var wasConnected = false
+    private var stopPromises: [EventLoopPromise<Void>] = []
+    private var ticker: RepeatedTask?
+    private var isReadingStatistics = false
+
+    // Figures
+    var phase = ReplicationPhase.idle
+    private var reason: String?
+    /// The phase that the next loss leads to.
+    private var verdict = ReplicationPhase.interrupted
+    private var statistics = SourceStatistics()
+    private var rateSamples: [(time: NIODeadline, bytes: UInt64)] = []
+
+    // The stream (SenderDrain.swift); meaningful while `streaming`.
+    var draining: Cut?
+    var sealed: [Cut] = []
+    var isCutInFlight = false
+    var isCutRequested = false
+    var needsFuzzyCut = false
+    var nextCut: NIODeadline = .now()
+    var cutTimer: Scheduled<Void>?
+    var pumpTimer: Scheduled<Void>?
+    var isPumping = false
+    var isOutOfCredit = false
+    var windowBytes: UInt64 = 0
+    var sentPlainBytes: UInt64 = 0
+    var creditedBytes: UInt64 = 0
+    var batch: ExtentBatch
+    var compression: Compression
+    var throttle: Throttle
+    var epochDataBytes: UInt64 = 0
+    var epochZeroBytes: UInt64 = 0
+    var epochDigest: UInt64 = 0
+    var lastProgress: NIODeadline = .now()
+    var peerReceivedBytes: UInt64 = 0
+    var isPeerWorking = false
+
+    init(
+        source: any EpochSource, endpoint: LinkEndpoint, order: ReplicationOrder, logger: Logger, base: ReplicationBase,
+        timing: LinkTiming, eventLoop: any EventLoop
+    ) {
+        self.source = source
+        self.endpoint = endpoint
+        self.order = order
+        self.base = base
+        self.timing = timing
+        self.eventLoop = eventLoop
+        var logger = logger
+        logger[metadataKey: "group"] = "\(order.group)"
+        self.logger = logger
+        drainBytes = type(of: source).drainBufferBytes
+        precondition(drainBytes > 0 && drainBytes <= FrameLimits.payloadBytesMax, "a drain buffer must fit into a frame")
+        batch = ExtentBatch(allocator: ByteBufferAllocator())
+        compression = Compression(allocator: ByteBufferAllocator())
+        throttle = Throttle(bytesPerSecond: order.throttleBytesPerSecond)
+    }
+
+    // MARK: Start and stop
+
+    func start() {
+        guard case .stopped = link, !isStopping else { return }
+        isFinal = false
+        retries = 0
+        source.setWakeup { [self] in
+            guard !isWakePending.exchange(true, ordering: .acquiringAndReleasing) else { return }
+            eventLoop.execute { [self] in
+                isWakePending.store(false, ordering: .sequentiallyConsistent)
+                pump()
+            }
+        }
+        if ticker == nil {
+            ticker = eventLoop.scheduleRepeatedTask(initialDelay: .zero, delay: .milliseconds(250)) { [self] _ in tick() }
+        }
+        connect()
+    }
+
+    func stop(_ promise: EventLoopPromise<Void>) {
+        stopPromises.append(promise)
+        guard !isStopping else { return }
+        isStopping = true
+        switch link {
+        case .stopped:
+            stopped()
+        case .waiting(let timer):
+            timer.cancel()
+            stopped()
+        case .recovering:
+            break
+        case .connecting:
+            lost("stopped")
+        case .greeting(let handler), .streaming(let handler):
+            handler.close("stopped")
+        }
+    }
+
+    private func stopped() {
+        link = .stopped
+        source.setWakeup(nil)
+        if isStopping {
+            setPhase(phase == .fenced ? .fenced : .idle, phase == .fenced ? reason : nil)
+            ticker?.cancel()
+            ticker = nil
+            isStopping = false
+        }
+        for promise in stopPromises { promise.succeed() }
+        stopPromises = []
+    }
+
+    // MARK: Connecting
+
+    private func connect() {
+        attempt += 1
+        let attempt = attempt
+        link = .connecting(attempt: attempt)
+        if reason == nil { setPhase(.connecting, nil) }
+        LinkConnector.connect(endpoint, stream: self, timing: timing, eventLoop: eventLoop).whenComplete { [self] result in
+            guard case .connecting(attempt) = link else {
+                if case .success(let handler) = result { handler.close("not wanted any more") }
+                return
+            }
+            switch result {
+            case .success(let handler): link = .greeting(handler)
+            case .failure(let error): lost("\(error)")
+            }
+        }
+    }
+
+    func opened(_ handler: FrameHandler) {
+        let hello = DataHello(
+            group: order.group, generation: order.generation, instance: source.instance, disks: source.disks)
+        handler.send(.hello) { $0.putJSON(Hello(data: hello)) }
+    }
+
+    private func welcomed(_ welcome: Welcome, _ handler: FrameHandler) throws(FrameError) {
+        guard welcome.windowBytes >= 4 * UInt64(drainBytes) else {
+            throw .malformed(.welcome, "a window of \(welcome.windowBytes) bytes is too small")
+        }
+        handler.greeted()
+        link = .streaming(handler)
+        wasConnected = true
+        resetStream(windowBytes: welcome.windowBytes)
+        if base.canContinue(group: order.group, instance: source.instance, position: welcome.position) {
+            logger.info("replication goes on from \(welcome.position!.epoch)")
+        } else {
+            logger.info("the replica holds \(welcome.position.map { "\($0.epoch) of another history" } ?? "nothing"): full sync")
+            base.beginFullSync(group: order.group, instance: source.instance)
+            source.beginFullSync()
+        }
+        setPhase(base.read { $0.known!.isFullSyncing } ? .fullSync : .replicating, nil)
+        scheduleCut()
+    }
+
+    // MARK: FrameStream
+
+    var isWorking: Bool { false }
+    func writable() { pump() }
+
+    func received(_ frame: FrameView) throws {
+        var reader = MetaReader(frame)
+        switch (frame.header.type, link) {
+        case (.refused, .greeting(let handler)), (.refused, .streaming(let handler)):
+            let refusal = try frame.json(Refusal.self)
+            // These need a hand; trying again meanwhile does no harm.
+            let needsHand: [Refusal.Code] = [.notAuthorized, .unknownGroup, .volumeMismatch, .version]
+            verdict = needsHand.contains { $0.rawValue == refusal.code } ? .failed : .interrupted
+            handler.close(refusal.reason)
+        case (.fenced, .greeting(let handler)), (.fenced, .streaming(let handler)):
+            let current = Generation(try NumberMeta(&reader).value)
+            isFinal = true
+            verdict = .fenced
+            handler.close("replication ended under \(current); this source has \(order.generation)")
+        case (.welcome, .greeting(let handler)):
+            try welcomed(frame.json(Welcome.self), handler)
+        case (.ack, .streaming):
+            try acknowledged(EpochNumber(NumberMeta(&reader).value))
+            retries = 0
+        case (.credit, .streaming):
+            try credited(NumberMeta(&reader).value)
+        case (.alive, .streaming):
+            let alive = try AliveMeta(&reader)
+            isPeerWorking = alive.isWorking
+            if alive.receivedBytes > peerReceivedBytes {
+                peerReceivedBytes = alive.receivedBytes
+                lastProgress = .now()
+            }
+        default:
+            throw FrameError.unexpected(frame.header.type, "not part of a data stream from the appliance")
+        }
+    }
+
+    func closed(_ reason: String) { lost(reason) }
+
+    // MARK: Loss
+
+    private func lost(_ why: String) {
+        switch link {
+        case .connecting, .greeting, .streaming: break
+        case .stopped, .recovering, .waiting: return
+        }
+        link = .recovering
+        if !isStopping {
+            logger.warning("replication is interrupted: \(why)")
+            setPhase(verdict, why)
+            verdict = .interrupted
+        }
+        resetStream(windowBytes: 0)
+        if !isCutInFlight { recover() }
+    }
+
+    /// Gives everything unacknowledged back to the source. Called once per loss, with no cut under way.
+    func recover() {
+        Task { [self] in
+            await source.abandonAll()
+            eventLoop.execute { [self] in recovered() }
+        }
+    }
+
+    private func recovered() {
+        if isStopping || isFinal || (wasConnected && !order.automaticRestart) { return stopped() }
+        let delay = LinkConnector.backOff(retries: retries, timing)
+        retries += 1
+        link = .waiting(eventLoop.scheduleTask(in: delay) { [self] in connect() })
+    }
+
+    // MARK: Figures
+
+    func setPhase(_ phase: ReplicationPhase, _ reason: String?) {
+        self.phase = phase
+        self.reason = reason
+        publish()
+    }
+
+    private func tick() {
+        if case .streaming(let handler) = link { checkProgress(handler) }
+        rateSamples.append((.now(), base.read { $0.sentBytes }))
+        if rateSamples.count > 12 { rateSamples.removeFirst() }
+        publish()
+        guard !isReadingStatistics else { return }
+        isReadingStatistics = true
+        Task { [self] in
+            let statistics = await source.statistics
+            eventLoop.execute { [self] in
+                isReadingStatistics = false
+                self.statistics = statistics
+                publish()
+            }
+        }
+    }
+
+    /// Data that is on its way must arrive, and what has arrived must become durable.
+    private func checkProgress(_ handler: FrameHandler) {
+        let isInFlight = handler.sentBytes > peerReceivedBytes || !sealed.isEmpty || isOutOfCredit
+        let limit = isPeerWorking ? timing.sealing : timing.silence
+        if !isInFlight {
+            lastProgress = .now()
+        } else if NIODeadline.now() - lastProgress > limit {
+            handler.close("stalled: data has been under way for \(limit.nanoseconds / 1_000_000_000) s without any progress")
+        }
+    }
+
+    private func publish() {
+        var status = AgentStatus()
+        status.phase = phase
+        status.reason = reason
+        status.fullSyncTotalBytes = source.disks.reduce(0) { $0 + $1.geometry.sizeBytes }
+        status.fullSyncDoneBytes = status.fullSyncTotalBytes - min(status.fullSyncTotalBytes, statistics.unsyncedBytes)
+        status.source = statistics
+        base.read { state in
+            status.sentBytes = state.sentBytes
+            status.lastAcknowledgedEpoch = state.lastAcknowledged
+            status.lastRecoveryPointNanoseconds = state.lastRecoveryPointNanoseconds
+        }
+        if let first = rateSamples.first, let last = rateSamples.last, last.time > first.time {
+            status.sentBytesPerSecond = UInt64(
+                Double(last.bytes - first.bytes) * 1e9 / Double((last.time - first.time).nanoseconds))
+        }
+        published.withLock { $0 = status }
+    }
+}

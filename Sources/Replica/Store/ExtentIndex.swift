@@ -1,0 +1,238 @@
+/// Where the blocks of a volume are, merged over its layers: a sorted list of extents that do not overlap, cut into chunks.
+///
+/// A value: copies share chunks, and a change copies only the chunks it touches, so that every opened recovery point keeps its
+/// own index while newer epochs go into theirs. 32 bytes per extent. A block in no extent is zero (or, in the
+/// index of a single layer, not of this layer).
+struct IndexExtent: Equatable {
+    var startBlock: UInt64
+    var blockCount: UInt32
+    /// Which layer of the reader's table has the checksums; `zeroSlot` for a tombstone.
+    var slot: UInt32
+    var segment: UInt32
+    var segmentBlock: UInt32
+    var checksumIndex: UInt32
+    var reserved: UInt32 = 0
+
+    static let zeroSlot = UInt32.max
+    /// The open layer of a fork.
+    static let openSlot = UInt32.max - 1
+
+    var endBlock: UInt64 { startBlock &+ UInt64(blockCount) }
+    var isZero: Bool { slot == Self.zeroSlot }
+
+    /// The part of it in `start..<end`, which it overlaps.
+    func clipped(from start: UInt64, to end: UInt64) -> IndexExtent {
+        var part = self
+        let skipped = start > startBlock ? UInt32(start - startBlock) : 0
+        part.startBlock += UInt64(skipped)
+        part.blockCount = UInt32(min(end, endBlock) - part.startBlock)
+        if !isZero {
+            part.segmentBlock += skipped
+            part.checksumIndex += skipped
+        }
+        return part
+    }
+
+    /// Whether `next` goes on where this ends, on the volume and in the segment.
+    func continues(into next: IndexExtent) -> Bool {
+        guard endBlock == next.startBlock, slot == next.slot, UInt64(blockCount) + UInt64(next.blockCount) <= UInt64(UInt32.max) / 4096 else { return false }
+        return isZero || (segment == next.segment && segmentBlock &+ blockCount == next.segmentBlock && checksumIndex &+ blockCount == next.checksumIndex)
+    }
+}
+
+struct ExtentIndex {
+    static let chunkExtentsMax = 256
+
+    private var chunks: ContiguousArray<ContiguousArray<IndexExtent>> = []
+    /// First block of each chunk: searched without touching the chunks.
+    private var firstBlocks: ContiguousArray<UInt64> = []
+    private(set) var count = 0
+
+    var isEmpty: Bool { count == 0 }
+
+    /// All extents in order.
+    var extents: [IndexExtent] {
+        var all: [IndexExtent] = []
+        all.reserveCapacity(count)
+        for chunk in chunks { all.append(contentsOf: chunk) }
+        return all
+    }
+
+    /// The chunk in which an extent that contains or follows `block` is to be looked for first.
+    @inline(__always)
+    private func chunkIndex(_ block: UInt64) -> Int {
+        var low = 0
+        var high = firstBlocks.count
+        while low < high {
+            let middle = (low &+ high) >> 1
+            if firstBlocks[middle] <= block { low = middle &+ 1 } else { high = middle }
+        }
+        return max(0, low - 1)
+    }
+
+    /// First extent of the chunk whose end is beyond `block`.
+    @inline(__always)
+    private func position(_ block: UInt64, in chunk: Int) -> Int {
+        chunks[chunk].withUnsafeBufferPointer { extents in
+            var low = 0
+            var high = extents.count
+            while low < high {
+                let middle = (low &+ high) >> 1
+                if extents[middle].endBlock <= block { low = middle &+ 1 } else { high = middle }
+            }
+            return low
+        }
+    }
+
+    /// What holds `block`: an extent clipped to begin there and to end at `end` at most, or nil with the block at which the
+    /// gap ends (at most `end`).
+    @inline(__always)
+    func piece(at block: UInt64, end: UInt64) -> (extent: IndexExtent?, endBlock: UInt64) {
+        if chunks.isEmpty { return (nil, end) }
+        var chunk = chunkIndex(block)
+        var index = position(block, in: chunk)
+        if index == chunks[chunk].count {
+            chunk += 1
+            index = 0
+            if chunk == chunks.count { return (nil, end) }
+        }
+        let extent = chunks[chunk][index]
+        if extent.startBlock > block { return (nil, min(end, extent.startBlock)) }
+        let part = extent.clipped(from: block, to: end)
+        return (part, part.endBlock)
+    }
+
+    /// Puts an extent over whatever was there.
+    mutating func apply(_ extent: IndexExtent) {
+        replace(extent.startBlock, extent.endBlock, with: extent)
+    }
+
+    /// Makes the blocks absent.
+    mutating func erase(from start: UInt64, to end: UInt64) {
+        replace(start, end, with: nil)
+    }
+
+    private mutating func replace(_ start: UInt64, _ end: UInt64, with new: IndexExtent?) {
+        precondition(start < end)
+        if chunks.isEmpty {
+            if let new {
+                chunks.append([new])
+                firstBlocks.append(start)
+                count = 1
+            }
+            return
+        }
+        let first = chunkIndex(start)
+        let low = position(start, in: first)
+
+        // Appending in order is how layers are merged first.
+        if low == chunks[first].count, first + 1 == chunks.count || firstBlocks[first + 1] >= end {
+            guard let new else { return }
+            if low > 0, chunks[first][low - 1].continues(into: new) {
+                chunks[first][low - 1].blockCount += new.blockCount
+                return
+            }
+            chunks[first].append(new)
+            count += 1
+            // A full last chunk is left as it is, so that bulk loads fill chunks.
+            if chunks[first].count > Self.chunkExtentsMax {
+                if first + 1 == chunks.count {
+                    let last = chunks[first].removeLast()
+                    chunks.append([last])
+                    firstBlocks.append(last.startBlock)
+                } else { splitChunk(first) }
+            }
+            firstBlocks[first] = chunks[first][0].startBlock
+            return
+        }
+
+        // Whatever of later chunks is covered goes first, so that the rest happens in one chunk.
+        var right: IndexExtent?
+        var next = first + 1
+        while next < chunks.count, firstBlocks[next] < end {
+            let last = chunks[next][chunks[next].count - 1]
+            if last.endBlock <= end {
+                count -= chunks[next].count
+                next += 1
+                continue
+            }
+            var covered = position(end, in: next)
+            let edge = chunks[next][covered]
+            if edge.startBlock < end {
+                right = edge.clipped(from: end, to: edge.endBlock)
+                covered += 1
+            }
+            chunks[next].removeSubrange(0..<covered)
+            count -= covered
+            if chunks[next].isEmpty { next += 1 } else { firstBlocks[next] = chunks[next][0].startBlock }
+            break
+        }
+        if next > first + 1 {
+            chunks.removeSubrange(first + 1..<next)
+            firstBlocks.removeSubrange(first + 1..<next)
+        }
+
+        var high = low
+        var left: IndexExtent?
+        let existing = chunks[first].count
+        while high < existing, chunks[first][high].startBlock < end {
+            let extent = chunks[first][high]
+            if extent.startBlock < start { left = extent.clipped(from: extent.startBlock, to: start) }
+            if extent.endBlock > end { right = extent.clipped(from: end, to: extent.endBlock) }
+            high += 1
+        }
+        if high == low + 1, left == nil, right == nil, let new {
+            chunks[first][low] = new
+        } else {
+            var joined = new
+            if let piece = left, let added = new, piece.continues(into: added) {
+                joined = piece
+                joined!.blockCount += added.blockCount
+                left = nil
+            }
+            if let added = new, left == nil, joined == new, low > 0, chunks[first][low - 1].continues(into: added) {
+                chunks[first][low - 1].blockCount += added.blockCount
+                joined = nil
+            }
+            let replacement = [left, joined, right].compactMap { $0 }
+            chunks[first].replaceSubrange(low..<high, with: replacement)
+            count += replacement.count - (high - low)
+        }
+        if chunks[first].isEmpty {
+            chunks.remove(at: first)
+            firstBlocks.remove(at: first)
+            return
+        }
+        firstBlocks[first] = chunks[first][0].startBlock
+        if chunks[first].count > Self.chunkExtentsMax {
+            splitChunk(first)
+        } else if chunks[first].count < Self.chunkExtentsMax / 8, first + 1 < chunks.count, chunks[first + 1].count < Self.chunkExtentsMax / 2 {
+            let moved = chunks.remove(at: first + 1)
+            firstBlocks.remove(at: first + 1)
+            chunks[first].append(contentsOf: moved)
+        }
+    }
+
+    private mutating func splitChunk(_ index: Int) {
+        let half = chunks[index].count / 2
+        let tail = ContiguousArray(chunks[index][half...])
+        chunks[index].removeSubrange(half...)
+        chunks.insert(tail, at: index + 1)
+        firstBlocks.insert(tail[0].startBlock, at: index + 1)
+    }
+
+    /// For tests: whether the order and the counts hold.
+    var isConsistent: Bool {
+        var end: UInt64 = 0
+        var total = 0
+        for (index, chunk) in chunks.enumerated() {
+            if chunk.isEmpty || chunk[0].startBlock != firstBlocks[index] || chunk.count > Self.chunkExtentsMax { return false }
+            for extent in chunk {
+                if extent.startBlock < end || extent.blockCount == 0 { return false }
+                end = extent.endBlock
+            }
+            total += chunk.count
+        }
+        return total == count && chunks.count == firstBlocks.count
+    }
+}

@@ -1,0 +1,278 @@
+import BlockTap
+import Glibc
+import Logging
+
+/// One volume of a fork, open for writing: the parent's merged index with the fork's own open layer over it.
+///
+/// Blocks are never overwritten in place: a write goes behind the last one in the fork's segment, and the index turns to it
+/// once it is there (`commit`), so that readers of the old place are not disturbed. A flush makes the data and the journal
+/// durable; what was flushed survives the process and the power, what was not is lost from some write on.
+///
+/// One thread at a time; `ForkStore` drives it through a ring, `read`/`write`/`zero`/`flush` do so synchronously.
+public final class ForkVolume: @unchecked Sendable {
+    public let id: ForkID
+    public let name: String
+    public let geometry: BlockGeometry
+    let store: ReplicaStore
+    private(set) var map: BlockMap
+    let open: OpenLayerData
+    let log: FramedLog
+    private let key: String
+    private var pin: UInt64?
+
+    /// Next free block of the segment.
+    private var nextBlock: UInt32 = 1
+    private var reservedBytes: UInt64
+    /// Completed writes that no journal frame holds yet.
+    private var pending: [StoredExtent] = []
+    /// A data write completed since the last sync of the segment began.
+    private var hasUnsyncedData = false
+    /// Set by a failed flush: what is on disk is unknown, so nothing is promised any more.
+    private(set) var failure: StoreError?
+
+    init(store: ReplicaStore, id: ForkID, spec: VolumeSpec, map: BlockMap, log: FramedLog, frames: [FramedLog.Frame], pin: UInt64, key: String) throws(StoreError) {
+        self.store = store
+        self.id = id
+        self.key = key
+        name = spec.name
+        geometry = spec.geometry
+        self.map = map
+        open = map.open!
+        self.log = log
+        self.pin = pin
+        reservedBytes = try open.segment.file.size()
+        try recover(frames)
+    }
+
+    deinit { release() }
+
+    /// Flushes and gives the fork free for the next opener. Nothing may be in flight.
+    public func close() throws(StoreError) {
+        defer { release() }
+        if pin != nil, failure == nil { try flush() }
+    }
+
+    private func release() {
+        guard let pin else { return }
+        self.pin = nil
+        store.shared.withLock { _ = $0.openForks.remove(key) }
+        store.unpin(pin)
+    }
+
+    // MARK: Core, shared with ForkStore
+
+    var blockCount: UInt64 { geometry.blockCount }
+
+    /// A place for the data of a write. Given up when the write fails.
+    func allocate(blocks: Int) throws(StoreError) -> UInt32 {
+        if let failure { throw failure }
+        guard UInt64(nextBlock) + UInt64(blocks) < UInt64(UInt32.max) else { throw .full(what: "fork \(id) has used up its segment") }
+        defer { nextBlock += UInt32(blocks) }
+        open.reserve(Int(nextBlock) + blocks)
+        let end = (UInt64(nextBlock) + UInt64(blocks)) * UInt64(pageBytes)
+        if end > reservedBytes {
+            let step = max(store.options.preallocationBytes, end - reservedBytes)
+            _ = open.segment.file.preallocate(offsetBytes: reservedBytes, lengthBytes: step)
+            reservedBytes += step
+        }
+        return nextBlock
+    }
+
+    /// Notes the checksums of what is being written to `segmentBlock`; before or after the write, before `commit`.
+    func hash(_ bytes: UnsafeRawPointer, startBlock: UInt64, blocks: Int, segmentBlock: UInt32) {
+        for index in 0..<blocks {
+            let block = startBlock + UInt64(index)
+            let length = blockLength(block, sizeBytes: geometry.sizeBytes)
+            open.set(BlockChecksum.of(bytes + index * blockBytes, count: length, blockIndex: block), segmentBlock: Int(segmentBlock) + index)
+        }
+    }
+
+    /// The data is in place: from now on it is what readers get.
+    func commit(startBlock: UInt64, blocks: Int, segmentBlock: UInt32) {
+        put(IndexExtent(startBlock: startBlock, blockCount: UInt32(blocks), slot: IndexExtent.openSlot, segment: open.segment.id, segmentBlock: segmentBlock, checksumIndex: segmentBlock))
+        hasUnsyncedData = true
+        let entry = StoredExtent(
+            startBlock: startBlock, blockCount: UInt32(blocks), segment: open.segment.id, segmentBlock: segmentBlock, checksumIndex: 0,
+            storedBytes: UInt32(blocks * blockBytes), encoding: ExtentEncoding.plain.rawValue)
+        if let last = pending.last, !last.isZero, last.endBlock == startBlock, last.segmentBlock + last.blockCount == segmentBlock, Int(last.blockCount) + blocks < 1 << 16 {
+            pending[pending.count - 1].blockCount += UInt32(blocks)
+            pending[pending.count - 1].storedBytes += UInt32(blocks * blockBytes)
+        } else {
+            pending.append(entry)
+        }
+    }
+
+    /// Whole blocks become zero.
+    func commitZero(startBlock: UInt64, blocks: UInt64) {
+        var block = startBlock
+        while block < startBlock + blocks {
+            let count = UInt32(min(startBlock + blocks - block, 1 << 30))
+            map.index.erase(from: block, to: block + UInt64(count))
+            pending.append(StoredExtent(startBlock: block, blockCount: count, segment: 0, segmentBlock: 0, checksumIndex: 0, storedBytes: 0, encoding: ExtentEncoding.zero.rawValue))
+            block += UInt64(count)
+        }
+    }
+
+    private func put(_ extent: IndexExtent) { map.index.apply(extent) }
+
+    /// Whether a flush has anything to do.
+    var needsFlush: Bool { hasUnsyncedData || !pending.isEmpty }
+    var pendingCount: Int { pending.count }
+
+    /// Begins a flush of everything committed so far: the bytes to write to the journal and where. The caller syncs the segment,
+    /// writes and syncs the journal, then calls `flushEnded`; one flush at a time.
+    func beginFlush() -> (bytes: [UInt8], offset: UInt64) {
+        let offset = log.endBytes
+        var bytes: [UInt8] = []
+        if !pending.isEmpty {
+            let payload = ForkJournal.payload(pending, open)
+            payload.withUnsafeBytes { log.encode(type: ForkJournal.frameType, payload: $0, into: &bytes) }
+            pending.removeAll(keepingCapacity: true)
+        }
+        hasUnsyncedData = false
+        return (bytes, offset)
+    }
+
+    func flushEnded(_ error: StoreError?) {
+        guard let error else { return }
+        if failure == nil {
+            failure = error
+            store.logger.error("a fork cannot be written any more", metadata: ["fork": "\(id)", "volume": "\(name)", "error": "\(error)"])
+        }
+    }
+
+    // MARK: Synchronous
+
+    public func read(offsetBytes: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(StoreError) {
+        try check(offsetBytes, UInt64(buffer.count))
+        try map.read(offsetBytes: offsetBytes, into: buffer)
+    }
+
+    /// Any offset and length; blocks written in part are read, changed and written as new ones.
+    public func write(offsetBytes: UInt64, _ bytes: UnsafeRawBufferPointer) throws(StoreError) {
+        try check(offsetBytes, UInt64(bytes.count))
+        if bytes.count == 0 { return }
+        let bounceBytes = 1 << 20
+        let bounce = UnsafeMutableRawPointer.allocate(byteCount: bounceBytes, alignment: pageBytes)
+        defer { bounce.deallocate() }
+        var done = 0
+        while done < bytes.count {
+            let offset = offsetBytes + UInt64(done)
+            let startBlock = offset / UInt64(blockBytes)
+            let skip = Int(offset % UInt64(blockBytes))
+            let count = min(bounceBytes - skip, bytes.count - done)
+            let blocks = (skip + count + blockBytes - 1) / blockBytes
+            if skip > 0 || (skip + count) % blockBytes > 0 {
+                try readBlock(startBlock, into: bounce)
+                if blocks > 1 { try readBlock(startBlock + UInt64(blocks - 1), into: bounce + (blocks - 1) * blockBytes) }
+            }
+            memcpyBytes(bounce + skip, bytes.baseAddress! + done, count)
+            let place = try allocate(blocks: blocks)
+            try open.segment.file.write(UnsafeRawBufferPointer(start: bounce, count: blocks * blockBytes), at: UInt64(place) * UInt64(blockBytes))
+            hash(bounce, startBlock: startBlock, blocks: blocks, segmentBlock: place)
+            commit(startBlock: startBlock, blocks: blocks, segmentBlock: place)
+            done += count
+        }
+        if pending.count >= store.options.journalEntriesMax { try flush() }
+    }
+
+    public func zero(offsetBytes: UInt64, lengthBytes: UInt64) throws(StoreError) {
+        try check(offsetBytes, lengthBytes)
+        if let failure { throw failure }
+        let unit = UInt64(blockBytes)
+        let end = offsetBytes + lengthBytes
+        let first = (offsetBytes + unit - 1) / unit
+        let last = end == geometry.sizeBytes ? blockCount : end / unit
+        if first >= last { return try writeZeroes(offsetBytes, lengthBytes) }
+        if offsetBytes < first * unit { try writeZeroes(offsetBytes, first * unit - offsetBytes) }
+        commitZero(startBlock: first, blocks: last - first)
+        if end > last * unit { try writeZeroes(last * unit, end - last * unit) }
+    }
+
+    private func writeZeroes(_ offset: UInt64, _ length: UInt64) throws(StoreError) {
+        if length == 0 { return }
+        let zeroes = [UInt8](repeating: 0, count: Int(length))
+        try zeroes.withBytes { bytes throws(StoreError) in try write(offsetBytes: offset, bytes) }
+    }
+
+    /// Everything written so far is durable on return.
+    public func flush() throws(StoreError) {
+        if let failure { throw failure }
+        if !needsFlush { return }
+        let (bytes, offset) = beginFlush()
+        do throws(StoreError) {
+            try open.segment.file.dataSync()
+            if !bytes.isEmpty {
+                try bytes.withBytes { bytes throws(StoreError) in try log.file.write(bytes, at: offset) }
+                try log.file.dataSync()
+                try log.markSynced()
+            }
+        } catch {
+            flushEnded(error)
+            throw error
+        }
+    }
+
+    private func readBlock(_ block: UInt64, into memory: UnsafeMutableRawPointer) throws(StoreError) {
+        memset(memory, 0, blockBytes)
+        if let extent = map.index.piece(at: block, end: block + 1).extent { try map.read(extent, into: memory) }
+    }
+
+    private func check(_ offset: UInt64, _ length: UInt64) throws(StoreError) {
+        guard length <= geometry.sizeBytes, offset <= geometry.sizeBytes - length else {
+            throw .invalid("bytes \(offset)+\(length) are not inside disk \(name) of fork \(id) (\(geometry.sizeBytes) bytes)")
+        }
+    }
+
+    // MARK: Recovery
+
+    private func recover(_ frames: [FramedLog.Frame]) throws(StoreError) {
+        for (number, frame) in frames.enumerated() {
+            guard frame.type == ForkJournal.frameType, let batch = ForkJournal.parse(frame.payload) else {
+                throw .damaged(path: log.file.path, offsetBytes: frame.offsetBytes, what: "a journal frame contradicts itself")
+            }
+            for (index, entry) in batch.entries.enumerated() {
+                if !frame.isSynced, !entry.isZero, try !matches(entry, batch.sums) {
+                    store.logger.notice("cut unflushed writes off a fork", metadata: ["fork": "\(id)", "volume": "\(name)", "writes": "\(batch.entries.count - index)"])
+                    try keep(Array(batch.entries[..<index]), of: frame, later: frames.count - number - 1)
+                    return
+                }
+                replay(entry, batch.sums)
+            }
+        }
+        if frames.last.map({ !$0.isSynced }) ?? false {
+            try open.segment.file.dataSync()
+            try log.file.dataSync()
+            try log.markSynced()
+        }
+    }
+
+    private func replay(_ entry: StoredExtent, _ sums: [UInt64]) {
+        if entry.isZero { return map.index.erase(from: entry.startBlock, to: entry.endBlock) }
+        open.reserve(Int(entry.segmentBlock) + Int(entry.blockCount))
+        for index in 0..<Int(entry.blockCount) { open.set(sums[Int(entry.checksumIndex) + index], segmentBlock: Int(entry.segmentBlock) + index) }
+        put(IndexExtent(startBlock: entry.startBlock, blockCount: entry.blockCount, slot: IndexExtent.openSlot, segment: open.segment.id, segmentBlock: entry.segmentBlock, checksumIndex: entry.segmentBlock))
+        nextBlock = max(nextBlock, entry.segmentBlock + entry.blockCount)
+    }
+
+    private func matches(_ entry: StoredExtent, _ sums: [UInt64]) throws(StoreError) -> Bool {
+        let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: Int(entry.blockCount) * blockBytes, alignment: pageBytes)
+        defer { memory.deallocate() }
+        let count = try open.segment.file.read(into: memory, at: UInt64(entry.segmentBlock) * UInt64(blockBytes))
+        guard count == memory.count else { return false }
+        for index in 0..<Int(entry.blockCount) {
+            let block = entry.startBlock + UInt64(index)
+            let length = blockLength(block, sizeBytes: geometry.sizeBytes)
+            if BlockChecksum.of(memory.baseAddress! + index * blockBytes, count: length, blockIndex: block) != sums[Int(entry.checksumIndex) + index] { return false }
+        }
+        return true
+    }
+
+    /// The journal ends with the first writes of `frame`: that is what it says from now on, durably.
+    private func keep(_ entries: [StoredExtent], of frame: FramedLog.Frame, later: Int) throws(StoreError) {
+        try log.cut(at: frame)
+        pending = entries
+        hasUnsyncedData = true
+        try flush()
+    }
+}

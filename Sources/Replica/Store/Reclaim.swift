@@ -1,0 +1,121 @@
+/// Files that nothing names: at start-up whatever a crash left, later what was dropped. Records go first, files after.
+
+/// Keeps files from being removed while somebody reads through them.
+struct Pin {
+    var layers: Set<UInt64>
+    var segments: Set<UInt32>
+    var journals: Set<UInt64> = []
+
+    init(_ chain: [LayerRecord]) {
+        layers = Set(chain.map(\.id))
+        segments = Set(chain.lazy.flatMap { $0.segments.lazy.map(\.segment) })
+    }
+}
+
+extension ReplicaStore {
+    static let reservePath = "RESERVE"
+    static let reserveBytes: UInt64 = 1 << 20
+
+    func pin(_ pin: Pin) -> UInt64 {
+        shared.withLock { shared in
+            let number = shared.nextPin
+            shared.nextPin += 1
+            shared.pins[number] = pin
+            return number
+        }
+    }
+
+    func unpin(_ number: UInt64) {
+        let look = shared.withLock { shared -> Bool in
+            shared.pins[number] = nil
+            return shared.hasGarbage && !shared.isClosed
+        }
+        if look { thread.enqueue { [weak self] in self?.collectGarbage() } }
+    }
+
+    /// On the store's thread. A failure only leaks until the next time.
+    func collectGarbage() {
+        do throws(StoreError) { try removeUnreferencedFiles() } catch {
+            logger.warning("cannot remove files that nothing refers to", metadata: ["error": "\(error)"])
+        }
+        keepReserve()
+    }
+
+    /// On the store's thread.
+    func removeUnreferencedFiles() throws(StoreError) {
+        let (layers, segments, journals) = shared.withLock { shared -> (Set<UInt64>, Set<UInt64>, Set<UInt64>) in
+            var layers = Set(shared.state.layers.keys)
+            var segments: Set<UInt64> = []
+            var journals: Set<UInt64> = []
+            for layer in shared.state.layers.values { for use in layer.segments { segments.insert(UInt64(use.segment)) } }
+            for fork in shared.state.forks.values {
+                for volume in fork.volumes {
+                    segments.insert(UInt64(volume.segment))
+                    journals.insert(volume.journal)
+                }
+            }
+            let before = (layers.count, segments.count, journals.count)
+            for pin in shared.pins.values {
+                layers.formUnion(pin.layers)
+                segments.formUnion(pin.segments.lazy.map { UInt64($0) })
+                journals.formUnion(pin.journals)
+            }
+            shared.hasGarbage = before != (layers.count, segments.count, journals.count)
+            for receiver in shared.receivers.values { segments.formUnion(receiver.heldSegments.lazy.map { UInt64($0) }) }
+            return (layers, segments, journals)
+        }
+        try removeFiles(in: "layers", suffix: ".layer", except: layers)
+        self.segments.keep(segments)
+        try removeFiles(in: "segments", suffix: ".seg", except: segments)
+        try removeFiles(in: "journals", suffix: ".journal", except: journals)
+    }
+
+    private func removeFiles(in directory: String, suffix: String, except kept: Set<UInt64>) throws(StoreError) {
+        var removed = 0
+        for name in try storage.list(directory) {
+            if name.hasSuffix(suffix), let number = UInt64(name.dropLast(suffix.count)), kept.contains(number) { continue }
+            try storage.remove(directory + "/" + name)
+            removed += 1
+        }
+        if removed > 0 {
+            try storage.syncDirectory(directory)
+            logger.debug("removed files that nothing refers to", metadata: ["directory": "\(directory)", "count": "\(removed)"])
+        }
+    }
+
+    /// At open: gives back what segments hold beyond their last layer (reserved space, a broken-off epoch).
+    func trimSegments() {
+        var ends: [UInt32: UInt32] = [:]
+        let (layers, forks) = read { ($0.layers, $0.forks) }
+        for layer in layers.values { for use in layer.segments { ends[use.segment] = max(ends[use.segment] ?? 0, use.endBlock) } }
+        for fork in forks.values { for volume in fork.volumes { ends[volume.segment] = nil } }
+        for (segment, end) in ends {
+            do throws(StoreError) {
+                let file = try storage.open(SegmentFile.path(segment), .readWrite, direct: false)
+                let size = try file.size()
+                let wanted = UInt64(end) * UInt64(pageBytes)
+                if size > wanted { try file.truncate(to: wanted) }
+                if size < wanted { logger.error("a segment is shorter than its layers say", metadata: ["file": "\(file.path)", "bytes": "\(size)", "expected": "\(wanted)"]) }
+            } catch {
+                // Other groups are whole: who reads this one gets the error.
+                logger.error("cannot look at a segment", metadata: ["error": "\(error)"])
+            }
+        }
+    }
+
+    /// A little space that is given up when the disk is full, so that dropping can still be recorded.
+    func keepReserve() {
+        do throws(StoreError) {
+            if try storage.exists(Self.reservePath) { return }
+            let file = try storage.open(Self.reservePath, .create, direct: false)
+            if !file.preallocate(offsetBytes: 0, lengthBytes: Self.reserveBytes) { try storage.remove(Self.reservePath) }
+        } catch {
+            logger.debug("no space for the reserve", metadata: ["error": "\(error)"])
+        }
+    }
+
+    func releaseReserve() -> Bool {
+        guard let exists = try? storage.exists(Self.reservePath), exists else { return false }
+        return (try? storage.remove(Self.reservePath)) != nil
+    }
+}

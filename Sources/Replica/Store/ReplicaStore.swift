@@ -1,0 +1,226 @@
+import BlockTap
+import Glibc
+import Logging
+import Synchronization
+
+/// Sizes that a store works with; the defaults are for production, tests make them small.
+struct StoreOptions: Sendable {
+    /// A new segment file is begun when the current one would grow beyond this.
+    var segmentBytes: UInt64 = 1 << 30
+    /// Segments are reserved on the file system in steps of this.
+    var preallocationBytes: UInt64 = 64 << 20
+    var writeBufferBytes = 1 << 20
+    /// Per group that receives.
+    var writeBufferCount = 16
+    /// The MANIFEST is rewritten at open when it is longer.
+    var manifestRewriteBytes: UInt64 = 4 << 20
+    /// A fork's journal is flushed when this many writes wait, even when nobody asks.
+    var journalEntriesMax = 4096
+    var now: @Sendable () -> UInt64 = {
+        var time = timespec()
+        clock_gettime(CLOCK_REALTIME, &time)
+        return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
+    }
+}
+
+/// The replica's data: volumes as chains of layers, recovery points, forks. One per directory, held by one process at a time.
+///
+/// Thread-safe. Changes are made by the store's own thread, one after the other; calls that change something wait for it and
+/// return when the change is durable. `docs/store-format.md` describes the files.
+public final class ReplicaStore: @unchecked Sendable {
+    let storage: any Storage
+    let options: StoreOptions
+    let logger: Logger
+    let uuid: StoreUUID
+    let thread = StoreThread()
+    /// Used on the store's thread only.
+    let manifest: Manifest
+    let shared: Mutex<Shared>
+    let segments: SegmentCache
+    let indexes: IndexCache
+
+    /// What several threads look at.
+    struct Shared {
+        var state: StoreState
+        var receivers: [GroupID: GroupReceiver] = [:]
+        var pins: [UInt64: Pin] = [:]
+        var nextPin: UInt64 = 1
+        /// Something was dropped while it was pinned: look again when a pin goes.
+        var hasGarbage = false
+        var openForks: Set<String> = []
+        var statistics = StoreStatistics()
+        var isClosed = false
+
+        mutating func newFile() -> UInt64 {
+            defer { state.nextFile += 1 }
+            return state.nextFile
+        }
+    }
+
+    /// Opens the store in `directory`, making it when it is not there: takes the lock, replays the MANIFEST, removes what nothing
+    /// refers to.
+    public static func open(directory: String, logger: Logger) throws(StoreError) -> ReplicaStore {
+        try ReplicaStore(storage: FileStorage(directory: directory), options: StoreOptions(), logger: logger)
+    }
+
+    init(storage: any Storage, options: StoreOptions, logger: Logger) throws(StoreError) {
+        assertFormatSizes()
+        self.storage = storage
+        self.options = options
+        self.logger = logger
+        var opened = false
+        try storage.lock()
+        defer { if !opened { storage.unlock() } }
+        try storage.createDirectory("segments")
+        try storage.createDirectory("layers")
+        try storage.createDirectory("journals")
+        let (manifest, state, tornBytes) = try Manifest.open(storage, rewriteBytes: options.manifestRewriteBytes)
+        self.manifest = manifest
+        uuid = state.uuid
+        shared = Mutex(Shared(state: state))
+        segments = SegmentCache(storage: storage, store: state.uuid)
+        indexes = IndexCache()
+        opened = true
+        if tornBytes > 0 { logger.notice("cut a torn record off the MANIFEST", metadata: ["bytes": "\(tornBytes)", "store": "\(storage.location)"]) }
+        do throws(StoreError) {
+            try thread.perform { () throws(StoreError) in
+                try self.removeUnreferencedFiles()
+                self.trimSegments()
+            }
+        } catch {
+            close()
+            throw error
+        }
+        keepReserve()
+    }
+
+    deinit { close() }
+
+    /// Ends unfinished epochs and gives the directory free. Open readers and forks must have been closed. Idempotent.
+    public func close() {
+        let receivers = shared.withLock { shared -> [GroupReceiver] in
+            if shared.isClosed { return [] }
+            shared.isClosed = true
+            return Array(shared.receivers.values)
+        }
+        for receiver in receivers { receiver.abandonCurrent("the store closes") }
+        thread.stop()
+        segments.removeAll()
+        storage.unlock()
+    }
+
+    // MARK: Groups
+
+    /// Makes a group with these volumes. Nothing happens when it exists so; volumes may have grown, and new ones may follow the
+    /// old. Throws `.shrunk` when one is smaller than it was.
+    public func createGroup(_ id: GroupID, volumes: [VolumeSpec]) throws(StoreError) {
+        try checkName(id.rawValue)
+        guard !volumes.isEmpty else { throw .invalid("group \(id) must have a disk") }
+        for spec in volumes where spec.geometry.sizeBytes == 0 { throw .invalid("disk \(spec.name) of group \(id) has no size") }
+        try thread.perform { () throws(StoreError) in
+            if let group = self.read({ $0.groups[id] }) {
+                let old = group.volumes.map(\.spec)
+                if old == volumes { return }
+                guard volumes.count >= old.count else { throw .invalid("group \(id) has \(old.count) disks, not \(volumes.count)") }
+                for (was, now) in zip(old, volumes) {
+                    guard was.name == now.name else { throw .invalid("disk \(was.name) of group \(id) cannot become \(now.name)") }
+                    if now.geometry.sizeBytes < was.geometry.sizeBytes {
+                        throw .shrunk(volume: now.name, nowBytes: now.geometry.sizeBytes, wasBytes: was.geometry.sizeBytes)
+                    }
+                }
+            }
+            try self.change(.groupCreated(id, volumes: volumes))
+        }
+    }
+
+    public func groups() -> [GroupInfo] {
+        read { state in state.groups.keys.sorted { $0.rawValue < $1.rawValue }.map { state.info($0)! } }
+    }
+
+    public func group(_ id: GroupID) -> GroupInfo? { read { $0.info(id) } }
+
+    /// Removes the group and its recovery points. What forks and open readers still read stays until they go.
+    public func deleteGroup(_ id: GroupID) throws(StoreError) {
+        try thread.perform { () throws(StoreError) in
+            guard let count = self.read({ $0.groups[id]?.volumes.count }) else { throw .unknownGroup(id) }
+            self.shared.withLock { $0.receivers[id] }?.abandonCurrent("the group is deleted")
+            try self.change(.groupDeleted(id))
+            self.shared.withLock { $0.receivers[id] = nil }
+            self.indexes.remove(id, volumeCount: count)
+            self.collectGarbage()
+        }
+    }
+
+    /// Fences whoever writes with an older generation, durably. Returns the new one.
+    public func raiseGeneration(_ id: GroupID) throws(StoreError) -> Generation {
+        try thread.perform { () throws(StoreError) -> Generation in
+            guard let generation = self.read({ $0.groups[id]?.generation.next }) else { throw .unknownGroup(id) }
+            try self.change(.generationRaised(id, generation))
+            return generation
+        }
+    }
+
+    /// Oldest first.
+    public func recoveryPoints(_ id: GroupID) -> [RecoveryPoint] {
+        read { $0.groups[id]?.points.map(\.point) ?? [] }
+    }
+
+    public func statistics() -> StoreStatistics {
+        var figures = shared.withLock { shared -> StoreStatistics in
+            var figures = shared.statistics
+            let state = shared.state
+            figures.groupCount = state.groups.count
+            figures.forkCount = state.forks.count
+            figures.layerCount = state.layers.count
+            var segments: Set<UInt32> = []
+            for layer in state.layers.values {
+                figures.storedBytes += layer.dataBytes
+                for use in layer.segments { segments.insert(use.segment) }
+            }
+            figures.segmentCount = segments.count
+            return figures
+        }
+        (figures.freeBytes, figures.capacityBytes) = storage.space()
+        return figures
+    }
+
+    // MARK: Inside
+
+    func read<T>(_ body: (StoreState) -> T) -> T {
+        shared.withLock { shared in
+            nonisolated(unsafe) let result = body(shared.state)
+            return result
+        }
+    }
+
+    /// Makes one change durable, then visible. On the store's thread.
+    func change(_ record: ManifestRecord) throws(StoreError) {
+        precondition(thread.isCurrent)
+        if let conflict = read({ $0.conflict(record) }) { throw .invalid(conflict) }
+        do throws(StoreError) { try manifest.append(record) } catch {
+            // The reserve is there so that dropping things works on a full disk.
+            guard case .full = error, releaseReserve() else { throw error }
+            try manifest.append(record)
+        }
+        shared.withLock { $0.state.apply(record) }
+    }
+
+    func checkName(_ name: String) throws(StoreError) {
+        let valid = name.utf8.allSatisfy { $0 == UInt8(ascii: "-") || (UInt8(ascii: "0")...UInt8(ascii: "9")).contains($0) || (UInt8(ascii: "a")...UInt8(ascii: "z")).contains($0) }
+        guard valid, !name.isEmpty, name.utf8.count <= 64 else { throw .invalid("\"\(name)\" is no name: 1 to 64 of a-z, 0-9 and -") }
+    }
+}
+
+extension StoreState {
+    func info(_ id: GroupID) -> GroupInfo? {
+        guard let group = groups[id] else { return nil }
+        var live: Set<UInt64> = []
+        for volume in group.volumes { mark(volume.top, &live) }
+        for point in group.points { for volume in point.volumes { mark(volume.top, &live) } }
+        var stored: UInt64 = 0
+        for layer in live { stored += layers[layer]?.dataBytes ?? 0 }
+        return GroupInfo(
+            id: id, volumes: group.volumes.map(\.spec), generation: group.generation, lastDurable: group.lastDurable, storedBytes: stored,
+            layerCount: live.count, recoveryPointCount: group.points.count)
+    }
+}

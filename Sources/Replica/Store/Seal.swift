@@ -1,0 +1,125 @@
+import BlockTap
+
+extension ReplicaStore {
+    /// Begins receiving one epoch of a group; one that is still being received is abandoned. The one before may still be being
+    /// sealed: then this one is good only if that one is. Throws `.fenced` when `generation` is not the group's.
+    public func beginEpoch(_ id: GroupID, generation: Generation, cut: Cut, instance: String) throws(StoreError) -> EpochWriter {
+        let (group, receiver) = try shared.withLock { shared throws(StoreError) -> (GroupRecord, GroupReceiver) in
+            if shared.isClosed { throw .closed }
+            guard let group = shared.state.groups[id] else { throw .unknownGroup(id) }
+            try checkGeneration(group, id, generation)
+            if let last = group.lastDurable, last.instance == instance, cut.epoch <= last.epoch {
+                throw .invalid("\(cut.epoch) of group \(id) is durable already (up to \(last.epoch))")
+            }
+            if shared.receivers[id] == nil { shared.receivers[id] = GroupReceiver(store: self) }
+            return (group, shared.receivers[id]!)
+        }
+        return receiver.begin { start, predecessor in
+            EpochWriter(
+                store: self, receiver: receiver, group: id, generation: generation, cut: cut, instance: instance,
+                specs: group.volumes.map(\.spec), start: start, predecessor: predecessor)
+        }
+    }
+
+    private func checkGeneration(_ group: GroupRecord, _ id: GroupID, _ generation: Generation) throws(StoreError) {
+        if generation < group.generation { throw .fenced(id, current: group.generation) }
+        if generation > group.generation { throw .invalid("group \(id) is at \(group.generation), \(generation) is not known here") }
+    }
+
+    /// On the store's thread, after all of the epoch's buffers. Data, then layers, then names, then the record: only then
+    /// is it acknowledged.
+    func seal(_ writer: EpochWriter, consistency: Consistency) -> Result<RecoveryPoint?, StoreError> {
+        if let failure = writer.failure {
+            writer.receiver.fail(writer, failure)
+            return .failure(failure)
+        }
+        var written: [LayerFile.Written] = []
+        do throws(StoreError) {
+            guard let group = read({ $0.groups[writer.group] }) else { throw .unknownGroup(writer.group) }
+            try checkGeneration(group, writer.group, writer.generation)
+            try writer.receiver.sync(writer.segmentsUsed)
+
+            var changed: [Int] = []
+            var records: [LayerRecord] = []
+            for (volume, pending) in writer.volumes.enumerated() where !pending.isEmpty {
+                let identity = LayerIdentity(
+                    id: shared.withLock { $0.newFile() }, parent: group.volumes[volume].top, volumeIndex: UInt32(volume),
+                    sizeBytes: pending.spec.geometry.sizeBytes, cut: writer.cut, consistency: consistency)
+                let (extents, sums) = pending.layer()
+                let layer = try sums.withUnsafeBufferPointer { sums throws(StoreError) in
+                    try LayerFile.write(storage, store: uuid, identity: identity, extents: extents, sums: sums)
+                }
+                written.append(layer)
+                changed.append(volume)
+                records.append(layer.record(parent: identity.parent))
+            }
+            if !written.isEmpty { try storage.syncDirectory("layers") }
+
+            var point: RecoveryPoint?
+            if writer.cut.kind == .exact {
+                point = RecoveryPoint(
+                    id: RecoveryPointID("rp-\(read { $0.nextPoint })"), group: writer.group, epoch: writer.cut.epoch, instance: writer.instance,
+                    cutTimeNanoseconds: writer.cut.timeNanoseconds, consistency: consistency, receivedTimeNanoseconds: options.now(),
+                    dataBytes: records.reduce(0) { $0 + $1.dataBytes })
+            }
+            let position = DurablePosition(instance: writer.instance, epoch: writer.cut.epoch, kind: writer.cut.kind)
+            try change(.epochSealed(writer.group, position, volumes: changed, layers: records, point: point))
+            writer.receiver.sealed(writer)
+            shared.withLock { $0.statistics.sealedEpochCount += 1 }
+            bringIndexesForward(writer.group, changed, records, written)
+            return .success(point)
+        } catch {
+            // A record that may or may not have reached the disk names these files: then they stay, and the next start decides.
+            if manifest.failure == nil {
+                for layer in written { try? storage.remove(LayerFile.path(layer.checksums.layer)) }
+                writer.receiver.fail(writer, error)
+            } else {
+                writer.end(.failed(error))
+                logger.critical("the MANIFEST cannot be written: the store takes nothing more until it is opened again", metadata: ["error": "\(error)"])
+            }
+            return .failure(error)
+        }
+    }
+
+    private func bringIndexesForward(_ group: GroupID, _ volumes: [Int], _ records: [LayerRecord], _ written: [LayerFile.Written]) {
+        for (index, volume) in volumes.enumerated() {
+            if indexes.add(group, volume, parent: records[index].parent, extents: written[index].extents, checksums: written[index].checksums) { continue }
+            // First epoch since the store was opened: merged in the queue, so that the acknowledgement does not wait for it.
+            thread.enqueue { [weak self] in
+                guard let self, let top = self.read({ $0.groups[group]?.volumes[volume].top }), !self.indexes.covers(group, volume, top: top) else { return }
+                let chain = self.read { $0.chain(top) }
+                do throws(StoreError) { self.indexes.offer(group, volume, try self.merge(group, volume, chain: chain)) } catch {
+                    self.logger.error("cannot merge the layers of a disk", metadata: ["group": "\(group)", "volume": "\(volume)", "error": "\(error)"])
+                }
+            }
+        }
+    }
+
+    /// The merged index of a chain, oldest layer first; from the cache as far as that reaches.
+    func merge(_ group: GroupID, _ volume: Int, chain: [LayerRecord]) throws(StoreError) -> IndexSnapshot {
+        var (snapshot, covered) = indexes.nearest(group, volume, chain: chain)
+        while covered < chain.count {
+            let loaded = try LayerFile.load(storage, store: uuid, record: chain[covered])
+            guard loaded.header.parent == chain[covered].parent else {
+                throw .damaged(path: LayerFile.path(chain[covered].id), offsetBytes: 64, what: "the layer names another parent than the MANIFEST")
+            }
+            snapshot.apply(loaded.extents, loaded.checksums)
+            covered += 1
+        }
+        return snapshot
+    }
+}
+
+extension LayerFile.Written {
+    func record(parent: UInt64) -> LayerRecord {
+        var ends: [UInt32: UInt32] = [:]
+        var dataBytes: UInt64 = 0
+        for extent in extents where !extent.isZero {
+            ends[extent.segment] = max(ends[extent.segment] ?? 0, extent.segmentBlock + extent.blockCount)
+            dataBytes += UInt64(extent.storedBytes)
+        }
+        return LayerRecord(
+            id: checksums.layer, parent: parent, fileBytes: fileBytes, digest: digest, extentCount: extents.count, dataBytes: dataBytes,
+            segments: ends.keys.sorted().map { SegmentUse(segment: $0, endBlock: ends[$0]!) })
+    }
+}

@@ -1,0 +1,132 @@
+import Glibc
+import Synchronization
+
+/// The store's own thread: everything that changes the store happens on it, in the order in which it was asked for.
+///
+/// The queue has no bound of its own: what is put on it holds a buffer of a bounded pool, or is a caller that waits.
+final class StoreThread: @unchecked Sendable {
+    private var mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
+    private var wakeup = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
+    private var queue: [() -> Void] = []
+    private var stopping = false
+    private var joined = false
+    private var thread = pthread_t()
+
+    init() {
+        pthread_mutex_init(mutex, nil)
+        pthread_cond_init(wakeup, nil)
+        let this = Unmanaged.passRetained(self).toOpaque()
+        let result = pthread_create(&thread, nil, { argument in
+            let this = Unmanaged<StoreThread>.fromOpaque(argument!).takeRetainedValue()
+            this.run()
+            return nil
+        }, this)
+        precondition(result == 0, "cannot start the store's thread: \(errorText(result))")
+    }
+
+    deinit {
+        pthread_cond_destroy(wakeup)
+        pthread_mutex_destroy(mutex)
+        wakeup.deallocate()
+        mutex.deallocate()
+    }
+
+    var isCurrent: Bool { pthread_equal(thread, pthread_self()) != 0 }
+
+    private func run() {
+        var batch: [() -> Void] = []
+        while true {
+            pthread_mutex_lock(mutex)
+            while queue.isEmpty && !stopping { pthread_cond_wait(wakeup, mutex) }
+            swap(&batch, &queue)
+            let ended = batch.isEmpty
+            pthread_mutex_unlock(mutex)
+            if ended { return }
+            for index in batch.indices {
+                batch[index]()
+                batch[index] = {}
+            }
+            batch.removeAll(keepingCapacity: true)
+        }
+    }
+
+    /// False when the thread has been stopped; the task will not run then.
+    @discardableResult
+    func enqueue(_ task: @escaping () -> Void) -> Bool {
+        pthread_mutex_lock(mutex)
+        defer { pthread_mutex_unlock(mutex) }
+        if stopping { return false }
+        queue.append(task)
+        pthread_cond_signal(wakeup)
+        return true
+    }
+
+    /// Runs `body` on the thread and waits for it; directly when called on it.
+    func perform<T>(_ body: @escaping () throws(StoreError) -> T) throws(StoreError) -> T {
+        if isCurrent { return try body() }
+        var result: Result<T, StoreError>?
+        let done = Semaphore()
+        let accepted = enqueue {
+            result = Result { () throws(StoreError) -> T in try body() }
+            done.signal()
+        }
+        guard accepted else { throw .closed }
+        done.wait()
+        return try result!.get()
+    }
+
+    /// Runs what is queued, then ends the thread. Idempotent.
+    func stop() {
+        pthread_mutex_lock(mutex)
+        stopping = true
+        let first = !joined
+        joined = true
+        pthread_cond_signal(wakeup)
+        pthread_mutex_unlock(mutex)
+        if first {
+            if isCurrent { pthread_detach(thread) } else { pthread_join(thread, nil) }
+        }
+    }
+}
+
+/// Counts; `wait` blocks the calling thread while the count is zero.
+final class Semaphore: @unchecked Sendable {
+    private let handle = UnsafeMutablePointer<sem_t>.allocate(capacity: 1)
+    init(count: UInt32 = 0) { sem_init(handle, 0, count) }
+    deinit {
+        sem_destroy(handle)
+        handle.deallocate()
+    }
+    func signal() { sem_post(handle) }
+    func wait() { while sem_wait(handle) != 0 { precondition(errno == EINTR) } }
+}
+
+/// A page-aligned buffer of a fixed pool.
+final class PoolBuffer: @unchecked Sendable {
+    let memory: UnsafeMutableRawPointer
+    init(byteCount: Int) { memory = .allocate(byteCount: byteCount, alignment: pageBytes) }
+    deinit { memory.deallocate() }
+}
+
+/// A fixed number of buffers, made when first needed. `take` blocks until one is free: the back-pressure of the apply path.
+final class BufferPool: @unchecked Sendable {
+    let bufferBytes: Int
+    private let free: Mutex<[PoolBuffer]>
+    private let available: Semaphore
+
+    init(count: Int, bufferBytes: Int) {
+        self.bufferBytes = bufferBytes
+        free = Mutex([])
+        available = Semaphore(count: UInt32(count))
+    }
+
+    func take() -> PoolBuffer {
+        available.wait()
+        return free.withLock { $0.popLast() } ?? PoolBuffer(byteCount: bufferBytes)
+    }
+
+    func give(_ buffer: PoolBuffer) {
+        free.withLock { $0.append(buffer) }
+        available.signal()
+    }
+}

@@ -1,0 +1,159 @@
+import BlockTap
+import Glibc
+import Logging
+
+/// One volume as it was at a recovery point. Immutable and thread-safe; keeps its files until `close` or release.
+public final class VolumeReader: @unchecked Sendable {
+    public let name: String
+    public let geometry: BlockGeometry
+    let map: BlockMap
+    private let store: ReplicaStore
+    private let pin: UInt64
+
+    init(store: ReplicaStore, spec: VolumeSpec, map: BlockMap, pin: UInt64) {
+        self.store = store
+        name = spec.name
+        geometry = spec.geometry
+        self.map = map
+        self.pin = pin
+    }
+
+    deinit { store.unpin(pin) }
+
+    /// Extents in the merged index.
+    public var extentCount: Int { map.index.count }
+
+    /// Reads bytes at any offset and of any length inside the volume; every block they touch is verified. Throws `.badBlock` when one
+    /// does not match its checksum.
+    public func read(offsetBytes: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(StoreError) {
+        guard UInt64(buffer.count) <= geometry.sizeBytes, offsetBytes <= geometry.sizeBytes - UInt64(buffer.count) else {
+            throw .invalid("bytes \(offsetBytes)+\(buffer.count) are not inside disk \(name) (\(geometry.sizeBytes) bytes)")
+        }
+        try map.read(offsetBytes: offsetBytes, into: buffer)
+    }
+}
+
+/// Where a volume's blocks are and what they must hash to.
+struct BlockMap: @unchecked Sendable {
+    let volume: String
+    let sizeBytes: UInt64
+    var index: ExtentIndex
+    let layers: ContiguousArray<LayerChecksums>
+    let segments: SegmentTable
+    let report: BadBlockReport
+    /// The open layer of a fork.
+    var open: OpenLayerData?
+
+    /// Descriptor of the segment that an extent lies in; -1 when it is not a local file.
+    @inline(__always)
+    func descriptor(_ extent: IndexExtent) -> Int32 {
+        extent.slot == IndexExtent.openSlot ? open!.segment.file.descriptor : segments.descriptor(extent.segment)
+    }
+
+    /// The index (within the extent) of the first block that does not match, or nil. What lies behind the end of the volume becomes zero.
+    @inline(__always)
+    func firstBadBlock(_ extent: IndexExtent, _ bytes: UnsafeMutableRawPointer) -> Int? {
+        let isOpen = extent.slot == IndexExtent.openSlot
+        let sums = isOpen ? open!.base(extent.checksumIndex) : UnsafePointer(layers[Int(extent.slot)].sums + Int(extent.checksumIndex))
+        let hashedBytes = isOpen ? sizeBytes : layers[Int(extent.slot)].sizeBytes
+        for index in 0..<Int(extent.blockCount) {
+            let block = extent.startBlock &+ UInt64(index)
+            let length = blockLength(block, sizeBytes: hashedBytes)
+            let start = bytes + index &* blockBytes
+            if BlockChecksum.of(start, count: length, blockIndex: block) != sums[index] { return index }
+            if length < blockBytes { memset(start + length, 0, blockBytes - length) }
+        }
+        return nil
+    }
+
+    /// Logs and returns the error for a block that does not match.
+    func badBlock(_ extent: IndexExtent, _ index: Int) -> StoreError {
+        let layer = extent.slot == IndexExtent.openSlot ? 0 : layers[Int(extent.slot)].layer
+        let error = StoreError.badBlock(volume: volume, block: extent.startBlock + UInt64(index), segment: extent.segment, layer: layer)
+        report.found(error)
+        return error
+    }
+
+    func read(offsetBytes: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(StoreError) {
+        if buffer.count == 0 { return }
+        let bounceBytes = 1 << 20
+        let bounce = UnsafeMutableRawPointer.allocate(byteCount: bounceBytes, alignment: pageBytes)
+        defer { bounce.deallocate() }
+        var done = 0
+        while done < buffer.count {
+            let offset = offsetBytes + UInt64(done)
+            let block = offset / UInt64(blockBytes)
+            let skip = Int(offset % UInt64(blockBytes))
+            let end = min((offsetBytes + UInt64(buffer.count) + UInt64(blockBytes) - 1) / UInt64(blockBytes), block + UInt64(bounceBytes / blockBytes))
+            let (extent, pieceEnd) = index.piece(at: block, end: end)
+            let count = min(Int(pieceEnd - block) * blockBytes - skip, buffer.count - done)
+            if let extent {
+                try read(extent, into: bounce)
+                memcpyBytes(buffer.baseAddress! + done, bounce + skip, count)
+            } else {
+                memset(buffer.baseAddress! + done, 0, count)
+            }
+            done += count
+        }
+    }
+
+    /// A whole extent, verified, into aligned memory.
+    func read(_ extent: IndexExtent, into memory: UnsafeMutableRawPointer) throws(StoreError) {
+        guard let file = extent.slot == IndexExtent.openSlot ? open?.segment : segments.file(extent.segment) else {
+            throw .io(errno: ENOENT, what: "segment \(extent.segment) of disk \(volume) is not open")
+        }
+        let length = Int(extent.blockCount) * blockBytes
+        let count = try file.file.read(into: UnsafeMutableRawBufferPointer(start: memory, count: length), at: UInt64(extent.segmentBlock) * UInt64(blockBytes))
+        if count < length { throw badBlock(extent, count / blockBytes) }
+        if let index = firstBadBlock(extent, memory) { throw badBlock(extent, index) }
+    }
+}
+
+/// Where bad blocks are told.
+struct BadBlockReport: Sendable {
+    weak var store: ReplicaStore?
+    var context: String
+
+    func found(_ error: StoreError) {
+        guard let store else { return }
+        store.shared.withLock { $0.statistics.badBlockCount += 1 }
+        store.logger.error("a block is damaged", metadata: ["error": "\(error)", "of": "\(context)", "store": "\(store.storage.location)"])
+    }
+}
+
+extension ReplicaStore {
+    /// Opens one volume (by its place in the group) at a recovery point. Instant for the newest point; an older one merges
+    /// its layers first.
+    public func openRecoveryPoint(_ group: GroupID, _ id: RecoveryPointID, volume: Int) throws(StoreError) -> VolumeReader {
+        let (record, chain, pin) = try shared.withLock { shared throws(StoreError) -> (VolumeRecord, [LayerRecord], UInt64) in
+            if shared.isClosed { throw .closed }
+            guard let groupRecord = shared.state.groups[group] else { throw .unknownGroup(group) }
+            guard let point = groupRecord.points.last(where: { $0.point.id == id }) else { throw .unknownRecoveryPoint(group, id) }
+            guard point.volumes.indices.contains(volume) else { throw .invalid("group \(group) has no disk number \(volume) at \(id)") }
+            let chain = shared.state.chain(point.volumes[volume].top)
+            let pin = shared.nextPin
+            shared.nextPin += 1
+            shared.pins[pin] = Pin(chain)
+            return (point.volumes[volume], chain, pin)
+        }
+        do throws(StoreError) {
+            let (snapshot, table) = try open(group, volume, chain: chain)
+            let map = BlockMap(
+                volume: record.spec.name, sizeBytes: record.spec.geometry.sizeBytes, index: snapshot.index, layers: snapshot.layers, segments: table,
+                report: BadBlockReport(store: self, context: "recovery point \(id) of group \(group)"))
+            return VolumeReader(store: self, spec: record.spec, map: map, pin: pin)
+        } catch {
+            unpin(pin)
+            throw error
+        }
+    }
+
+    /// Index and segments of a pinned chain.
+    func open(_ group: GroupID, _ volume: Int, chain: [LayerRecord]) throws(StoreError) -> (IndexSnapshot, SegmentTable) {
+        let snapshot = try merge(group, volume, chain: chain)
+        if !indexes.covers(group, volume, top: snapshot.top), read({ $0.groups[group]?.volumes[volume].top }) == snapshot.top {
+            indexes.offer(group, volume, snapshot)
+        }
+        return (snapshot, try segments.open(Set(chain.lazy.flatMap { $0.segments.lazy.map(\.segment) })))
+    }
+}

@@ -1,0 +1,71 @@
+import Appliance
+import ArgumentParser
+import Foundation
+import Logging
+import ServiceLifecycle
+
+struct AgentCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "agent", abstract: "The agent on a protected server.", subcommands: [Run.self, Enroll.self])
+
+    struct Run: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Serve disks through their taps and replicate them when the appliance asks.",
+            discussion: "Serves from its first moment, enrolled or not, connected or not.")
+        @Option(help: "State directory: enrolment, disks' sizes.") var state: String = "/var/lib/afterimage/agent"
+        @Option(help: "Directory for the taps' sockets (NAME.sock).") var socketDir: String = "/run/afterimage-agent"
+        @Option(help: ArgumentHelp("A disk to protect; repeat it, the boot disk first.", valueName: "name=device")) var disk: [String]
+        @Flag(help: "Accept that a disk is smaller than when it was last protected; its replica is then made anew.") var acceptSmallerDisks = false
+        @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
+
+        func agentConfiguration() throws -> AgentConfiguration {
+            let disks = try disk.map { text in
+                guard let equals = text.firstIndex(of: "="), equals != text.startIndex, text.index(after: equals) != text.endIndex else {
+                    throw ValidationError("--disk \(text): write NAME=DEVICE, for example vda=/dev/sda")
+                }
+                return AgentConfiguration.Disk(name: String(text[..<equals]), devicePath: absolute(String(text[text.index(after: equals)...])))
+            }
+            return AgentConfiguration(
+                stateDirectory: absolute(state), socketDirectory: absolute(socketDir), disks: disks, acceptsSmallerDisks: acceptSmallerDisks)
+        }
+
+        func validate() throws { _ = try agentConfiguration() }
+
+        func run() async throws {
+            let level = logLevel
+            LoggingSystem.bootstrap { label in
+                var handler = StreamLogHandler.standardError(label: label)
+                handler.logLevel = level
+                return handler
+            }
+            let logger = Logger(label: "agent")
+            do {
+                let service = AgentService(configuration: try agentConfiguration(), logger: logger)
+                let group = ServiceGroup(
+                    configuration: .init(
+                        services: [.init(service: service, successTerminationBehavior: .gracefullyShutdownGroup)],
+                        gracefulShutdownSignals: [.sigterm, .sigint], logger: logger))
+                try await group.run()
+            } catch {
+                Terminal.error("the agent cannot go on: \(error)")
+                throw Exit.failed
+            }
+        }
+    }
+
+    struct Enroll: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(abstract: "Enrol this server with the token that afterimage server add printed.")
+        @Option(help: "The one-time token.") var token: String
+        @Option(help: "The agent's state directory.") var state: String = "/var/lib/afterimage/agent"
+
+        func run() async throws {
+            do {
+                let outcome = try await AgentEnrolment.enroll(token: token, stateDirectory: absolute(state))
+                print("enrolled as \(outcome.serverName); the agent replicates to \(outcome.linkHost):\(outcome.linkPort) when the appliance asks")
+            } catch {
+                Terminal.error("\(error)")
+                throw Exit.failed
+            }
+        }
+    }
+}

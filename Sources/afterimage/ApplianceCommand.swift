@@ -1,0 +1,53 @@
+import Appliance
+import ArgumentParser
+import Foundation
+import Logging
+
+struct ApplianceCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "appliance", abstract: "Run the appliance of the secondary site.",
+        discussion: """
+            Keeps its catalogue and CA under --state and the replicas under --store. At its first start it makes an administrator's \
+            access token and writes STATE/client.json (mode 0600), the profile that the other commands use. SIGTERM ends it \
+            gracefully; recovery machines go on without it and find their disks again at its next start.
+            """)
+    @Option(help: "State directory: catalogue, CA, client.json, machines' consoles.") var state: String = "/var/lib/afterimage/appliance"
+    @Option(help: "Store directory: the replicas. Default: STATE/store.") var store: String?
+    @Option(help: "Directory for sockets; a short path.") var runtimeDir: String = "/run/afterimage"
+    @Option(help: "Where the API listens, HOST:PORT.") var listen: ListenAddress = ListenAddress(host: "127.0.0.1", port: 8443)
+    @Option(help: "Where agents' links are taken, HOST:PORT.") var link: ListenAddress = ListenAddress(host: "127.0.0.1", port: 8444)
+    @Option(help: "Host name or address by which agents reach this appliance. Default: as listened on.") var advertise: String?
+    @Option(help: "QEMU for recovery machines.") var qemu: String = "/usr/bin/qemu-system-x86_64"
+    @Option(help: "A directory with QEMU's firmware files (its -L); repeat it.") var qemuData: [String] = []
+    @Option(help: "auto, kvm or tcg. auto takes TCG: that /dev/kvm opens does not prove that guests run under it.") var accel: AcceleratorChoice = .auto
+    @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
+
+    var applianceConfiguration: ApplianceConfiguration {
+        let state = absolute(self.state)
+        return ApplianceConfiguration(
+            stateDirectory: state, storeDirectory: store.map(absolute) ?? state + "/store", runtimeDirectory: absolute(runtimeDir), listen: listen,
+            link: link, advertisedHost: advertise,
+            qemu: QEMUConfiguration(executable: absolute(qemu), dataDirectories: qemuData.map(absolute), accelerator: accel))
+    }
+
+    func run() async throws {
+        let level = logLevel
+        LoggingSystem.bootstrap { label in
+            var handler = StreamLogHandler.standardError(label: label)
+            handler.logLevel = level
+            return handler
+        }
+        do {
+            try await ApplianceService(configuration: applianceConfiguration, logger: Logger(label: "appliance")).runUntilSignal()
+        } catch {
+            Terminal.error("the appliance cannot go on: \(error)")
+            throw Exit.failed
+        }
+    }
+}
+
+extension Logger.Level: @retroactive ExpressibleByArgument {}
+
+func absolute(_ path: String) -> String {
+    path.hasPrefix("/") ? path : FileManager.default.currentDirectoryPath + "/" + path
+}

@@ -1,0 +1,95 @@
+import Appliance
+import ArgumentParser
+import Foundation
+
+enum ClientProfilePath { static let standard = ClientProfile.defaultPath }
+enum ProgramVersion { static let text = afterimageVersion }
+
+/// The exit codes of every operator's command; documented in `afterimage --help` and docs/lifecycle.md.
+enum Exit {
+    static let failed = ExitCode(1)
+    static let refused = ExitCode(3)
+    static let notFound = ExitCode(4)
+    static let unreachable = ExitCode(5)
+    static let usage = ExitCode(64)
+}
+
+struct GlobalOptions: ParsableArguments {
+    @Option(help: ArgumentHelp("The appliance's client profile.", valueName: "file"))
+    var profile: String?
+
+    @Flag(help: "Print JSON, as the API gives it.")
+    var json = false
+
+    func load() throws -> ClientProfile {
+        try ClientProfile.load(path: profile ?? ProcessInfo.processInfo.environment["AFTERIMAGE_PROFILE"] ?? ClientProfile.defaultPath)
+    }
+}
+
+/// A command that asks the appliance's API; `run` turns its errors into words and exit codes.
+protocol ClientCommand: AsyncParsableCommand {
+    var global: GlobalOptions { get }
+    func run(_ client: APIClient) async throws
+}
+
+extension ClientCommand {
+    func run() async throws {
+        let profile: ClientProfile
+        do { profile = try global.load() } catch {
+            Terminal.error("\(error)")
+            throw Exit.unreachable
+        }
+        do { try await APIClient.with(profile) { client in try await run(client) } } catch let failure as APIClient.Failure {
+            switch failure {
+            case .problem(let problem):
+                if global.json { Terminal.error(json: problem) } else { Terminal.error(problem.detail) }
+                throw switch problem.status {
+                case 404: Exit.notFound
+                case 409: Exit.refused
+                case 400, 422: Exit.usage
+                default: Exit.failed
+                }
+            case .unreachable(let why):
+                Terminal.error(why)
+                throw Exit.unreachable
+            }
+        }
+    }
+
+    /// JSON when that was asked for, else the lines.
+    func show(_ value: some Encodable, _ lines: () -> [String]) throws {
+        if global.json { try Terminal.print(json: value) } else { for line in lines() { print(line) } }
+    }
+}
+
+/// What is written where.
+enum Terminal {
+    static var isInteractive: Bool { isatty(STDOUT_FILENO) == 1 }
+
+    static func print(json value: some Encodable) throws {
+        Swift.print(String(decoding: try APIJSON.encoder(pretty: true).encode(value), as: UTF8.self))
+    }
+
+    static func error(_ text: String) { FileHandle.standardError.write(Data("afterimage: \(text)\n".utf8)) }
+
+    static func error(json value: some Encodable) {
+        guard let data = try? APIJSON.encoder(pretty: true).encode(value) else { return }
+        FileHandle.standardError.write(data + Data("\n".utf8))
+    }
+
+    static var columns: Int {
+        var size = winsize()
+        return ioctl(STDOUT_FILENO, UInt(TIOCGWINSZ), &size) == 0 && size.ws_col > 0 ? Int(size.ws_col) : 100
+    }
+
+    /// Rows under headings, columns as wide as they need; the last one runs free.
+    static func table(_ headings: [String], _ rows: [[String]]) -> [String] {
+        let all = [headings] + rows
+        let widths = headings.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
+        return all.map { row in
+            zip(row, widths).enumerated().map { index, cell in
+                index == row.count - 1 ? cell.0 : cell.0.padding(toLength: cell.1, withPad: " ", startingAt: 0)
+            }.joined(separator: "  ")
+        }
+    }
+}

@@ -1,0 +1,106 @@
+import Appliance
+import ArgumentParser
+import Foundation
+
+struct TaskCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "task", abstract: "What the appliance does and did.", subcommands: [List.self, Show.self])
+
+    struct List: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "List tasks, newest first.")
+        @OptionGroup var global: GlobalOptions
+        @Option(help: "Only this server's.") var server: String?
+        @Option(help: "At most so many.") var limit: Int = 50
+
+        func run(_ client: APIClient) async throws {
+            let tasks: [TaskView] = try await client.get("/v1/tasks?limit=\(limit)" + (server.map { "&server=\(APIClient.segment($0))" } ?? ""))
+            try show(tasks) {
+                Terminal.table(
+                    ["ID", "CREATED", "SERVER", "OPERATION", "STATUS", "ERROR"],
+                    tasks.map { ["\($0.id)", Words.time($0.created), $0.server ?? "-", $0.operation.rawValue, $0.status.rawValue, firstLine($0.error)] })
+            }
+        }
+
+        private func firstLine(_ text: String?) -> String { text?.split(separator: "\n").first.map(String.init) ?? "" }
+    }
+
+    struct Show: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Show a task with its log and result; with --wait until it has ended.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @Argument var id: Int64
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.get("/v1/tasks/\(id)")
+            if waiting.wait {
+                try await TaskFollower(client: client, json: global.json).finish(task, wait: true)
+                return
+            }
+            try show(task) {
+                TaskFollower.outcome(task) + (task.error.map { ["  error           \($0)"] } ?? [])
+                    + (task.log ?? []).map { "  \(Words.time($0.time))  \($0.line)" }
+            }
+        }
+    }
+}
+
+struct EventCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(commandName: "event", abstract: "The audit log.", subcommands: [List.self])
+
+    struct List: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "List events, newest first.")
+        @OptionGroup var global: GlobalOptions
+        @Option(help: "Only this server's.") var server: String?
+        @Option(help: "At most so many.") var limit: Int = 50
+
+        func run(_ client: APIClient) async throws {
+            let events: [EventRecord] = try await client.get("/v1/events?limit=\(limit)" + (server.map { "&server=\(APIClient.segment($0))" } ?? ""))
+            try show(events) {
+                Terminal.table(
+                    ["TIME", "WHO", "SERVER", "WHAT", "BEFORE", "AFTER", "DETAIL"],
+                    events.map { [Words.time($0.time), $0.who, $0.server ?? "-", $0.what, $0.before ?? "", $0.after ?? "", $0.detail ?? ""] })
+            }
+        }
+    }
+}
+
+struct StatusCommand: ClientCommand {
+    static let configuration = CommandConfiguration(commandName: "status", abstract: "Am I protected?")
+    @OptionGroup var global: GlobalOptions
+
+    func run(_ client: APIClient) async throws {
+        let status: StatusView = try await client.get("/v1/status")
+        try show(status) {
+            if status.servers.isEmpty {
+                return ["no server is protected yet: " + (status.sitePairs == 0 ? "afterimage site-pair create NAME" : "afterimage server add NAME --pair PAIR")]
+            }
+            return [status.protected ? "all servers are protected" : "NOT every server is protected"] + status.servers.flatMap(Self.words)
+        }
+    }
+
+    static func words(_ server: ServerView) -> [String] {
+        var lines = ["", "\(server.name): \(server.state.rawValue)" + (server.drill.map { " + \($0.rawValue)" } ?? "")]
+        if let reason = server.reason { lines.append("  why           \(reason)") }
+        if let reason = server.drillReason { lines.append("  drill         \(reason)") }
+        if let rpo = server.rpoSeconds { lines.append("  RPO now       \(Words.seconds(rpo))") }
+        if let id = server.lastRecoveryPoint, let time = server.lastRecoveryPointTime {
+            lines.append("  last point    \(id), cut \(Words.time(time)) (\(server.recoveryPointCount) points)")
+        } else {
+            lines.append("  last point    none: nothing to recover from")
+        }
+        if server.state == .initialFullSync, let agent = server.agent {
+            lines.append(
+                "  full sync     \(Words.bytes(agent.fullSyncDoneBytes)) of \(Words.bytes(agent.fullSyncTotalBytes))"
+                    + (server.secondsLeft.map { ", \(Words.seconds($0)) left" } ?? ""))
+        }
+        if let behind = server.behindBytes { lines.append("  behind        \(Words.bytes(behind))") }
+        for machine in server.instances {
+            var line = "  \(machine.kind == .drill ? "drill" : "machine")".padding(toLength: 16, withPad: " ", startingAt: 0)
+            line += "\(machine.step.rawValue)" + (machine.recoveryPoint.map { ", from \($0)" } ?? "")
+            if let rto = machine.rtoSeconds { line += ", ready after \(Words.seconds(rto))" }
+            lines.append(line)
+        }
+        lines.append("  next          \(server.next)")
+        return lines
+    }
+}

@@ -1,0 +1,108 @@
+import Appliance
+import ArgumentParser
+import Foundation
+
+/// Settings of the machine that a drill or a failover starts.
+struct MachineOptions: ParsableArguments {
+    @Option(help: "CPUs; default: as recorded at Start Replication.") var cpus: Int?
+    @Option(name: .customLong("memory"), help: "Memory in MiB; default: as recorded at Start Replication.") var memoryMiB: Int?
+    @Option(help: "Recovery network: isolated, user or none; default: the site pair's.") var network: RecoveryNetwork?
+    @Option(help: ArgumentHelp("With network user: a port of this host's 127.0.0.1 that leads to the machine; repeat it.", valueName: "hostport:port"))
+    var forward: [PortForward] = []
+    @Option(help: "What makes the machine ready: none (QEMU runs it) or serial:REGEX (a line of its serial console).") var bootCheck: String?
+    @Option(help: ArgumentHelp("Time limit of the boot check in seconds; default 120.", valueName: "seconds")) var bootTimeout: Int?
+
+    func request(point: String?) -> StartMachine {
+        var request = StartMachine()
+        request.recoveryPoint = point
+        request.cpus = cpus
+        request.memoryMiB = memoryMiB
+        request.network = network
+        request.forwards = forward.isEmpty ? nil : forward
+        request.bootCheck = bootCheck
+        request.bootSecondsMax = bootTimeout
+        return request
+    }
+}
+
+struct DrillCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "drill", abstract: "Disaster recovery drills: a machine from a recovery point, beside running replication.",
+        subcommands: [Start.self, Clear.self])
+
+    struct Start: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Start a Disaster Recovery Drill.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @OptionGroup var machine: MachineOptions
+        @Argument var name: String
+        @Option(help: "A recovery point's ID, or latest.") var point: String = "latest"
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/drill", machine.request(point: point))
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+        }
+    }
+
+    struct Clear: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Clear Test Failover Environment: the drill's machine, disks and network go.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @Argument var name: String
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.delete("/v1/servers/\(APIClient.segment(name))/drill")
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+        }
+    }
+}
+
+struct FailoverCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "failover", abstract: "Bring a server up here, for good.", subcommands: [Start.self, ChangeRecoveryPoint.self, Commit.self])
+
+    struct Start: ClientCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Start a failover: the source is fenced, replication stops, the machine boots here.",
+            discussion: "Works with the source dead. Until the commit the recovery point can still be changed.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @OptionGroup var machine: MachineOptions
+        @Argument var name: String
+        @Option(help: "A recovery point's ID, or latest (the current point in time).") var point: String = "latest"
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/failover", machine.request(point: point))
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+        }
+    }
+
+    struct ChangeRecoveryPoint: ClientCommand {
+        static let configuration = CommandConfiguration(
+            commandName: "change-recovery-point",
+            abstract: "Start again from another point; what the machine has written until now is deleted.",
+            discussion: "Settings that are not given stay as they were.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @OptionGroup var machine: MachineOptions
+        @Argument var name: String
+        @Option(help: "A recovery point's ID.") var point: String
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.post(
+                "/v1/servers/\(APIClient.segment(name))/failover/recovery-point", machine.request(point: point))
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+        }
+    }
+
+    struct Commit: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Commit Failover: irrevocable, the recovery point can no longer be changed.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/failover/commit")
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: false)
+        }
+    }
+}

@@ -1,0 +1,113 @@
+import Appliance
+import ArgumentParser
+import Foundation
+import Replica
+
+struct ReplicationCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "replication", abstract: "Following a server's disks.", subcommands: [Start.self, Stop.self])
+
+    struct Start: ClientCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Start Replication; with --wait until the first recovery point is there.",
+            discussion: "What is not given stays as it was; at first: all disks, 1000 ms, no throttle, automatic restart, 2 CPUs, 1024 MiB.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @Argument var name: String
+        @Option(help: "A disk to follow; repeat it. Default: all that the agent reports.") var disk: [String] = []
+        @Option(name: .customLong("epoch-ms"), help: "Length of an epoch in milliseconds: how far behind recovery points are.") var epochMilliseconds: UInt32?
+        @Option(help: "At most so many bytes per second: 10MiB; 0 for no limit.") var throttle: ByteCount?
+        @Flag(inversion: .prefixedNo, help: "Automatic restart after replication interruption.") var automaticRestart: Bool?
+        @Option(help: "CPUs of its recovery machines.") var cpus: Int?
+        @Option(name: .customLong("memory"), help: "Memory of its recovery machines, MiB.") var memoryMiB: Int?
+
+        var request: StartReplication {
+            var request = StartReplication()
+            request.disks = disk.isEmpty ? nil : disk
+            request.epochMilliseconds = epochMilliseconds
+            request.throttleBytesPerSecond = throttle?.bytes
+            request.automaticRestart = automaticRestart
+            request.cpus = cpus
+            request.memoryMiB = memoryMiB
+            return request
+        }
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/replication", request)
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+        }
+    }
+
+    struct Stop: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Stop Replication; the recovery points stay.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.delete("/v1/servers/\(APIClient.segment(name))/replication")
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: false)
+        }
+    }
+}
+
+struct RecoveryPointCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "recovery-point", abstract: "Moments that a server can be brought back to.",
+        subcommands: [List.self, Export.self, Unexport.self, Exports.self])
+
+    struct List: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "List a server's recovery points, oldest first.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+
+        func run(_ client: APIClient) async throws {
+            let points: [RecoveryPoint] = try await client.get("/v1/servers/\(APIClient.segment(name))/recovery-points")
+            try show(points) {
+                points.isEmpty
+                    ? ["no recovery points yet"]
+                    : Terminal.table(
+                        ["ID", "CUT", "CONSISTENCY", "DATA"],
+                        points.map {
+                            [$0.id.rawValue, Words.time(nanoseconds: $0.cutTimeNanoseconds), $0.consistency.rawValue, Words.bytes($0.dataBytes)]
+                        })
+            }
+        }
+    }
+
+    struct Export: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Serve a recovery point's disks read-only over NBD, until unexported.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+        @Option(help: "A recovery point's ID, or latest.") var point: String = "latest"
+
+        func run(_ client: APIClient) async throws {
+            let export: PointExport = try await client.post("/v1/servers/\(APIClient.segment(name))/recovery-points/\(APIClient.segment(point))/export")
+            try show(export) { ["recovery point \(export.recoveryPoint) of \(export.server):"] + export.uris.map { "  \($0)" } }
+        }
+    }
+
+    struct Unexport: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "End an export.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+        @Option(help: "The recovery point's ID.") var point: String
+
+        func run(_ client: APIClient) async throws {
+            try await client.deleteNoContent("/v1/servers/\(APIClient.segment(name))/recovery-points/\(APIClient.segment(point))/export")
+        }
+    }
+
+    struct Exports: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "List the exported recovery points.")
+        @OptionGroup var global: GlobalOptions
+
+        func run(_ client: APIClient) async throws {
+            let exports: [PointExport] = try await client.get("/v1/exports")
+            try show(exports) {
+                exports.isEmpty
+                    ? ["no recovery point is exported"]
+                    : Terminal.table(["SERVER", "RECOVERY POINT", "SOCKET"], exports.map { [$0.server, $0.recoveryPoint.rawValue, $0.socketPath] })
+            }
+        }
+    }
+}

@@ -1,0 +1,104 @@
+import Appliance
+import ArgumentParser
+import Foundation
+
+struct ServerCommand: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, Enrol.self, Remove.self])
+
+    struct Add: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Add 1 to 10 servers; prints the command that enrols each one's agent.")
+        @OptionGroup var global: GlobalOptions
+        @Argument(help: "Names of the servers.") var names: [String]
+        @Option(help: "The site pair that protects them.") var pair: String
+
+        func run(_ client: APIClient) async throws {
+            let added: [Enrolment] = try await client.post("/v1/servers", AddServers(sitePair: pair, names: names))
+            try show(added) { added.flatMap(ServerCommand.words) }
+        }
+    }
+
+    struct Enrol: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Make a new enrolment command; the old one is worthless from then on.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+
+        func run(_ client: APIClient) async throws {
+            let enrolment: Enrolment = try await client.post("/v1/servers/\(APIClient.segment(name))/enrolment")
+            try show(enrolment) { ServerCommand.words(enrolment) }
+        }
+    }
+
+    static func words(_ enrolment: Enrolment) -> [String] {
+        ["\(enrolment.server): run this on it before \(Words.time(enrolment.expires)); it works once:", "  \(enrolment.command)"]
+    }
+
+    struct List: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "List the servers.")
+        @OptionGroup var global: GlobalOptions
+
+        func run(_ client: APIClient) async throws {
+            let servers: [ServerView] = try await client.get("/v1/servers")
+            try show(servers) {
+                servers.isEmpty
+                    ? ["no servers yet: afterimage server add NAME --pair PAIR"]
+                    : Terminal.table(
+                        ["NAME", "PAIR", "STATE", "DRILL", "AGENT", "POINTS"],
+                        servers.map {
+                            [
+                                $0.name, $0.sitePair, $0.state.rawValue, $0.drill?.rawValue ?? "-", $0.agentConnected ? "connected" : "away",
+                                "\($0.recoveryPointCount)",
+                            ]
+                        })
+            }
+        }
+    }
+
+    struct Show: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Show a server with its disks and machines.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+
+        func run(_ client: APIClient) async throws {
+            let server: ServerView = try await client.get("/v1/servers/\(APIClient.segment(name))")
+            try show(server) { StatusCommand.words(server) + ServerCommand.details(server) }
+        }
+    }
+
+    static func details(_ server: ServerView) -> [String] {
+        var lines = ["  id            \(server.id)", "  site pair     \(server.sitePair)"]
+        if let host = server.hostName { lines.append("  host          \(host), agent \(server.agentVersion ?? "?")") }
+        if let generation = server.generation { lines.append("  generation    \(generation)") }
+        if let stored = server.storedBytes { lines.append("  stored        \(Words.bytes(stored))") }
+        if let settings = server.settings {
+            lines.append(
+                "  replication   an epoch every \(settings.epochMilliseconds) ms, "
+                    + (settings.throttleBytesPerSecond == 0 ? "no throttle" : "at most \(Words.bytes(settings.throttleBytesPerSecond))/s")
+                    + ", automatic restart \(settings.automaticRestart ? "on" : "off"), machine \(settings.cpus) CPUs \(settings.memoryMiB) MiB")
+        }
+        for disk in server.disks {
+            lines.append("  disk \(disk.name)  \(disk.devicePath), \(Words.bytes(disk.geometry.sizeBytes)), tap \(disk.tap) \(disk.socketPath ?? "")")
+        }
+        for machine in server.instances {
+            lines.append("  machine \(machine.id)  \(machine.kind.rawValue), \(machine.step.rawValue)" + (machine.reason.map { ": \($0)" } ?? ""))
+            lines.append("    console     \(machine.consolePath)")
+            lines.append("    disks       \(machine.nbdSocketPath)")
+        }
+        return lines
+    }
+
+    struct Remove: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Unregister a server.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @Argument var name: String
+        @Flag(help: "Its recovery points are deleted: needed when it has any.") var deletePoints = false
+        @Flag(help: "Its committed recovery machine is stopped and deleted: needed when there is one.") var stopMachine = false
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.delete(
+                "/v1/servers/\(APIClient.segment(name))", RemoveServer(deletePoints: deletePoints, stopMachine: stopMachine))
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+        }
+    }
+}

@@ -1,0 +1,69 @@
+import Appliance
+import ArgumentParser
+import Foundation
+import Replica
+
+/// Figures and times in words that people read.
+enum Words {
+    static func bytes(_ count: UInt64) -> String {
+        for (unit, shift) in [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)] as [(String, UInt64)] where count >= 1 << shift {
+            return String(format: "%.1f \(unit)", Double(count) / Double(UInt64(1) << shift))
+        }
+        return "\(count) B"
+    }
+
+    static func seconds(_ seconds: Double) -> String {
+        switch seconds {
+        case ..<10: String(format: "%.1f s", seconds)
+        case ..<120: String(format: "%.0f s", seconds)
+        case ..<7200: String(format: "%.0f min", seconds / 60)
+        case ..<172_800: String(format: "%.1f h", seconds / 3600)
+        default: String(format: "%.1f days", seconds / 86400)
+        }
+    }
+
+    /// Local time to the millisecond.
+    static func time(_ date: Date) -> String {
+        let formatter = DateFormatter()
+        formatter.locale = Locale(identifier: "en_US_POSIX")
+        formatter.dateFormat = "yyyy-MM-dd HH:mm:ss.SSS"
+        return formatter.string(from: date)
+    }
+
+    static func time(nanoseconds: UInt64) -> String { time(Date(timeIntervalSince1970: Double(nanoseconds) / 1e9)) }
+}
+
+/// A number of bytes: 1048576, 512KiB, 10MiB, 2GiB.
+struct ByteCount: ExpressibleByArgument, Hashable {
+    var bytes: UInt64
+
+    init?(argument: String) {
+        let units: [(String, UInt64)] = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)]
+        for (unit, factor) in units where argument.hasSuffix(unit) {
+            guard let count = UInt64(argument.dropLast(unit.count)) else { return nil }
+            let (bytes, overflow) = count.multipliedReportingOverflow(by: factor)
+            if overflow { return nil }
+            self.bytes = bytes
+            return
+        }
+        guard let bytes = UInt64(argument) else { return nil }
+        self.bytes = bytes
+    }
+}
+
+extension PortForward: ExpressibleByArgument {
+    /// HOSTPORT:GUESTPORT
+    public init?(argument: String) {
+        let parts = argument.split(separator: ":", omittingEmptySubsequences: false)
+        guard parts.count == 2, let host = UInt16(parts[0]), let guest = UInt16(parts[1]), host > 0, guest > 0 else { return nil }
+        self.init(hostPort: host, guestPort: guest)
+    }
+}
+
+extension SitePairType: ExpressibleByArgument {}
+extension RecoveryNetwork: ExpressibleByArgument {}
+extension AcceleratorChoice: ExpressibleByArgument {}
+
+extension ListenAddress: ExpressibleByArgument {
+    public init?(argument: String) { self.init(argument) }
+}

@@ -1,9 +1,0 @@
-import Appliance
-import Hummingbird
-import HummingbirdTLS
-import GRDB
-import AsyncHTTPClient
-import Subprocess
-import ServiceLifecycle
-import X509
-import NIOSSL

@@ -1,0 +1,149 @@
+import ArgumentParser
+import BlockTap
+import Foundation
+import Logging
+import Replica
+
+/// Dependent, stamped writes go through the tap while recovery points are taken; then every recovery point is read from the
+/// store and checked exactly: a write is there only if all before it are. With --kill, agent and appliance are killed meanwhile.
+@main
+struct OrderCheck: AsyncParsableCommand {
+    static let configuration = CommandConfiguration(commandName: "order-check", abstract: "Proves that recovery points are crash-consistent.")
+
+    @Option(help: "Which tap carries the writes (nbd).") var tap = "nbd"
+    @Option(help: "How long the writers run.") var seconds = 20
+    @Option(help: "Disks in the consistency group.") var disks = 2
+    @Option(help: "Size of each disk in MiB.") var size = 8
+    @Option(help: "Dependent chains.") var chains = 4
+    @Option(help: "Milliseconds between cuts.") var epochMs = 50
+    @Option(help: "Pause after each write of a chain, in microseconds.") var pauseUs: UInt32 = 0
+    @Option(help: "SIGKILL agent, appliance or both about this often, in seconds; 0 = never.") var kill = 0
+    @Option(help: "Fewer recovery points than this is a failure.") var pointsMin = 20
+    @Option(help: "The afterimage executable (default: beside this one).") var afterimage: String?
+    @Flag(help: "Keep the run's directory.") var keep = false
+
+    func validate() throws {
+        guard tap == "nbd" else { throw ValidationError("--tap \(tap): only nbd is built") }
+        guard disks > 0, chains > 0, size > 0 else { throw ValidationError("--disks, --chains and --size must be positive") }
+    }
+
+    func run() async throws {
+        let binary = afterimage ?? URL(fileURLWithPath: CommandLine.arguments[0]).deletingLastPathComponent().appendingPathComponent("afterimage").path
+        let bed = try TestBed(binary: binary)
+        defer { if !keep { bed.tearDown() } }
+        do {
+            let chains = try write(bed)
+            let (passed, failed) = try check(bed, chains)
+            print("\(passed) passed, \(failed) failed")
+            if failed > 0 { throw ExitCode.failure }
+        } catch let error as TestBed.Failure {
+            print("order-check: \(error)")
+            print("0 passed, 1 failed")
+            throw ExitCode.failure
+        }
+    }
+
+    private func write(_ bed: TestBed) throws -> [DependentChain] {
+        try bed.makeDisks(count: disks, megabytes: size)
+        try bed.startAppliance()
+        try waitUntil("the appliance answers") { (try? bed.afterimage(["status"])) != nil }
+        try bed.startAgent()
+        try bed.afterimage(["site-pair", "create", "pair", "--type", "zone-to-zone", "--primary", "here", "--secondary", "there"])
+        let added = try bed.afterimage(["server", "add", "server", "--pair", "pair", "--json"])
+        try bed.afterimage(["agent", "enroll", "--token", try token(in: added), "--state", bed.path("agent")])
+        let diskBlocks = Array(repeating: (size << 20) / blockBytes, count: disks)
+        let chains = (0..<self.chains).map { DependentChain(number: $0, chainCount: self.chains, diskBlocks: diskBlocks, pauseMicroseconds: pauseUs) }
+        try waitUntil("the tap listens") { (0..<disks).allSatisfy { FileManager.default.fileExists(atPath: bed.socket($0)) } }
+        let sockets = (0..<disks).map(bed.socket)
+        let threads = chains.map { chain in
+            let thread = Thread { chain.run(sockets: sockets) }
+            thread.start()
+            return thread
+        }
+        try waitUntil("the agent is connected") {
+            (try? bed.afterimage(["replication", "start", "server", "--epoch-ms", "\(epochMs)", "--wait"])) != nil
+        }
+        let end = Date().addingTimeInterval(Double(seconds))
+        var kills = 0
+        while Date() < end {
+            let pause = kill > 0 ? min(Double(kill) * Double.random(in: 0.5..<1.5), end.timeIntervalSinceNow) : end.timeIntervalSinceNow
+            Thread.sleep(forTimeInterval: max(0, pause))
+            if kill > 0 && Date() < end {
+                kills += 1
+                try killSomething(bed, kills)
+            }
+        }
+        chains.forEach { $0.stop() }
+        while threads.contains(where: { !$0.isFinished }) { usleep(10_000) }
+        print("\(chains.reduce(0) { $0 + $1.acknowledged }) writes acknowledged in \(seconds) s by \(self.chains) chains on \(disks) disks, \(kills) kills")
+        bed.stop("agent")
+        bed.stop("appliance")
+        return chains
+    }
+
+    private func killSomething(_ bed: TestBed, _ kills: Int) throws {
+        let agent = kills % 3 != 1
+        let appliance = kills % 3 != 2
+        if agent { bed.kill("agent") }
+        if appliance { bed.kill("appliance") }
+        if appliance { try bed.startAppliance() }
+        if agent { try bed.startAgent() }
+    }
+
+    /// Reads every recovery point of the store, offline, and lets every chain judge it.
+    private func check(_ bed: TestBed, _ chains: [DependentChain]) throws -> (passed: Int, failed: Int) {
+        var logger = Logger(label: "store")
+        logger.logLevel = .warning
+        let store = try ReplicaStore.open(directory: bed.path("store"), logger: logger)
+        defer { store.close() }
+        guard let group = store.groups().first else { throw TestBed.Failure(description: "the store has no group") }
+        let points = store.recoveryPoints(group.id)
+        var passed = 0
+        var failed = 0
+        var newestSeen: UInt64 = 0
+        let bytes = size << 20
+        let images = (0..<disks).map { _ in UnsafeMutableRawPointer.allocate(byteCount: bytes, alignment: blockBytes) }
+        defer { images.forEach { $0.deallocate() } }
+        for point in points {
+            for disk in 0..<disks {
+                let reader = try store.openRecoveryPoint(group.id, point.id, volume: disk)
+                try reader.read(offsetBytes: 0, into: UnsafeMutableRawBufferPointer(start: images[disk], count: bytes))
+            }
+            var isExact = true
+            for chain in chains {
+                let verdict = chain.check { disk, block in
+                    let at = images[disk] + block * blockBytes
+                    return (at.load(as: UInt64.self), at.load(fromByteOffset: 8, as: UInt64.self))
+                }
+                switch verdict {
+                case .exact(let newest): newestSeen = max(newestSeen, newest)
+                case .violation(let words):
+                    isExact = false
+                    print("recovery point \(point.id), chain \(chain.number): \(words)")
+                }
+            }
+            if isExact { passed += 1 } else { failed += 1 }
+        }
+        print("\(points.count) recovery points checked; newest write seen: \(newestSeen)")
+        if points.count < pointsMin {
+            print("fewer than \(pointsMin) recovery points")
+            failed += 1
+        }
+        return (passed, failed)
+    }
+
+    private func token(in json: String) throws -> String {
+        guard let range = json.firstRange(of: /"token"\s*:\s*"([^"]+)"/), let match = json[range].firstMatch(of: /:\s*"([^"]+)"/) else {
+            throw TestBed.Failure(description: "no token in \(json)")
+        }
+        return String(match.1)
+    }
+
+    private func waitUntil(_ what: String, _ condition: () -> Bool) throws {
+        let deadline = Date().addingTimeInterval(60)
+        while !condition() {
+            if Date() > deadline { throw TestBed.Failure(description: "waited 60 s in vain until \(what)") }
+            usleep(100_000)
+        }
+    }
+}
