@@ -141,8 +141,6 @@ free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# attach_loop FILE: a loop device with direct I/O; its name is in $loop_device.
-attach_loop() {
-    loop_device=$(losetup --find --show --direct-io=on "$1")
-    defer losetup -d "$loop_device"
-}
+# attach_loop FILE: a loop device with direct I/O on a file in $run_dir; its name is in $loop_device. It goes with the run, found
+# by its file: by the time of the cleanup its number may be somebody else's.
+attach_loop() { loop_device=$(losetup --find --show --direct-io=on "$1"); }
