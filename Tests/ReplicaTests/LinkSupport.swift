@@ -115,7 +115,7 @@ final class TestAppliance: LinkServerDelegate {
     }
 
     func sender(
-        _ source: any EpochSource, endpoint: LinkEndpoint? = nil, generation: Generation = Generation(0), epochMilliseconds: UInt32 = 5,
+        _ source: any EpochSource, endpoint: LinkEndpoint? = nil, generation: Generation = Generation(1), epochMilliseconds: UInt32 = 5,
         throttle: UInt64 = 0, automaticRestart: Bool = true, base: ReplicationBase = ReplicationBase(), timing: LinkTiming? = nil
     ) throws -> Sender {
         let order = ReplicationOrder(
@@ -138,8 +138,9 @@ final class TestAppliance: LinkServerDelegate {
                 let reader = try store.openRecoveryPoint(Self.group, point.id, volume: volume)
                 var actual = [UInt8](repeating: 0xEE, count: bytes.count)
                 try actual.withUnsafeMutableBytes { try reader.read(offsetBytes: 0, into: $0) }
+                if memcmp(actual, bytes, bytes.count) == 0 { continue }
                 let difference = zip(actual, bytes).enumerated().first { $1.0 != $1.1 }?.offset
-                #expect(difference == nil, "\(point.epoch), disk \(volume) differs at byte \(difference ?? 0). \(comment?.rawValue ?? "")")
+                Issue.record("\(point.epoch), disk \(volume) differs at byte \(difference ?? 0). \(comment?.rawValue ?? "")")
             }
         }
         return points.count
