@@ -12,7 +12,7 @@ cache_dir=${AFTERIMAGE_CACHE:-/var/cache/afterimage}
 say() { printf '%s\n' "$*" >&2; }
 die() { printf '%s: %s\n' "$tool_name" "$*" >&2; exit 1; }
 now() { printf '%s' "${EPOCHREALTIME/,/.}"; }                      # seconds since 1970, with fraction
-since() { awk -v a="$1" -v b="${2:-$(now)}" 'BEGIN { printf "%.1f", b - a }'; }
+since() { awk -v a="$1" -v b="${2:-$(now)}" 'BEGIN { printf "%.2f", b - a }'; }
 
 # --- the cleanup stack -----------------------------------------------------------------------------------------------
 cleanup_stack=()
@@ -141,8 +141,6 @@ free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# attach_loop FILE: a loop device with direct I/O; its name is in $loop_device.
-attach_loop() {
-    loop_device=$(losetup --find --show --direct-io=on "$1")
-    defer losetup -d "$loop_device"
-}
+# attach_loop FILE: a loop device with direct I/O on a file in $run_dir; its name is in $loop_device. It goes with the run, found
+# by its file: by the time of the cleanup its number may be somebody else's.
+attach_loop() { loop_device=$(losetup --find --show --direct-io=on "$1"); }
