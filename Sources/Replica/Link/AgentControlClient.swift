@@ -20,7 +20,7 @@ public final class AgentControlClient: FrameStream, @unchecked Sendable {
     private let onCommand: @Sendable (AgentCommand) async -> Void
     private let logger: Logger
     private let timing: LinkTiming
-    private let eventLoop: any EventLoop
+    private let eventLoop: any NIOCore.EventLoop
     private var link = Link.stopped
     private var attempt = 0
     private var retries = 0

@@ -51,7 +51,7 @@ final class FrameHandler: ChannelInboundHandler, @unchecked Sendable {
 
     /// False once the socket's buffer is full, and from the moment the connection is being given up.
     var isWritable: Bool { (phase == .open || phase == .greeting) && (context?.channel.isWritable ?? false) }
-    var eventLoop: any EventLoop { context!.eventLoop }
+    var eventLoop: any NIOCore.EventLoop { context!.eventLoop }
     var remoteAddress: String { context?.remoteAddress?.description ?? "unknown address" }
 
     func tlsPeerCertificate() throws -> NIOSSLCertificate? { try context?.channel.pipeline.syncOperations.nioSSL_peerCertificate() }

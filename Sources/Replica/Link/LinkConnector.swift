@@ -7,7 +7,7 @@ enum LinkConnector {
     /// Connects and starts TLS; the stream's `opened` follows when that is done, `closed` when it fails. The future succeeds
     /// first, and fails with a `PKIError` in words when there is no connection at all.
     static func connect(
-        _ endpoint: LinkEndpoint, stream: any FrameStream & Sendable, timing: LinkTiming, eventLoop: any EventLoop
+        _ endpoint: LinkEndpoint, stream: any FrameStream & Sendable, timing: LinkTiming, eventLoop: any NIOCore.EventLoop
     ) -> EventLoopFuture<FrameHandler> {
         let context: NIOSSLContext
         do {

@@ -15,7 +15,11 @@ import NIOCore
 /// - Credits: what was received minus what the store wrote stays below the window. An epoch that ends returns what it
 ///   still held.
 final class Receiver {
-    static let windowBytes: UInt64 = 64 * 1024 * 1024
+    /// As much as the store has buffers for, less what partly filled ones may take at the borders of epochs and segments: `append`
+    /// then never finds them all in use, and never blocks the event loop.
+    static func windowBytes(_ store: ReplicaStore) -> UInt64 {
+        UInt64(max(store.options.writeBufferCount - 5, 4) * store.options.writeBufferBytes)
+    }
 
     /// An epoch's part in the credits. Apart from `OpenEpoch` so that the writer's callback does not keep the writer alive.
     private final class Account {
@@ -37,6 +41,7 @@ final class Receiver {
         }
     }
 
+    let windowBytes: UInt64
     private let store: ReplicaStore
     private let hello: DataHello
     private let handler: FrameHandler
@@ -53,6 +58,7 @@ final class Receiver {
     private var unpacked = UnsafeMutableRawBufferPointer(start: nil, count: 0)
 
     init(store: ReplicaStore, hello: DataHello, handler: FrameHandler, logger: Logger) {
+        windowBytes = Self.windowBytes(store)
         self.store = store
         self.hello = hello
         self.handler = handler
@@ -65,7 +71,7 @@ final class Receiver {
 
     /// Stops taking frames and gives up the unfinished epoch; the future succeeds once no seal is under way any more, so that
     /// what the store says of the group then is final.
-    func end(on eventLoop: any EventLoop) -> EventLoopFuture<Void> {
+    func end(on eventLoop: any NIOCore.EventLoop) -> EventLoopFuture<Void> {
         isEnded = true
         if let current { current.writer.abandon() }
         current = nil
@@ -122,7 +128,7 @@ final class Receiver {
         let front = try ExtentsFront(&reader)
         let epoch = try open(front.epoch, .extents)
         receivedBytes &+= UInt64(front.plainBytes)
-        guard receivedBytes &- creditedBytes <= Self.windowBytes else { throw reader.malformed("it exceeds the credits granted") }
+        guard receivedBytes &- creditedBytes <= windowBytes else { throw reader.malformed("it exceeds the credits granted") }
         let plain = try unpack(frame, front, reader)
         // The tables' place in the meta part is a multiple of 8 bytes, and the meta part is aligned to 16.
         let sums = UnsafeRawBufferPointer(rebasing: frame.meta[(ExtentsFront.bytes + front.extentCount * WireExtent.bytes)...])

@@ -9,7 +9,7 @@ import Synchronization
 /// reconnects with a jittered back-off. Thread-safe; the work is done on one event loop.
 public final class Sender: Sendable {
     private let loop: SenderLoop
-    private let eventLoop: any EventLoop
+    private let eventLoop: any NIOCore.EventLoop
 
     /// `base` must be the same object for every Sender on one source (see `ReplicationBase`); without it every new Sender
     /// begins with a full sync.

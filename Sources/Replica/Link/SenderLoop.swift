@@ -33,7 +33,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     let order: ReplicationOrder
     let base: ReplicationBase
     let timing: LinkTiming
-    let eventLoop: any EventLoop
+    let eventLoop: any NIOCore.EventLoop
     let logger: Logger
     private let endpoint: LinkEndpoint
     let published = Mutex(AgentStatus())
@@ -86,7 +86,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
 
     init(
         source: any EpochSource, endpoint: LinkEndpoint, order: ReplicationOrder, logger: Logger, base: ReplicationBase,
-        timing: LinkTiming, eventLoop: any EventLoop
+        timing: LinkTiming, eventLoop: any NIOCore.EventLoop
     ) {
         self.source = source
         self.endpoint = endpoint

@@ -16,7 +16,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
     }
 
     private let server: LinkServer
-    private let eventLoop: any EventLoop
+    private let eventLoop: any NIOCore.EventLoop
     private var logger: Logger
     private var state = State.handshake
     private var greeting: Task<Void, Never>?
@@ -133,7 +133,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
             return await refuse(Refusal(.unknownGroup, "group \(hello.group) was deleted"))
         }
         guard hello.generation >= group.generation else { return await fence(group.generation, hello) }
-        var welcome = Welcome(windowBytes: Receiver.windowBytes)
+        var welcome = Welcome(windowBytes: Receiver.windowBytes(server.store))
         welcome.position = group.lastDurable.map { .init(instance: $0.instance, epoch: $0.epoch, kind: $0.kind) }
         await welcomeData(welcome, hello)
     }

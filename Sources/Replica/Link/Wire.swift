@@ -153,7 +153,7 @@ struct ExtentsFront: Hashable {
     func write(_ b: inout ByteBuffer) {
         b.put(epoch.rawValue)
         b.put(UInt32(plainBytes), UInt32(extentCount), UInt32(checksumCount))
-        b.put(encoding.rawValue, 0, 0, 0)
+        b.put(encoding.rawValue, UInt8(0), UInt8(0), UInt8(0))
     }
     init(epoch: EpochNumber, plainBytes: Int, extentCount: Int, checksumCount: Int, encoding: Encoding) {
         self.epoch = epoch

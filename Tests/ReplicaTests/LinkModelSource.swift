@@ -1,0 +1,283 @@
+import BlockTap
+import Foundation
+import Replica
+import Synchronization
+
+/// An `EpochSource` over arrays in memory, simple enough to be believed: an exact cut copies the dirty blocks (and, as the model
+/// to compare with, the whole disks); a fuzzy epoch reads its blocks when they are asked for.
+final class ModelSource: EpochSource, @unchecked Sendable {
+    struct Key: Hashable {
+        var disk: Int
+        var block: Int
+    }
+
+    private struct Epoch {
+        var cut: Cut
+        var blocks: Set<Key>
+    }
+
+    private enum Pending {
+        case run(EpochNumber, disk: Int, block: Int, count: Int, content: [UInt8]?)
+        case zero(EpochNumber, disk: Int, block: Int, count: Int)
+        case end(EpochNumber)
+        case abandoned(EpochNumber, AbandonReason)
+    }
+
+    static let drainBufferBytes = 128 * 1024
+    let instance: String
+    let disks: [SourceDisk]
+    private let lock = NSLock()
+    private var content: [[UInt8]]
+    private var trimmed: Set<Key> = []
+    private var dirty: Set<Key> = []
+    private var unsynced: Set<Key> = []
+    private var unacknowledged: [Epoch] = []
+    private var queue: [Pending] = []
+    private var lastEpoch = EpochNumber.none
+    private var freeSlots: [Int]
+    private let slots: [UnsafeMutableRawPointer]
+    private var wakeup: (@Sendable () -> Void)?
+    private var random: LinkRandom
+    private var counters = SourceStatistics()
+    private var waiters: [(count: Int, continuation: CheckedContinuation<Void, Never>)] = []
+    private(set) var fullSyncCount = 0
+    private(set) var acknowledgedExact: [EpochNumber] = []
+    /// The disks at each exact cut.
+    private(set) var snapshots: [EpochNumber: [[UInt8]]] = [:]
+    /// Chance in percent that an epoch is abandoned half-way, and that `nextItem` says "not yet".
+    var abandonPercent = 0
+    var hesitatePercent = 0
+    private(set) var heldBuffersMax = 0
+
+    init(sizes: [Int], seed: UInt64, instance: String = UUID().uuidString.lowercased()) {
+        self.instance = instance
+        random = LinkRandom(seed: seed)
+        disks = sizes.enumerated().map {
+            SourceDisk(name: "disk-\($0)", geometry: BlockGeometry(sizeBytes: UInt64($1), logicalBlockBytes: 512))
+        }
+        content = sizes.map { [UInt8](repeating: 0, count: $0) }
+        slots = (0..<8).map { _ in .allocate(byteCount: Self.drainBufferBytes, alignment: 4096) }
+        freeSlots = Array(0..<8)
+    }
+
+    deinit { for slot in slots { slot.deallocate() } }
+
+    // MARK: The protected machine
+
+    /// Random writes of all kinds: random, compressible and zero bytes, and discards.
+    func writeRandomly(count: Int) {
+        lock.withLock {
+            for _ in 0..<count {
+                let disk = Int.random(in: 0..<disks.count, using: &random)
+                let blocks = Int(disks[disk].geometry.blockCount)
+                let first = Int.random(in: 0..<blocks, using: &random)
+                let run = min(blocks - first, Int.random(in: 0..<4, using: &random) == 0 ? Int.random(in: 1...80, using: &random) : 1)
+                let start = first * blockBytes
+                let end = min((first + run) * blockBytes, content[disk].count)
+                let kind = Int.random(in: 0..<8, using: &random)
+                for block in first..<(first + run) {
+                    let key = Key(disk: disk, block: block)
+                    dirty.insert(key)
+                    if kind == 0 { trimmed.insert(key) } else { trimmed.remove(key) }
+                }
+                switch kind {
+                case 0, 1: for index in start..<end { content[disk][index] = 0 }
+                case 2, 3:
+                    let value = UInt8.random(in: 1...255, using: &random)
+                    for index in start..<end { content[disk][index] = value &+ UInt8(truncatingIfNeeded: index >> 9) }
+                default:
+                    var index = start
+                    while index < end {
+                        var word = random.next()
+                        for _ in 0..<8 where index < end {
+                            content[disk][index] = UInt8(truncatingIfNeeded: word)
+                            word >>= 8
+                            index += 1
+                        }
+                    }
+                }
+                counters.writtenBytes += UInt64(end - start)
+            }
+        }
+    }
+
+    var image: [[UInt8]] { lock.withLock { content } }
+    var exactSnapshots: [EpochNumber: [[UInt8]]] { lock.withLock { snapshots } }
+    var acknowledgedExactCount: Int { lock.withLock { acknowledgedExact.count } }
+
+    /// Returns once `count` exact epochs have been acknowledged in all.
+    func untilAcknowledged(exact count: Int) async {
+        await withCheckedContinuation { continuation in
+            let isDone = lock.withLock { () -> Bool in
+                if acknowledgedExact.count >= count { return true }
+                waiters.append((count, continuation))
+                return false
+            }
+            if isDone { continuation.resume() }
+        }
+    }
+
+    // MARK: EpochSource
+
+    func beginFullSync() {
+        lock.withLock {
+            fullSyncCount += 1
+            for disk in disks.indices {
+                for block in 0..<Int(disks[disk].geometry.blockCount) { unsynced.insert(Key(disk: disk, block: block)) }
+            }
+        }
+    }
+
+    var needsFuzzyCut: Bool { get async { lock.withLock { !unsynced.isEmpty } } }
+
+    func cut(fuzzyBytesMax: UInt64) async throws -> Cut {
+        try lock.withLock {
+            guard queue.isEmpty else { throw EpochError.draining(lastEpoch) }
+            lastEpoch = lastEpoch.next
+            counters.cutCount += 1
+            let isFuzzy = !unsynced.isEmpty
+            // Far smaller than asked for, so that a full sync of a small disk takes several epochs.
+            let blocks = isFuzzy ? Set(sorted(unsynced).prefix(min(Int(fuzzyBytesMax) / blockBytes, 300))) : dirty
+            if isFuzzy {
+                unsynced.subtract(blocks)
+            } else {
+                dirty = []
+                snapshots[lastEpoch] = content
+            }
+            let cut = Cut(
+                epoch: lastEpoch, kind: isFuzzy ? .fuzzy : .exact,
+                timeNanoseconds: UInt64(Date().timeIntervalSince1970 * 1e9), blockCount: UInt64(blocks.count))
+            unacknowledged.append(Epoch(cut: cut, blocks: blocks))
+            enqueue(cut, sorted(blocks))
+            if Int.random(in: 0..<100, using: &random) < abandonPercent {
+                queue.removeLast(Int.random(in: 1...queue.count, using: &random))
+                queue.append(.abandoned(lastEpoch, .preservedBudget))
+            }
+            return cut
+        }
+    }
+
+    private func sorted(_ keys: Set<Key>) -> [Key] { keys.sorted { ($0.disk, $0.block) < ($1.disk, $1.block) } }
+
+    private func enqueue(_ cut: Cut, _ keys: [Key]) {
+        let runMax = Self.drainBufferBytes / blockBytes
+        var index = 0
+        while index < keys.count {
+            let first = keys[index]
+            let isZero = trimmed.contains(first)
+            var count = 1
+            while index + count < keys.count, keys[index + count] == Key(disk: first.disk, block: first.block + count),
+                count < runMax, trimmed.contains(keys[index + count]) == isZero
+            { count += 1 }
+            if isZero {
+                queue.append(.zero(cut.epoch, disk: first.disk, block: first.block, count: count))
+            } else {
+                let end = min((first.block + count) * blockBytes, content[first.disk].count)
+                queue.append(
+                    .run(
+                        cut.epoch, disk: first.disk, block: first.block, count: count,
+                        content: cut.kind == .exact ? Array(content[first.disk][(first.block * blockBytes)..<end]) : nil))
+            }
+            index += count
+        }
+        queue.append(.end(cut.epoch))
+    }
+
+    func nextItem() -> DrainItem? {
+        lock.lock()
+        defer { lock.unlock() }
+        guard let next = queue.first else { return nil }
+        if Int.random(in: 0..<100, using: &random) < hesitatePercent {
+            let wakeup = wakeup
+            DispatchQueue.global().async { wakeup?() }
+            return nil
+        }
+        switch next {
+        case .run(let epoch, let disk, let block, let count, let bytes):
+            guard let slot = freeSlots.popLast() else { return nil }
+            heldBuffersMax = max(heldBuffersMax, slots.count - freeSlots.count)
+            queue.removeFirst()
+            let start = block * blockBytes
+            let data = bytes ?? Array(content[disk][start..<min(start + count * blockBytes, content[disk].count)])
+            data.withUnsafeBytes { slots[slot].copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
+            return .data(
+                epoch, DrainBuffer(disk: disk, offsetBytes: UInt64(start), lengthBytes: data.count, memory: slots[slot], slot: slot))
+        case .zero(let epoch, let disk, let block, let count):
+            queue.removeFirst()
+            let start = block * blockBytes
+            let end = min(start + count * blockBytes, content[disk].count)
+            return .zero(epoch, disk: disk, offsetBytes: UInt64(start), lengthBytes: UInt64(end - start))
+        case .end(let epoch):
+            queue.removeFirst()
+            return .end(epoch)
+        case .abandoned(let epoch, let why):
+            queue.removeFirst()
+            counters.abandonedCount += 1
+            let index = unacknowledged.firstIndex { $0.cut.epoch == epoch }!
+            giveBack(unacknowledged.remove(at: index))
+            return .abandoned(epoch, why)
+        }
+    }
+
+    private func giveBack(_ epoch: Epoch) {
+        if epoch.cut.kind == .fuzzy { unsynced.formUnion(epoch.blocks) } else { dirty.formUnion(epoch.blocks) }
+    }
+
+    func setWakeup(_ wakeup: (@Sendable () -> Void)?) { lock.withLock { self.wakeup = wakeup } }
+
+    func release(_ buffer: DrainBuffer) {
+        lock.withLock {
+            // What a consumer reads after giving a buffer back must not look right.
+            memset(buffer.memory, 0xA5, Self.drainBufferBytes)
+            freeSlots.append(buffer.slot)
+        }
+    }
+
+    func acknowledge(_ epoch: EpochNumber) {
+        let ready = lock.withLock { () -> [CheckedContinuation<Void, Never>] in
+            for done in unacknowledged where done.cut.epoch <= epoch && done.cut.kind == .exact {
+                acknowledgedExact.append(done.cut.epoch)
+            }
+            unacknowledged.removeAll { $0.cut.epoch <= epoch }
+            defer { waiters.removeAll { $0.count <= acknowledgedExact.count } }
+            return waiters.filter { $0.count <= acknowledgedExact.count }.map(\.continuation)
+        }
+        for continuation in ready { continuation.resume() }
+    }
+
+    func abandonAll() async {
+        lock.withLock {
+            queue = []
+            for epoch in unacknowledged { giveBack(epoch) }
+            unacknowledged = []
+        }
+    }
+
+    var statistics: SourceStatistics {
+        get async {
+            lock.withLock {
+                var figures = counters
+                let open = unacknowledged.filter { $0.cut.kind == .exact }.reduce(0) { $0 + $1.blocks.count }
+                let fuzzy = unacknowledged.filter { $0.cut.kind == .fuzzy }.reduce(0) { $0 + $1.blocks.count }
+                figures.behindBytes = UInt64((dirty.count + open) * blockBytes)
+                figures.unsyncedBytes = UInt64((unsynced.count + fuzzy) * blockBytes)
+                return figures
+            }
+        }
+    }
+}
+
+
+
+struct LinkRandom: RandomNumberGenerator {
+    private var state: UInt64
+    init(seed: UInt64) { state = seed &* 0x9E37_79B9_7F4A_7C15 &+ 1 }
+    /// SplitMix64.
+    mutating func next() -> UInt64 {
+        state &+= 0x9E37_79B9_7F4A_7C15
+        var z = state
+        z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
+        z = (z ^ (z >> 27)) &* 0x94D0_49BB_1331_11EB
+        return z ^ (z >> 31)
+    }
+}
