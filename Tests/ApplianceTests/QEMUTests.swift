@@ -28,8 +28,8 @@ struct QEMUTests {
             logPath: directory.path + "/qemu.log")
         defer { if process.isAlive { kill(process.pid, SIGKILL) } }
         #expect(getsid(process.pid) == process.pid)
-        #expect(QEMUProcess.find(name: name) == process)
         let client = try await connect(socket, while: process)
+        #expect(QEMUProcess.find(name: name) == process)
         #expect(try await client.runState() == "running")
         await #expect(throws: QMPError.self) { try await client.execute("no-such-command") }
         try await client.execute("stop")
@@ -61,11 +61,18 @@ struct QEMUTests {
         let socket = directory.path + "/s"
         let listener = try await ServerBootstrap(group: MultiThreadedEventLoopGroup.singleton)
             .childChannelInitializer { channel in
-                channel.writeAndFlush(ByteBuffer(string: "hello, I am no QEMU\n"))
+                channel.eventLoop.makeCompletedFuture { try channel.pipeline.syncOperations.addHandler(Greeter()) }
             }.bind(unixDomainSocketPath: socket).get()
         await #expect(throws: QMPError.self) { _ = try await QMPClient.connect(path: socket) }
         await #expect(throws: QMPError.self) { _ = try await QMPClient.connect(path: directory.path + "/missing") }
         try await listener.close()
+    }
+
+    private final class Greeter: ChannelInboundHandler {
+        typealias InboundIn = ByteBuffer
+        func channelActive(context: ChannelHandlerContext) {
+            context.writeAndFlush(NIOAny(ByteBuffer(string: "hello, I am no QEMU\n")), promise: nil)
+        }
     }
 
     private func connect(_ socket: String, while process: QEMUProcess) async throws -> QMPClient {
@@ -111,7 +118,7 @@ struct BootCheckTests {
         let path = directory.path + "/console.log"
         var follower = try SerialFollower(path: path, pattern: "READY n=[0-9]+$")
         #expect(try follower.poll() == nil)
-        FileManager.default.createFile(atPath: path, contents: Data("boot\r\n\u{1b}[1mREADY".utf8))
+        _ = FileManager.default.createFile(atPath: path, contents: Data("boot\r\n\u{1b}[1mREADY".utf8))
         #expect(try follower.poll() == nil)
         let file = try #require(FileHandle(forWritingAtPath: path))
         try file.seekToEnd()

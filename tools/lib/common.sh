@@ -12,7 +12,7 @@ cache_dir=${AFTERIMAGE_CACHE:-/var/cache/afterimage}
 say() { printf '%s\n' "$*" >&2; }
 die() { printf '%s: %s\n' "$tool_name" "$*" >&2; exit 1; }
 now() { printf '%s' "${EPOCHREALTIME/,/.}"; }                      # seconds since 1970, with fraction
-since() { awk -v a="$1" -v b="${2:-$(now)}" 'BEGIN { printf "%.1f", b - a }'; }
+since() { awk -v a="$1" -v b="${2:-$(now)}" 'BEGIN { printf "%.2f", b - a }'; }
 
 # --- the cleanup stack -----------------------------------------------------------------------------------------------
 cleanup_stack=()

@@ -14,7 +14,7 @@ start_guest() {
     local console=$1
     shift
     : >"$console"
-    setpriv --pdeathsig KILL "$AFTERIMAGE_QEMU" "${guest_hardware[@]}" -serial stdio "$@" </dev/null 2>&1 > >(exec python3 "$repository/tools/lib/stamp.py" "$console") &
+    setpriv --pdeathsig KILL "$AFTERIMAGE_QEMU" "${guest_hardware[@]}" -serial stdio "$@" </dev/null > >(exec python3 "$repository/tools/lib/stamp.py" "$console") 2>&1 &
     guest_pid=$!
     disown "$guest_pid"
     defer stop_process "$guest_pid" "$(process_start_time "$guest_pid")"

@@ -15,7 +15,7 @@ public actor Lifecycle {
     let store: ReplicaStore
     let machines: RecoveryHost
     let exports: PointExporter
-    let authority: CertificateAuthority
+    nonisolated let authority: CertificateAuthority
     var settings: LifecycleSettings
     let tasks: TaskBoard
     let logger: Logger

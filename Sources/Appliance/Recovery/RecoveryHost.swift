@@ -67,21 +67,21 @@ actor RecoveryHost {
             }
             return try ServedDisks.fork(instance.forkID, names: instance.volumes, store: store, socketPath: socketPath)
         }
+        var process = running
         do {
-            let process: QEMUProcess
             var accelerator: Accelerator?
             if let running {
-                process = running
                 await log("the machine runs already (pid \(running.pid)): taken over")
             } else {
                 (process, accelerator) = try await startQEMU(instance, log: log)
             }
+            guard let process else { preconditionFailure("a machine is found or started") }
             let qmp = try await control(process, id: id)
             machines[id] = Machine(disks: disks, process: process, qmp: qmp, watch: watch(id, process, qmp))
             return Started(pid: process.pid, accelerator: accelerator)
         } catch {
-            // No machine without somebody in charge of it.
-            await QEMUProcess.find(name: machineName(id))?.terminate()
+            // Stopped with the appliance: the machine goes on and is found again. Else: none without somebody in charge of it.
+            if !Task.isCancelled { await process?.terminate() }
             await disks.stop()
             throw error
         }
