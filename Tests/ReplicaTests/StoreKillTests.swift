@@ -86,5 +86,6 @@ import Testing
             }
             store.close()
         }
+        #expect(try String(contentsOfFile: directory.path + "/acknowledged", encoding: .utf8).count > 20)
     }
 }
