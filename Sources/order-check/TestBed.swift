@@ -69,7 +69,11 @@ final class TestBed {
             Foundation.kill(process.processIdentifier, SIGKILL)
             process.waitUntilExit()
         }
-        for device in devices { _ = try? output("losetup", ["--detach", device]) }
+        for i in devices.indices {
+            // Whose device it is now is asked, not remembered.
+            let now = (try? output("losetup", ["--associated", path("disk\(i).img"), "--noheadings", "--output", "NAME"])) ?? ""
+            for device in now.split(separator: "\n") { _ = try? output("losetup", ["--detach", String(device)]) }
+        }
         try? FileManager.default.removeItem(at: directory)
     }
 
