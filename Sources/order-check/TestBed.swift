@@ -16,7 +16,7 @@ final class TestBed {
 
     init(binary: String) throws {
         self.binary = binary
-        directory = URL(fileURLWithPath: "/tmp/order-check.\(getpid())")
+        directory = URL(fileURLWithPath: (ProcessInfo.processInfo.environment["TMPDIR"] ?? "/tmp") + "/order-check.\(getpid())")
         try FileManager.default.createDirectory(at: directory, withIntermediateDirectories: true)
         profile = directory.appendingPathComponent("appliance/client.json").path
         setenv("AFTERIMAGE_PROFILE", profile, 1)
