@@ -1,4 +1,5 @@
 import BlockTap
+import Foundation
 import NIOCore
 import Testing
 
@@ -27,8 +28,8 @@ import Testing
     }
 
     /// Connections that die at any byte of any frame in either direction, epochs that are abandoned half-way, a source that
-    /// hesitates: every recovery point must be exact, and replication must get on.
-    @Test(arguments: 0..<24) func cutConnectionsLeaveOnlyExactPoints(seed: Int) async throws {
+    /// hesitates: every recovery point must be exact, and replication must get on. AFTERIMAGE_LINK_SEEDS=1000 for a long run.
+    @Test(arguments: 0..<(Int(ProcessInfo.processInfo.environment["AFTERIMAGE_LINK_SEEDS"] ?? "") ?? 24)) func cutConnectionsLeaveOnlyExactPoints(seed: Int) async throws {
         let appliance = try TestAppliance()
         try await appliance.start()
         let source = ModelSource(sizes: [2 << 20, (1 << 20) + 512], seed: UInt64(seed))
