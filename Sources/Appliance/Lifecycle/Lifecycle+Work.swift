@@ -47,6 +47,7 @@ extension Lifecycle {
             case .clearDrill: result = try await performClearDrill(task)
             case .failover: result = try await performFailover(task)
             case .changeRecoveryPoint: result = try await performChangePoint(task)
+            case .startMachine: result = try await performStartMachine(task)
             case .unregister: result = try await performUnregister(task)
             default: throw ApplianceError.failed("task \(task.id ?? 0) has no work")
             }
