@@ -6,7 +6,8 @@ import PackageDescription
 let package = Package(
     name: "afterimage",
     products: [
-        .executable(name: "afterimage", targets: ["afterimage"])
+        .executable(name: "afterimage", targets: ["afterimage"]),
+        .executable(name: "order-check", targets: ["order-check"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
@@ -61,6 +62,13 @@ let package = Package(
             dependencies: [
                 "Appliance",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
+            ]),
+        .executableTarget(
+            name: "order-check",
+            dependencies: [
+                "Replica", "CLibNBD",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(name: "Logging", package: "swift-log"),
             ]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap"]),
         .testTarget(name: "ReplicaTests", dependencies: ["Replica"]),

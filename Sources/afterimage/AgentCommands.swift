@@ -1,5 +1,6 @@
 import Appliance
 import ArgumentParser
+import BlockTap
 import Foundation
 import Logging
 import ServiceLifecycle
@@ -16,6 +17,7 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: "Directory for the taps' sockets (NAME.sock).") var socketDir: String = "/run/afterimage-agent"
         @Option(help: ArgumentHelp("A disk to protect; repeat it, the boot disk first.", valueName: "name=device")) var disk: [String]
         @Flag(help: "Accept that a disk is smaller than when it was last protected; its replica is then made anew.") var acceptSmallerDisks = false
+        @Option(help: "Memory in MiB for old content of blocks that are overwritten before they were sent.") var preservedMib: Int = 64
         @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
 
         func agentConfiguration() throws -> AgentConfiguration {
@@ -26,30 +28,18 @@ struct AgentCommand: AsyncParsableCommand {
                 return AgentConfiguration.Disk(name: String(text[..<equals]), devicePath: absolute(String(text[text.index(after: equals)...])))
             }
             return AgentConfiguration(
-                stateDirectory: absolute(state), socketDirectory: absolute(socketDir), disks: disks, acceptsSmallerDisks: acceptSmallerDisks)
+                stateDirectory: absolute(state), socketDirectory: absolute(socketDir), disks: disks, acceptsSmallerDisks: acceptSmallerDisks,
+                tap: TapConfiguration(preservedBytesMax: preservedMib << 20))
         }
 
-        func validate() throws { _ = try agentConfiguration() }
+        func validate() throws {
+            guard (1...65536).contains(preservedMib) else { throw ValidationError("--preserved-mib must be between 1 and 65536") }
+            _ = try agentConfiguration()
+        }
 
         func run() async throws {
-            let level = logLevel
-            LoggingSystem.bootstrap { label in
-                var handler = StreamLogHandler.standardError(label: label)
-                handler.logLevel = level
-                return handler
-            }
-            let logger = Logger(label: "agent")
-            do {
-                let service = AgentService(configuration: try agentConfiguration(), logger: logger)
-                let group = ServiceGroup(
-                    configuration: .init(
-                        services: [.init(service: service, successTerminationBehavior: .gracefullyShutdownGroup)],
-                        gracefulShutdownSignals: [.sigterm, .sigint], logger: logger))
-                try await group.run()
-            } catch {
-                Terminal.error("the agent cannot go on: \(error)")
-                throw Exit.failed
-            }
+            let configuration = try agentConfiguration()
+            try await runDaemon("agent", logLevel: logLevel) { AgentService(configuration: configuration, logger: $0) }
         }
     }
 

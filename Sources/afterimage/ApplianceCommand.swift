@@ -31,12 +31,7 @@ struct ApplianceCommand: AsyncParsableCommand {
     }
 
     func run() async throws {
-        let level = logLevel
-        LoggingSystem.bootstrap { label in
-            var handler = StreamLogHandler.standardError(label: label)
-            handler.logLevel = level
-            return handler
-        }
+        bootstrapLogging(logLevel)
         do {
             try await ApplianceService(configuration: applianceConfiguration, logger: Logger(label: "appliance")).runUntilSignal()
         } catch {

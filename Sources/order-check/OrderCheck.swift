@@ -46,23 +46,23 @@ struct OrderCheck: AsyncParsableCommand {
     private func write(_ bed: TestBed) throws -> [DependentChain] {
         try bed.makeDisks(count: disks, megabytes: size)
         try bed.startAppliance()
-        try waitUntil("the appliance answers") { (try? bed.afterimage(["status"])) != nil }
+        try waitUntil("the appliance answers") { try bed.afterimage(["status"]) }
         try bed.startAgent()
         try bed.afterimage(["site-pair", "create", "pair", "--type", "zone-to-zone", "--primary", "here", "--secondary", "there"])
         let added = try bed.afterimage(["server", "add", "server", "--pair", "pair", "--json"])
         try bed.afterimage(["agent", "enroll", "--token", try token(in: added), "--state", bed.path("agent")])
         let diskBlocks = Array(repeating: (size << 20) / blockBytes, count: disks)
         let chains = (0..<self.chains).map { DependentChain(number: $0, chainCount: self.chains, diskBlocks: diskBlocks, pauseMicroseconds: pauseUs) }
-        try waitUntil("the tap listens") { (0..<disks).allSatisfy { FileManager.default.fileExists(atPath: bed.socket($0)) } }
+        try waitUntil("the tap listens") {
+            guard (0..<disks).allSatisfy({ FileManager.default.fileExists(atPath: bed.socket($0)) }) else { throw TestBed.Failure(description: "no socket yet") }
+        }
         let sockets = (0..<disks).map(bed.socket)
         let threads = chains.map { chain in
             let thread = Thread { chain.run(sockets: sockets) }
             thread.start()
             return thread
         }
-        try waitUntil("the agent is connected") {
-            (try? bed.afterimage(["replication", "start", "server", "--epoch-ms", "\(epochMs)", "--wait"])) != nil
-        }
+        try waitUntil("replication starts") { try bed.afterimage(["replication", "start", "server", "--epoch-ms", "\(epochMs)", "--wait"]) }
         let end = Date().addingTimeInterval(Double(seconds))
         var kills = 0
         while Date() < end {
@@ -139,11 +139,16 @@ struct OrderCheck: AsyncParsableCommand {
         return String(match.1)
     }
 
-    private func waitUntil(_ what: String, _ condition: () -> Bool) throws {
+    /// Tries until `attempt` succeeds; its last error when it does not within a minute.
+    private func waitUntil(_ what: String, _ attempt: () throws -> Void) throws {
         let deadline = Date().addingTimeInterval(60)
-        while !condition() {
-            if Date() > deadline { throw TestBed.Failure(description: "waited 60 s in vain until \(what)") }
-            usleep(100_000)
+        while true {
+            do {
+                return try attempt()
+            } catch {
+                if Date() > deadline { throw TestBed.Failure(description: "waited 60 s in vain until \(what): \(error)") }
+                usleep(100_000)
+            }
         }
     }
 }

@@ -19,6 +19,7 @@ final class TestBed {
         directory = URL(fileURLWithPath: "/tmp/order-check.\(getpid())")
         try FileManager.default.createDirectory(at: directory, withIntermediateDirectories: true)
         profile = directory.appendingPathComponent("appliance/client.json").path
+        setenv("AFTERIMAGE_PROFILE", profile, 1)
     }
 
     func path(_ name: String) -> String { directory.appendingPathComponent(name).path }
@@ -59,7 +60,7 @@ final class TestBed {
 
     @discardableResult
     func afterimage(_ arguments: [String]) throws -> String {
-        try output(binary, arguments + ["--profile", profile])
+        try output(binary, arguments)
     }
 
     func tearDown() {

@@ -56,6 +56,7 @@ var smallOptions: StoreOptions {
     options.preallocationBytes = 64 << 10
     options.writeBufferBytes = 32 << 10
     options.writeBufferCount = 4
+    options.writeBytesMin = 8 << 10
     return options
 }
 

@@ -1,9 +1,9 @@
 # The product, started and asked the way a person does it: appliance and agent as processes of their own, everything else
 # through `afterimage` commands. All of it lives in $run_dir, with ports of its own.
 
-# product_setup: names the directories. The CLI finds the appliance by AFTERIMAGE_PROFILE.
+# product_setup: names the directories; the store may be put elsewhere by $store_elsewhere. The CLI finds the appliance by AFTERIMAGE_PROFILE.
 product_setup() {
-    primary_state=$run_dir/primary secondary_state=$run_dir/secondary store=$run_dir/secondary/store sockets=$run_dir/s
+    primary_state=$run_dir/primary secondary_state=$run_dir/secondary store=${store_elsewhere:-$run_dir/secondary/store} sockets=$run_dir/s
     mkdir -p "$primary_state" "$secondary_state"
     export AFTERIMAGE_PROFILE=$secondary_state/client.json
     api_port=$(free_port) link_port=$(free_port)

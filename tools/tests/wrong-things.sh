@@ -15,7 +15,7 @@ export afterimage other
 refused_agent() { refuses "$1" "$2" timeout -k 1 20 "$afterimage" agent run --state "$other" --socket-dir "$other/s" "${@:3}"; }
 
 # --- the agent and its disk ------------------------------------------------------------------------------------------
-refused_agent "agent: a missing device" "/dev/no-such-disk.*(no such file|does not exist|missing)" --disk vda=/dev/no-such-disk
+refused_agent "agent: a missing device" "/dev/no-such-disk.*no such" --disk vda=/dev/no-such-disk
 refused_agent "agent: a directory as device" "neither|not a (block device|disk)|is a directory|regular file" --disk "vda=$run_dir"
 refused_agent "agent: a second agent on the same disk" "$loop_device.*(in use|held|busy|exclusive)" --disk "vda=$loop_device"
 refuses "agent: a second agent with the same state directory" "another agent.*$primary_state" timeout -k 1 20 "$afterimage" agent run --state "$primary_state" \
@@ -112,11 +112,13 @@ unprotect
 for pid in $(processes_naming "$sockets"); do kill_now "$pid"; done
 
 # --- a full store ----------------------------------------------------------------------------------------------------
-truncate -s 96M "$run_dir/store.img"
+truncate -s 512M "$run_dir/store.img"
 mke2fs -q -t ext4 -m 0 "$run_dir/store.img"
 small=$(losetup --find --show "$run_dir/store.img")
-mkdir -p "$run_dir/secondary/store"
-mount "$small" "$run_dir/secondary/store"
+mkdir "$run_dir/small"
+mount "$small" "$run_dir/small"
+fallocate -l 380M "$run_dir/small/ballast"
+store_elsewhere=$run_dir/small/store
 protect 256
 start_writer
 "$afterimage" replication start s </dev/null >/dev/null
@@ -124,9 +126,14 @@ told() { "$afterimage" status </dev/null 2>&1 | grep -iE 'full|no space|space le
 until_true 60 told >/dev/null && ok "full store: status says so" ||
     not_ok "full store: status says so" "$("$afterimage" status 2>&1 | tail -n 8 | tr '\n' ' ') $(grep -iE 'full|space' "$run_dir/appliance.log" | tail -n 2)"
 check "full store: the appliance goes on answering" appliance_answers
+rm "$run_dir/small/ballast"
+has_points() { [ -n "$(points s)" ]; }
+until_true 120 has_points && ok "full store: replication goes on by itself when there is room again" ||
+    not_ok "full store: replication goes on by itself when there is room again" "$(server_field s state), $(server_field s reason)"
 stop_writer && [[ $writer_said == *" interruptions=0" ]] && ok "full store: the writer notices nothing" || not_ok "full store: the writer notices nothing" "$writer_said"
+check "full store: the next recovery point is exact" exact_after "$(now)" || show_logs
 kill_now "$agent_pid" "$appliance_pid"
-umount "$run_dir/secondary/store"
-losetup -d "$small"
 unprotect
+until_true 10 umount "$run_dir/small" 2>/dev/null || not_ok "full store" "it cannot be unmounted"
+losetup -d "$small"
 finish

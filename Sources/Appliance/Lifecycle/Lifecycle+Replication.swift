@@ -56,8 +56,8 @@ extension Lifecycle {
             throw ApplianceError.invalid(
                 "all disks of an agent are followed together, in its order: \(reported.joined(separator: ", ")); run the agent without a disk that is not to be followed")
         }
-        guard (100...3_600_000).contains(settings.epochMilliseconds) else {
-            throw ApplianceError.invalid("an epoch lasts 100 to 3600000 milliseconds, not \(settings.epochMilliseconds)")
+        guard (20...3_600_000).contains(settings.epochMilliseconds) else {
+            throw ApplianceError.invalid("an epoch lasts 20 to 3600000 milliseconds, not \(settings.epochMilliseconds)")
         }
         try checkMachine(cpus: settings.cpus, memoryMiB: settings.memoryMiB)
         return settings

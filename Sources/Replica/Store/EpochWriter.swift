@@ -82,6 +82,7 @@ public final class EpochWriter: @unchecked Sendable {
             done += count
             if bufferFill == bufferLimit { submitBuffer() }
         }
+        if bufferFill >= store.options.writeBytesMin, receiver.writesQueued.load(ordering: .relaxed) == 0 { submitBuffer() }
     }
 
     /// These blocks are zero at the cut.
@@ -142,7 +143,11 @@ public final class EpochWriter: @unchecked Sendable {
             dropBuffer()
             throw failure
         }
-        guard case .receiving = fate.withLock({ $0 }) else { throw .invalid("\(cut.epoch) of group \(group) is being sealed already") }
+        switch fate.withLock({ $0 }) {
+        case .receiving: break
+        case .failed(let error): throw error
+        case .sealing, .sealed: throw .invalid("\(cut.epoch) of group \(group) is being sealed already")
+        }
         guard volumes.indices.contains(volume) else { throw .invalid("group \(group) has no disk number \(volume)") }
         let size = volumes[volume].spec.geometry.sizeBytes
         guard offset % UInt64(blockBytes) == 0, length > 0, offset < size, length <= size - offset,
@@ -173,12 +178,15 @@ public final class EpochWriter: @unchecked Sendable {
         position = SegmentPosition(segment: bufferStart.segment, block: bufferStart.block + UInt32(bufferFill / pageBytes))
         let (start, fill, payload) = (bufferStart, bufferFill, bufferPayload)
         bufferFill = 0
+        receiver.writesQueued.add(1, ordering: .relaxed)
         let accepted = store.thread.enqueue {
             self.receiver.write(full, byteCount: fill, at: start, for: self)
+            self.receiver.writesQueued.subtract(1, ordering: .relaxed)
             self.receiver.pool.give(full)
             self.onWritten?(payload)
         }
         if !accepted {
+            receiver.writesQueued.subtract(1, ordering: .relaxed)
             receiver.pool.give(full)
             onWritten?(payload)
         }

@@ -31,7 +31,7 @@ struct FileHeader {
     static let byteCount = 64
 
     var magic: UInt64
-    var version: UInt32 = FileHeader.versionNow
+    var version: UInt32
     var reserved0: UInt32 = 0
     var storeHigh: UInt64
     var storeLow: UInt64
@@ -40,8 +40,9 @@ struct FileHeader {
     var reserved2: UInt64 = 0
     var checksum: UInt64 = 0
 
-    init(kind: FileKind, id: UInt64, store: StoreUUID) {
+    init(kind: FileKind, id: UInt64, store: StoreUUID, version: UInt32 = FileHeader.versionNow) {
         magic = kind.rawValue
+        self.version = version
         storeHigh = store.high
         storeLow = store.low
         self.id = id

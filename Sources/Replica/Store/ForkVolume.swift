@@ -73,7 +73,7 @@ public final class ForkVolume: @unchecked Sendable {
         open.reserve(Int(nextBlock) + blocks)
         let end = (UInt64(nextBlock) + UInt64(blocks)) * UInt64(pageBytes)
         if end > reservedBytes {
-            let step = max(store.options.preallocationBytes, end - reservedBytes)
+            let step = max(min(store.preallocationStep, 64 << 20), end - reservedBytes)
             _ = open.segment.file.preallocate(offsetBytes: reservedBytes, lengthBytes: step)
             reservedBytes += step
         }

@@ -5,6 +5,8 @@ import Synchronization
 final class GroupReceiver: Sendable {
     unowned let store: ReplicaStore
     let pool: BufferPool
+    /// Buffers on their way to the disk.
+    let writesQueued = Atomic<Int>(0)
 
     private struct State {
         /// Where the last sealed epoch ended; nil = the next epoch begins a new segment.
@@ -97,7 +99,8 @@ final class GroupReceiver: Sendable {
         }
         let (file, reserved) = files.open[id]!
         if endBytes > reserved {
-            let step = min(max(store.options.preallocationBytes, endBytes - reserved), max(store.options.segmentBytes, endBytes) - reserved)
+            let wanted = max(store.preallocationStep, endBytes - reserved)
+            let step = min(wanted, max(store.options.segmentBytes, endBytes) - reserved)
             // Without a reservation the write itself finds out whether there is space.
             _ = file.file.preallocate(offsetBytes: reserved, lengthBytes: step)
             files.open[id]!.reservedBytes = reserved + step

@@ -103,6 +103,11 @@ extension ReplicaStore {
         }
     }
 
+    /// How much of a growing file to reserve at a time.
+    var preallocationStep: UInt64 {
+        min(options.preallocationBytes, max(1 << 16, storage.space().freeBytes / 16))
+    }
+
     /// A little space that is given up when the disk is full, so that dropping can still be recorded.
     func keepReserve() {
         do throws(StoreError) {

@@ -7,11 +7,13 @@ import Synchronization
 struct StoreOptions: Sendable {
     /// A new segment file is begun when the current one would grow beyond this.
     var segmentBytes: UInt64 = 1 << 30
-    /// Segments are reserved on the file system in steps of this.
-    var preallocationBytes: UInt64 = 64 << 20
-    var writeBufferBytes = 1 << 20
+    /// Segments are reserved on the file system in steps of this, or of 1/16 of what is free when that is less.
+    var preallocationBytes: UInt64 = 256 << 20
+    var writeBufferBytes = 4 << 20
     /// Per group that receives.
-    var writeBufferCount = 16
+    var writeBufferCount = 4
+    /// A buffer that is not full is written too when it holds this much and the disk has nothing else of the group to do.
+    var writeBytesMin = 1 << 20
     /// The MANIFEST is rewritten at open when it is longer.
     var manifestRewriteBytes: UInt64 = 4 << 20
     /// A fork's journal is flushed when this many writes wait, even when nobody asks.
@@ -214,13 +216,8 @@ public final class ReplicaStore: @unchecked Sendable {
 extension StoreState {
     func info(_ id: GroupID) -> GroupInfo? {
         guard let group = groups[id] else { return nil }
-        var live: Set<UInt64> = []
-        for volume in group.volumes { mark(volume.top, &live) }
-        for point in group.points { for volume in point.volumes { mark(volume.top, &live) } }
-        var stored: UInt64 = 0
-        for layer in live { stored += layers[layer]?.dataBytes ?? 0 }
         return GroupInfo(
-            id: id, volumes: group.volumes.map(\.spec), generation: group.generation, lastDurable: group.lastDurable, storedBytes: stored,
-            layerCount: live.count, recoveryPointCount: group.points.count)
+            id: id, volumes: group.volumes.map(\.spec), generation: group.generation, lastDurable: group.lastDurable, storedBytes: group.storedBytes,
+            layerCount: group.layerCount, recoveryPointCount: group.points.count)
     }
 }
