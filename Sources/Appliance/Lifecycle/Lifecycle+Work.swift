@@ -13,7 +13,7 @@ extension Lifecycle {
                 try PointExportRecord.fetchAll(db)
             )
         }
-        try await machines.sweep(known: Set(instances.map(\.id)))
+        await machines.reportUnknown(known: Set(instances.map(\.id)))
         let busy = Set(running.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
         for instance in instances where !busy.contains(instance.id) { await revive(instance) }
         for export in exported {

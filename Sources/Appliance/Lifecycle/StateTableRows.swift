@@ -114,7 +114,7 @@ extension StateTable {
         case (.reverse, _), (.failback, _):
             return "Not while this server is in \(state.rawValue)."
         case (.setUp, .startReplication):
-            return "The agent has not connected yet: run the enrolment command on the server (afterimage server enrol shows a new one)."
+            return "The agent has not connected yet: run the enrolment command on the server (afterimage server token makes a new one)."
         case (.setUp, .failover):
             return noRecoveryPoint
         default:

@@ -122,7 +122,7 @@ extension ServerRecord {
         case .agentInstalling:
             if let expires = enrolmentExpires, expires > Date() { return "run the enrolment command on the server" }
             return certificateSerial == nil
-                ? "its token has expired: afterimage server enrol \(name)" : "start the agent on the server (afterimage agent run)"
+                ? "its token has expired: afterimage server token \(name)" : "start the agent on the server (afterimage agent run)"
         case .initialized:
             return pointCount > 0 ? "not followed now: afterimage replication start \(name)" : "afterimage replication start \(name)"
         case .abnormal: return "look at the reason, then afterimage replication start \(name)"
