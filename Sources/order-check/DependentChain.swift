@@ -135,10 +135,7 @@ final class NBDConnection {
     /// Nil when nobody serves the socket now.
     init?(socketPath: String) {
         handle = nbd_create()
-        if handle == nil || nbd_connect_unix(handle, socketPath) != 0 {
-            nbd_close(handle)
-            return nil
-        }
+        guard handle != nil, nbd_connect_unix(handle, socketPath) == 0 else { return nil }
     }
 
     deinit { nbd_close(handle) }

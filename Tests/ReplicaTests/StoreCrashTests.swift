@@ -193,6 +193,14 @@ import Testing
         store.close()
     }
 
+    @Test func aMissingManifestDoesNotMakeAllDataGarbage() throws {
+        let sample = try Sample(seed: 40)
+        try FileManager.default.removeItem(atPath: sample.directory.path + "/MANIFEST")
+        let before = try sample.directory.files()
+        #expect(throws: StoreError.self) { try openStore(sample.directory) }
+        #expect(try sample.directory.files() == before)
+    }
+
     @Test func aMissingFileIsANamedErrorOfWhatNeedsIt() throws {
         let sample = try Sample(seed: 37)
         let layer = try #require(try sample.directory.files().filter { $0.hasPrefix("layers/") }.last)

@@ -122,6 +122,17 @@ final class RequestBatch: BlockRequestOwner, @unchecked Sendable {
             }
             let whole = batch.run(face, [.init(operation: .read, offset: 0, count: size)])
             #expect(whole[0].0 == 0 && whole[0].1 == model, "seed \(seed) round \(round)")
+            if random.below(6) == 0 {
+                // What a crash right after a flush would leave.
+                #expect(batch.run(face, [.init(operation: .flush)])[0].0 == 0)
+                let copy = try directory.copy()
+                let crashed = try openStore(copy)
+                let fork = try crashed.openFork(ForkID("f"), volume: 0)
+                #expect(try fork.image() == model, "seed \(seed) round \(round)")
+                try fork.close()
+                crashed.close()
+                withExtendedLifetime(copy) {}
+            }
             if random.below(10) == 0 {
                 try await face.close()
                 face = ForkStore(fork: try store.openFork(ForkID("f"), volume: 0), loop: loop)
@@ -137,6 +148,63 @@ final class RequestBatch: BlockRequestOwner, @unchecked Sendable {
         let again = try store.openFork(ForkID("f"), volume: 0)
         #expect(try again.image() == model)
         try again.close()
+        store.close()
+    }
+
+    @Test func aWriteWithFUASurvivesACrash() async throws {
+        let directory = TemporaryDirectory()
+        let store = try openStore(directory)
+        try store.createGroup(webGroup, volumes: [spec("vda", bytes: 1 << 20)])
+        let point = try store.begin(1).seal()!
+        try store.fork(ForkID("f"), of: webGroup, at: point.id, purpose: "test")
+        let loop = try EventLoop(name: "test")
+        defer { loop.shutdown() }
+        let batch = RequestBatch(loop: loop)
+        let face = ForkStore(fork: try store.openFork(ForkID("f"), volume: 0), loop: loop)
+        let bytes = [UInt8](repeating: 5, count: 1024)
+        #expect(batch.run(face, [.init(operation: .write, offset: 512, count: 1024, bytes: bytes, fua: true)])[0].0 == 0)
+        let copy = try directory.copy()
+        let crashed = try openStore(copy)
+        let fork = try crashed.openFork(ForkID("f"), volume: 0)
+        #expect(Array(try fork.image()[512..<1536]) == bytes)
+        try fork.close()
+        crashed.close()
+        withExtendedLifetime(copy) {}
+        try await face.close()
+        store.close()
+    }
+
+    @Test func aBadBlockIsAnIOErrorToTheClientAndItsNeighboursAreServed() async throws {
+        let directory = TemporaryDirectory()
+        var store = try openStore(directory)
+        try store.createGroup(webGroup, volumes: [spec("vda", bytes: 1 << 20)])
+        let writer = try store.begin(1)
+        try writer.append(volume: 0, offsetBytes: 0, [UInt8](repeating: 5, count: 1 << 20))
+        let point = try writer.seal()!
+        store.close()
+        let segment = try #require(try directory.files().first { $0.hasPrefix("segments/") })
+        let descriptor = open(directory.path + "/" + segment, O_WRONLY)
+        #expect(pwrite(descriptor, "x", 1, 11 * 4096 + 99) == 1)
+        close(descriptor)
+        store = try openStore(directory)
+        try store.fork(ForkID("f"), of: webGroup, at: point.id, purpose: "test")
+        let loop = try EventLoop(name: "test")
+        defer { loop.shutdown() }
+        let batch = RequestBatch(loop: loop)
+        let parent = RecoveryPointStore(reader: try store.openRecoveryPoint(webGroup, point.id, volume: 0), loop: loop)
+        let fork = ForkStore(fork: try store.openFork(ForkID("f"), volume: 0), loop: loop)
+        func errors<S: BlockStore & SendableMetatype>(_ store: S) -> [Int32] {
+            batch.run(store, [9, 10, 11].map { .init(operation: .read, offset: $0 * 4096, count: 4096) } + [.init(operation: .read, offset: 0, count: 1 << 20)]).map(\.0)
+        }
+        #expect(errors(parent) == [0, EIO, 0, EIO])
+        #expect(errors(fork) == [0, EIO, 0, EIO])
+        // Changing part of a bad block cannot be done, replacing it can.
+        let bytes = [UInt8](repeating: 6, count: 4096)
+        #expect(batch.run(fork, [.init(operation: .write, offset: 10 * 4096, count: 512, bytes: Array(bytes[..<512]))])[0].0 == EIO)
+        #expect(batch.run(fork, [.init(operation: .write, offset: 10 * 4096, count: 4096, bytes: bytes)])[0].0 == 0)
+        #expect(errors(fork) == [0, 0, 0, 0])
+        #expect(store.statistics().badBlockCount == 5)
+        try await fork.close()
         store.close()
     }
 }

@@ -18,7 +18,7 @@ final class AgentTaps: Sendable {
                 throw AgentError("\"\(disk.name)\" is no name for a disk: use letters, digits, - and _")
             }
             guard !disks.contains(where: { $0.name == disk.name }) else { throw AgentError("two disks are named \(disk.name)") }
-            disks.append((disk.name, try BlockDevice.open(path: disk.devicePath, access: .readWrite, exclusive: true)))
+            disks.append((disk.name, try BlockDevice.open(path: disk.devicePath, access: .readWrite, exclusive: true, patienceMilliseconds: 5000)))
         }
         try state.rememberSizes(disks, acceptsSmaller: configuration.acceptsSmallerDisks)
         try FileManager.default.createDirectory(atPath: configuration.socketDirectory, withIntermediateDirectories: true, attributes: [.posixPermissions: 0o700])

@@ -93,11 +93,10 @@ extension Lifecycle: LinkServerDelegate {
             await endStartTask(record)
         case .replicating:
             await reportFullSync(record, status, rate: live.fullSyncRate.bytesPerSecond)
-        case .interrupted:
-            if record.state != .replicationInterrupted { await happened(.linkLost, server, reason: status.reason) }
-        case .failed:
+        case .interrupted, .failed:
             if record.state != .replicationInterrupted || record.reason != status.reason {
                 await happened(.linkLost, server, reason: status.reason)
+                await tellStartTask(record, "interrupted: \(status.reason ?? "no reason given")")
             }
         case .fenced:
             // A failover that was rolled back left a newer generation: the agent needs an order under it.
@@ -134,6 +133,12 @@ extension Lifecycle: LinkServerDelegate {
             TaskProgress(
                 step: ServerState.initialFullSync.rawValue, doneBytes: status.fullSyncDoneBytes, totalBytes: status.fullSyncTotalBytes,
                 bytesPerSecond: rate, secondsLeft: Lifecycle.secondsLeft(status, rate: rate)))
+    }
+
+    /// Whoever waits for Start Replication reads why it takes so long.
+    private func tellStartTask(_ record: ServerRecord, _ line: String) async {
+        guard let task = try? await catalogue.read({ db in try db.runningTask(of: record, [.startReplication]) }) else { return }
+        await tasks.log(task, line)
     }
 
     static func secondsLeft(_ status: AgentStatus, rate: UInt64) -> Double? {

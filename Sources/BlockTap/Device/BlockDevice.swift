@@ -36,7 +36,25 @@ public final class BlockDevice: @unchecked Sendable {
     /// Throws when it is missing, neither a block device nor a regular file, empty, or when its size is not a multiple of its
     /// block; and, unless it is only read and shared, when it is mounted (it or a partition of it), swapped on, or
     /// held by another device or program.
-    public static func open(path: String, access: Access, exclusive: Bool) throws(SystemError) -> BlockDevice {
+    ///
+    /// - `patienceMilliseconds`: how long to wait for another program to let go. A killed one still holds its disks until the
+    ///   kernel has taken its io_uring apart, some time after it is gone from the process table. Blocks the thread.
+    public static func open(
+        path: String, access: Access, exclusive: Bool, patienceMilliseconds: Int = 0
+    ) throws(SystemError) -> BlockDevice {
+        var patience = patienceMilliseconds
+        while true {
+            do throws(SystemError) {
+                return try openOnce(path: path, access: access, exclusive: exclusive)
+            } catch {
+                guard error.isHeldByProgram, patience > 0 else { throw error }
+            }
+            usleep(50_000)
+            patience -= 50
+        }
+    }
+
+    private static func openOnce(path: String, access: Access, exclusive: Bool) throws(SystemError) -> BlockDevice {
         func refuse(_ error: Int32, _ reason: String) -> SystemError {
             SystemError(errno: error, what: "cannot open \(path): \(reason)")
         }
@@ -68,7 +86,7 @@ public final class BlockDevice: @unchecked Sendable {
             opened.st_mode & S_IFMT == facts.st_mode & S_IFMT
         else { throw refuse(ESTALE, "it was replaced by another device or file meanwhile; try again") }
         if exclusive && !isBlockDevice && ciouring_flock_exclusive(fd) < 0 {
-            throw refuse(EBUSY, "another program has locked it (is a second agent running on this disk?)")
+            throw refuse(EAGAIN, "another program has locked it (is a second agent running on this disk?)")
         }
 
         let geometry = try geometry(of: fd, path: path, isBlockDevice: isBlockDevice, facts: opened)
@@ -92,6 +110,8 @@ public final class BlockDevice: @unchecked Sendable {
             fd = Glibc.open(path, flags & ~ciouring_o_direct)       // a file system without direct I/O
         }
         guard fd < 0 else { return fd }
+        // Whoever mounts it or is stacked on it was found before: this is a program's claim.
+        let error = errno == EBUSY ? EAGAIN : errno
         let reason = switch errno {
         case EBUSY: "another program holds it open exclusively (is a second agent running on this disk, or is it mounted in another namespace?)"
         case EACCES, EPERM: "\(SystemError.text(of: errno)) (run as root)"
@@ -99,7 +119,7 @@ public final class BlockDevice: @unchecked Sendable {
         case ENXIO, ENOMEDIUM: "the device has no medium or is not there any more"
         default: SystemError.text(of: errno)
         }
-        throw SystemError(errno: errno, what: "cannot open \(path): \(reason)")
+        throw SystemError(errno: error, what: "cannot open \(path): \(reason)")
     }
 
     private static func geometry(
@@ -132,4 +152,9 @@ public final class BlockDevice: @unchecked Sendable {
             sizeBytes: sizeBytes, logicalBlockBytes: logicalBytes,
             preferredBlockBytes: max(UInt32(blockBytes), optimalBytes.nonzeroBitCount == 1 ? optimalBytes : 0))
     }
+}
+
+extension SystemError {
+    /// From `BlockDevice.open`: another program has claimed the device and may let go of it.
+    var isHeldByProgram: Bool { errno == EAGAIN }
 }

@@ -143,7 +143,11 @@ public final class EpochWriter: @unchecked Sendable {
             dropBuffer()
             throw failure
         }
-        guard case .receiving = fate.withLock({ $0 }) else { throw .invalid("\(cut.epoch) of group \(group) is being sealed already") }
+        switch fate.withLock({ $0 }) {
+        case .receiving: break
+        case .failed(let error): throw error
+        case .sealing, .sealed: throw .invalid("\(cut.epoch) of group \(group) is being sealed already")
+        }
         guard volumes.indices.contains(volume) else { throw .invalid("group \(group) has no disk number \(volume)") }
         let size = volumes[volume].spec.geometry.sizeBytes
         guard offset % UInt64(blockBytes) == 0, length > 0, offset < size, length <= size - offset,

@@ -32,7 +32,11 @@ public final class FileStorage: Storage, @unchecked Sendable {
     /// Creates the directory (not its parents) when missing.
     public init(directory: String) throws(StoreError) {
         location = directory
-        if mkdir(directory, 0o700) != 0 && errno != EEXIST { throw storageError(errno, "cannot create the store directory \(directory)") }
+        if mkdir(directory, 0o700) == 0 {
+            try syncDirectory("..")
+        } else if errno != EEXIST {
+            throw storageError(errno, "cannot create the store directory \(directory)")
+        }
         var status = stat()
         guard stat(directory, &status) == 0 else { throw storageError(errno, "cannot look at \(directory)") }
         guard status.st_mode & S_IFMT == S_IFDIR else { throw .io(errno: ENOTDIR, what: "cannot open the store \(directory)") }

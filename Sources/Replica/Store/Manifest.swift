@@ -21,6 +21,10 @@ final class Manifest {
     static func open(_ storage: any Storage, rewriteBytes: UInt64) throws(StoreError) -> (Manifest, StoreState, tornBytes: UInt64) {
         try storage.remove(newPath)
         guard try storage.exists(path) else {
+            // Making a new one here would let start-up remove all data as garbage.
+            for directory in ["segments", "layers", "journals"] where try !storage.list(directory).isEmpty {
+                throw .damaged(path: storage.location + "/" + path, offsetBytes: 0, what: "it is missing, but \(directory) has files: restore it, or empty the directory for a new store")
+            }
             let state = StoreState(uuid: .random())
             return (try create(storage, state: state), state, 0)
         }

@@ -216,13 +216,8 @@ public final class ReplicaStore: @unchecked Sendable {
 extension StoreState {
     func info(_ id: GroupID) -> GroupInfo? {
         guard let group = groups[id] else { return nil }
-        var live: Set<UInt64> = []
-        for volume in group.volumes { mark(volume.top, &live) }
-        for point in group.points { for volume in point.volumes { mark(volume.top, &live) } }
-        var stored: UInt64 = 0
-        for layer in live { stored += layers[layer]?.dataBytes ?? 0 }
         return GroupInfo(
-            id: id, volumes: group.volumes.map(\.spec), generation: group.generation, lastDurable: group.lastDurable, storedBytes: stored,
-            layerCount: live.count, recoveryPointCount: group.points.count)
+            id: id, volumes: group.volumes.map(\.spec), generation: group.generation, lastDurable: group.lastDurable, storedBytes: group.storedBytes,
+            layerCount: group.layerCount, recoveryPointCount: group.points.count)
     }
 }

@@ -35,7 +35,9 @@ extension ReplicaStore {
         }
         var written: [LayerFile.Written] = []
         do throws(StoreError) {
-            guard let group = read({ $0.groups[writer.group] }) else { throw .unknownGroup(writer.group) }
+            guard let group = read({ $0.groups[writer.group] }), shared.withLock({ $0.receivers[writer.group] === writer.receiver }) else {
+                throw .unknownGroup(writer.group)
+            }
             try checkGeneration(group, writer.group, writer.generation)
             try writer.receiver.sync(writer.segmentsUsed)
 

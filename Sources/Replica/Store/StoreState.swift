@@ -23,6 +23,9 @@ struct GroupRecord: Codable, Sendable {
     var lastDurable: DurablePosition?
     /// Oldest first.
     var points: [PointRecord] = []
+    /// Of the layers of all volumes, recovery points' included.
+    var layerCount = 0
+    var storedBytes: UInt64 = 0
 }
 
 struct VolumeRecord: Codable, Sendable {
@@ -132,6 +135,8 @@ extension StoreState {
             for (volume, layer) in zip(volumes, added) {
                 layers[layer.id] = layer
                 groups[id]!.volumes[volume].top = layer.id
+                groups[id]!.layerCount += 1
+                groups[id]!.storedBytes += layer.dataBytes
                 nextFile = max(nextFile, layer.id + 1)
                 for use in layer.segments { nextFile = max(nextFile, UInt64(use.segment) + 1) }
             }

@@ -1,6 +1,6 @@
 import BlockTap
 
-/// One volume as it was at a recovery point. Immutable and thread-safe; keeps its files until `close` or release.
+/// One volume as it was at a recovery point. Immutable and thread-safe; keeps its files until it is released.
 public final class VolumeReader: @unchecked Sendable {
     public let name: String
     public let geometry: BlockGeometry

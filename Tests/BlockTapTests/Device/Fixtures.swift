@@ -61,7 +61,11 @@ final class LoopDevice: @unchecked Sendable {
             .trimmingCharacters(in: .whitespacesAndNewlines)
     }
 
-    deinit { _ = try? Program.run(["losetup", "--detach", path]) }
+    /// Only while it is still ours: somebody may have detached it, and the number may be another's disk by now.
+    deinit {
+        guard fileText("/sys/block/\(path.dropFirst("/dev/".count))/loop/backing_file")?.trimmingNewline == file.path[...] else { return }
+        _ = try? Program.run(["losetup", "--detach", path])
+    }
 }
 
 /// Other people's programs.
