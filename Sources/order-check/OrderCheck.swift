@@ -3,6 +3,7 @@ import BlockTap
 import Foundation
 import Logging
 import Replica
+import Synchronization
 
 /// Dependent, stamped writes go through the tap while recovery points are taken; then every recovery point is read from the
 /// store and checked exactly: a write is there only if all before it are. With --kill, agent and appliance are killed meanwhile.
@@ -98,38 +99,61 @@ struct OrderCheck: AsyncParsableCommand {
         defer { store.close() }
         guard let group = store.groups().first else { throw TestBed.Failure(description: "the store has no group") }
         let points = store.recoveryPoints(group.id)
+        let tally = Mutex(Tally())
+        // Reads of old points are many and small: several at a time.
+        DispatchQueue.concurrentPerform(iterations: points.count) { i in
+            let verdict = Result { try self.judge(points[i], of: group.id, in: store, chains) }
+            tally.withLock { $0.count(points[i].id, verdict) }
+        }
+        let (passed, failedPoints, newestSeen) = tally.withLock { ($0.passed, $0.failed, $0.newestSeen) }
+        print("\(points.count) recovery points checked; newest write seen: \(newestSeen)")
+        let isTooFew = points.count < pointsMin
+        if isTooFew { print("fewer than \(pointsMin) recovery points") }
+        return (passed, failedPoints + (isTooFew ? 1 : 0))
+    }
+
+    private struct Tally {
         var passed = 0
         var failed = 0
         var newestSeen: UInt64 = 0
+
+        mutating func count(_ point: RecoveryPointID, _ verdict: Result<(newest: UInt64, violations: [String]), any Error>) {
+            switch verdict {
+            case .success(let (newest, violations)):
+                newestSeen = max(newestSeen, newest)
+                violations.forEach { print("recovery point \(point), \($0)") }
+                if violations.isEmpty { passed += 1 } else { failed += 1 }
+            case .failure(let error):
+                print("recovery point \(point) cannot be read: \(error)")
+                failed += 1
+            }
+        }
+    }
+
+    /// Reads one recovery point whole and lets every chain judge it.
+    private func judge(
+        _ point: RecoveryPoint, of group: GroupID, in store: ReplicaStore, _ chains: [DependentChain]
+    ) throws -> (newest: UInt64, violations: [String]) {
         let bytes = size << 20
         let images = (0..<disks).map { _ in UnsafeMutableRawPointer.allocate(byteCount: bytes, alignment: blockBytes) }
         defer { images.forEach { $0.deallocate() } }
-        for point in points {
-            for disk in 0..<disks {
-                let reader = try store.openRecoveryPoint(group.id, point.id, volume: disk)
-                try reader.read(offsetBytes: 0, into: UnsafeMutableRawBufferPointer(start: images[disk], count: bytes))
-            }
-            var isExact = true
-            for chain in chains {
-                let verdict = chain.check { disk, block in
-                    let at = images[disk] + block * blockBytes
-                    return (at.load(as: UInt64.self), at.load(fromByteOffset: 8, as: UInt64.self))
-                }
-                switch verdict {
-                case .exact(let newest): newestSeen = max(newestSeen, newest)
-                case .violation(let words):
-                    isExact = false
-                    print("recovery point \(point.id), chain \(chain.number): \(words)")
-                }
-            }
-            if isExact { passed += 1 } else { failed += 1 }
+        for disk in 0..<disks {
+            let reader = try store.openRecoveryPoint(group, point.id, volume: disk)
+            try reader.read(offsetBytes: 0, into: UnsafeMutableRawBufferPointer(start: images[disk], count: bytes))
         }
-        print("\(points.count) recovery points checked; newest write seen: \(newestSeen)")
-        if points.count < pointsMin {
-            print("fewer than \(pointsMin) recovery points")
-            failed += 1
+        var newestSeen: UInt64 = 0
+        var violations: [String] = []
+        for chain in chains {
+            let verdict = chain.check { disk, block in
+                let at = images[disk] + block * blockBytes
+                return (at.load(as: UInt64.self), at.load(fromByteOffset: 8, as: UInt64.self))
+            }
+            switch verdict {
+            case .exact(let newest): newestSeen = max(newestSeen, newest)
+            case .violation(let words): violations.append("chain \(chain.number): \(words)")
+            }
         }
-        return (passed, failed)
+        return (newestSeen, violations)
     }
 
     private func token(in json: String) throws -> String {

@@ -16,7 +16,7 @@ final class TestBed {
 
     init(binary: String) throws {
         self.binary = binary
-        directory = URL(fileURLWithPath: "/tmp/order-check.\(getpid())")
+        directory = URL(fileURLWithPath: (ProcessInfo.processInfo.environment["TMPDIR"] ?? "/tmp") + "/order-check.\(getpid())")
         try FileManager.default.createDirectory(at: directory, withIntermediateDirectories: true)
         profile = directory.appendingPathComponent("appliance/client.json").path
         setenv("AFTERIMAGE_PROFILE", profile, 1)
@@ -69,7 +69,11 @@ final class TestBed {
             Foundation.kill(process.processIdentifier, SIGKILL)
             process.waitUntilExit()
         }
-        for device in devices { _ = try? output("losetup", ["--detach", device]) }
+        for i in devices.indices {
+            // Whose device it is now is asked, not remembered.
+            let now = (try? output("losetup", ["--associated", path("disk\(i).img"), "--noheadings", "--output", "NAME"])) ?? ""
+            for device in now.split(separator: "\n") { _ = try? output("losetup", ["--detach", String(device)]) }
+        }
         try? FileManager.default.removeItem(at: directory)
     }
 

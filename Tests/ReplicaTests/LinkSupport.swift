@@ -35,6 +35,7 @@ final class LogCapture: Sendable {
             set { metadata[key] = newValue }
         }
         func log(event: LogEvent) {
+            if let _ = getenv("LINK_LOG") { print(Date(), event.level, event.message, metadata) }
             capture.lines.withLock { $0.append("\(event.level) \(event.message) \(metadata)") }
         }
     }
@@ -77,7 +78,8 @@ final class TestAppliance: LinkServerDelegate {
         timing.retryFirst = .milliseconds(1)
         timing.retryLast = .milliseconds(20)
         timing.alive = .milliseconds(50)
-        timing.silence = .seconds(2)
+        timing.silence = .seconds(60)
+        timing.greeting = .seconds(60)
         return timing
     }
 

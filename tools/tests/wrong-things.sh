@@ -131,7 +131,7 @@ has_points() { [ -n "$(points s)" ]; }
 until_true 120 has_points && ok "full store: replication goes on by itself when there is room again" ||
     not_ok "full store: replication goes on by itself when there is room again" "$(server_field s state), $(server_field s reason)"
 stop_writer && [[ $writer_said == *" interruptions=0" ]] && ok "full store: the writer notices nothing" || not_ok "full store: the writer notices nothing" "$writer_said"
-check "full store: the next recovery point is exact" exact_after "$(now)" || show_logs
+check "full store: the next recovery point is exact" exact_after "$(now)"
 kill_now "$agent_pid" "$appliance_pid"
 unprotect
 until_true 10 umount "$run_dir/small" 2>/dev/null || not_ok "full store" "it cannot be unmounted"
