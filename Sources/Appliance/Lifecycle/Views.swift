@@ -129,7 +129,8 @@ extension ServerRecord {
         case .enableReplicating, .initialFullSync: return "wait for the first recovery point"
         case .replicating: return "nothing; try a drill now and then: afterimage drill start \(name)"
         case .replicationInterrupted:
-            let restart = settings?.automaticRestart == true ? "goes on by itself when the agent is back" : "afterimage replication start \(name)"
+            let restart = settings?.automaticRestart == true 
+                ? (agentConnected ? "see why; goes on by itself once that is mended" : "goes on by itself when the agent is back") : "afterimage replication start \(name)"
             return pointCount > 0 ? "\(restart); if the server is lost: afterimage failover start \(name)" : restart
         case .failoverInProgress:
             return reason == nil ? "wait for the machine to boot" : "choose another point: afterimage failover change-recovery-point \(name) --point ID"
