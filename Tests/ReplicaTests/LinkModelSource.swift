@@ -102,6 +102,14 @@ final class ModelSource: EpochSource, @unchecked Sendable {
         }
     }
 
+    func fill(_ byte: (Int) -> UInt8) {
+        lock.withLock {
+            for disk in content.indices {
+                for index in content[disk].indices { content[disk][index] = byte(index) }
+            }
+        }
+    }
+
     /// Every disk full of bytes that do not compress.
     func fillRandomly() {
         lock.withLock {

@@ -157,6 +157,20 @@ import Testing
         await appliance.stop()
     }
 
+    @Test func compressibleDataTravelsSmallOverASlowLink() async throws {
+        let appliance = try TestAppliance()
+        try await appliance.start()
+        let source = ModelSource(sizes: [4 << 20], seed: 11)
+        source.fill { UInt8(truncatingIfNeeded: $0 >> 8) | 1 }
+        let sender = try appliance.sender(source, throttle: 4_000_000)
+        sender.start()
+        await source.untilAcknowledged(exact: 1)
+        await sender.stop()
+        #expect(sender.status.sentBytes < 3 << 20)
+        #expect(try appliance.checkRecoveryPoints(source) >= 1)
+        await appliance.stop()
+    }
+
     @Test func cutNowDoesNotWaitForTheEpoch() async throws {
         let appliance = try TestAppliance()
         try await appliance.start()

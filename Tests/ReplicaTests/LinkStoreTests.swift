@@ -86,6 +86,36 @@ import Testing
         await appliance.stop()
     }
 
+    /// Whatever call of the store it is that fails: what is acknowledged and published stays exact.
+    @Test(arguments: 0..<8) func storeThatIsFullNowAndThenLeavesOnlyExactPoints(seed: UInt64) async throws {
+        let directory = ScratchDirectory()
+        let storage = try FaultStorage(directory: directory.path + "/store")
+        let appliance = try TestAppliance(storage: storage)
+        try await appliance.start()
+        let source = ModelSource(sizes: [1 << 20, 1 << 20], seed: seed)
+        source.writeRandomly(count: 50)
+        let sender = try appliance.sender(source, epochMilliseconds: 1)
+        sender.start()
+        await source.untilAcknowledged(exact: 2)
+        let writer = Task {
+            var random = SeededRandom(seed: seed)
+            while !Task.isCancelled {
+                source.writeRandomly(count: 3)
+                storage.faults.withLock { $0.isFull = random.below(3) == 0 }
+                try? await Task.sleep(for: .microseconds(random.below(4000)))
+            }
+            storage.faults.withLock { $0.isFull = false }
+        }
+        await source.untilAcknowledged(exact: 40)
+        writer.cancel()
+        await writer.value
+        await source.untilAcknowledged(exact: source.acknowledgedExactCount + 3)
+        await sender.stop()
+        #expect(source.fullSyncCount == 1)
+        #expect(try appliance.checkRecoveryPoints(source, "seed \(seed)") >= 43)
+        await appliance.stop()
+    }
+
     /// A disk at the replica that takes nothing: the sender stops at the window, and the appliance's other work goes on.
     @Test func creditsBoundWhatIsInFlight() async throws {
         let directory = ScratchDirectory()

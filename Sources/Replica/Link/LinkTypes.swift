@@ -37,10 +37,12 @@ public struct LinkTiming: Sendable, Hashable {
 public enum LinkError: Error, Sendable, Hashable, CustomStringConvertible {
     case notConnected(ServerID)
     case cannotListen(host: String, port: Int, String)
+    case cannotConnect(host: String, port: Int, String)
 
     public var description: String {
         switch self {
         case .notConnected(let server): "server \(server) has no control stream at the moment: its agent is down or cannot reach this appliance"
+        case .cannotConnect(let host, let port, let why): "cannot reach the appliance at \(host) port \(port): \(why)"
         case .cannotListen(let host, let port, let why): "cannot listen on \(host) port \(port): \(why)"
         }
     }

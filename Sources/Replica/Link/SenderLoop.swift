@@ -166,7 +166,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         if reason == nil { setPhase(.connecting, nil) }
         LinkConnector.connect(endpoint, stream: self, timing: timing, eventLoop: eventLoop).whenComplete { [self] result in
             guard case .connecting(attempt) = link else {
-                if case .success(let handler) = result { handler.close("not wanted any more") }
+                if case .success(let handler) = result { handler.discard() }
                 return
             }
             switch result {
@@ -214,6 +214,8 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
             // These need a hand; trying again meanwhile does no harm.
             let needsHand: [Refusal.Code] = [.notAuthorized, .unknownGroup, .volumeMismatch, .version]
             verdict = needsHand.contains { $0.rawValue == refusal.code } ? .failed : .interrupted
+            // Two agents of one server would drive each other out as fast as they can connect.
+            if refusal.code == Refusal.Code.superseded.rawValue { retries = max(retries, 5) }
             handler.close(refusal.reason)
         case (.fenced, .greeting(let handler)), (.fenced, .streaming(let handler)):
             let current = Generation(try NumberMeta(&reader).value)
@@ -250,7 +252,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         }
         link = .recovering
         if !isStopping {
-            logger.warning("replication is interrupted: \(why)")
+            logger.warning("replication \(isFinal ? "has ended" : "is interrupted"): \(why)")
             setPhase(verdict, why)
             verdict = .interrupted
         }
@@ -306,7 +308,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         if !isInFlight {
             lastProgress = .now()
         } else if NIODeadline.now() - lastProgress > limit {
-            handler.close("stalled: data has been under way for \(limit.nanoseconds / 1_000_000_000) s without any progress")
+            handler.close("stalled: data has been under way for \(limit.inWords) without any progress")
         }
     }
 
