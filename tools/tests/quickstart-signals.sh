@@ -6,8 +6,10 @@ source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 
 [ "$(id -u)" = 0 ] || { skip quickstart-signals "it needs root"; finish; }
 make_run_dir
-export TMPDIR=$run_dir/tmp
-mkdir "$TMPDIR"
+# Not below $run_dir: the names of its sockets would become too long.
+TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/s.XXXX")
+export TMPDIR
+defer rm -rf "$TMPDIR"
 left() {
     find "$TMPDIR" -mindepth 1 -maxdepth 1
     loops_below "$TMPDIR"

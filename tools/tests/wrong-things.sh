@@ -55,6 +55,8 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -su
     -out "$run_dir/foreign.crt" 2>/dev/null
 check "link: a client without a certificate is refused" stranger
 check "link: a client with a foreign certificate is refused" stranger -cert "$run_dir/foreign.crt" -key "$run_dir/foreign.key"
+! stranger -cert "$primary_state/enrolment/cert.pem" -key "$primary_state/enrolment/key.pem" >/dev/null && ok "link: the agent's own certificate is let in" ||
+    not_ok "link: the agent's own certificate is let in" "TLS refused it"
 
 throw_garbage() { # ADDRESS...: python's idea of an address
     python3 - "$@" <<'PYTHON'
