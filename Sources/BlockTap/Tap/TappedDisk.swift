@@ -281,6 +281,8 @@ public final class TappedDisk: BlockStore {
     func ioCompleted(token: UInt32, result: Int32) {
         let index = Int(token)
         let op = operations[index]
+        // Nothing was done; that is no reason to fail the protected machine's request.
+        if result == -EINTR || result == -EAGAIN { return resubmit(index) }
         if result > 0, op.pointee.kind != .zero, op.pointee.kind != .flush {
             op.pointee.doneBytes += Int(result)
             if op.pointee.doneBytes < op.pointee.lengthBytes {
@@ -306,7 +308,7 @@ public final class TappedDisk: BlockStore {
         }
     }
 
-    /// The device did a part: go on with the rest.
+    /// The device did a part, or was interrupted: go on with the rest.
     private func resubmit(_ index: Int) {
         let op = operations[index]
         let done = op.pointee.doneBytes
@@ -323,8 +325,15 @@ public final class TappedDisk: BlockStore {
         case .drainRead, .preserveRead:
             let memory = op.pointee.kind == .drainRead ? engine.queue.memory(slot: op.pointee.slot) : engine.preservedArena.memory(op.pointee.slot)
             io.read(into: memory + done, count: rest, offset: op.pointee.firstBlock * UInt64(blockBytes) + UInt64(done), token: UInt32(index))
-        default:
-            preconditionFailure("no partial completion is possible")
+        case .zero:
+            let request = op.pointee.request!
+            io.zero(
+                offset: request.pointee.offsetBytes, length: UInt64(rest),
+                allocate: op.pointee.isFallback || request.pointee.flags.contains(.noHole), token: UInt32(index))
+        case .flush:
+            io.flush(token: UInt32(index))
+        case .free:
+            preconditionFailure("a completion for a free tap operation")
         }
     }
 
