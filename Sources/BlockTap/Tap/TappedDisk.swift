@@ -11,7 +11,7 @@ import Glibc
 /// block that is being read waits for that read only. Then the block's bit in `active` is set, the write is issued, and when the
 /// device has answered, the client is. Invariants:
 /// - the bit in `active` is set before the write is issued, and stays set if the write fails;
-/// - no write is issued to a block that is pending or being read in an exact epoch;
+/// - no write is issued to a block that is pending (unless it was zero at the cut) or being read in an exact epoch;
 /// - reads and flushes of the client never wait for the tap.
 ///
 /// Confined to the tap's thread.
@@ -172,10 +172,8 @@ public final class TappedDisk: BlockStore {
         while let block = pending.nextSet(from: position, limit: first + count) {
             var run = pending.runLength(first: block, limit: first + count - block)
             run = min(run, zeroAtCut.runLength(first: block, limit: run))
-            if zeroAtCut.contains(block) {
-                pending.clear(first: block, length: run)
-                engine.handOutZero(disk: self, firstBlock: block, blockCount: run)
-            } else {
+            // What was zero at the cut needs no saving: it stays pending and is handed out as zeroes, whatever it holds by then.
+            if !zeroAtCut.contains(block) {
                 guard let (slot, got) = engine.preservedArena.allocate(wanted: Int(run)) else { return .overBudget }
                 guard let index = operations.take(.preserveRead) else {
                     engine.preservedArena.release(slot: slot, count: got)
