@@ -3,6 +3,9 @@ import PackageDescription
 
 // Arrows point one way: BlockTap knows nothing of the network, Replica nothing of servers and sites,
 // Appliance moves no data itself (see ARCHITECTURE.md).
+// The tests run on the release build, the one that users get, and look inside the modules.
+let settings: [SwiftSetting] = [.unsafeFlags(["-enable-testing"], .when(configuration: .release))]
+
 let package = Package(
     name: "afterimage",
     products: [
@@ -28,7 +31,7 @@ let package = Package(
         .systemLibrary(name: "CLZ4", pkgConfig: "liblz4", providers: [.apt(["liblz4-dev"])]),
         .systemLibrary(name: "CLibNBD", pkgConfig: "libnbd", providers: [.apt(["libnbd-dev"])]),
         .systemLibrary(name: "CLibAIO", providers: [.apt(["libaio-dev"])]),
-        .target(name: "BlockTap", dependencies: ["CIoUring"]),
+        .target(name: "BlockTap", dependencies: ["CIoUring"], swiftSettings: settings),
         .target(
             name: "Replica",
             dependencies: [
@@ -39,7 +42,8 @@ let package = Package(
                 .product(name: "NIOSSL", package: "swift-nio-ssl"),
                 .product(name: "X509", package: "swift-certificates"),
                 .product(name: "Crypto", package: "swift-crypto"),
-            ]),
+            ],
+            swiftSettings: settings),
         .target(
             name: "Appliance",
             dependencies: [
@@ -56,13 +60,15 @@ let package = Package(
                 .product(name: "NIOSSL", package: "swift-nio-ssl"),
                 .product(name: "X509", package: "swift-certificates"),
                 .product(name: "Crypto", package: "swift-crypto"),
-            ]),
+            ],
+            swiftSettings: settings),
         .executableTarget(
             name: "afterimage",
             dependencies: [
                 "Appliance",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
-            ]),
+            ],
+            swiftSettings: settings),
         .executableTarget(
             name: "order-check",
             dependencies: [

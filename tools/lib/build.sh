@@ -33,7 +33,13 @@ build_release() {
     log=$(mktemp /tmp/afterimage-build.XXXXXX)
     if [ -t 2 ]; then
         foreground as_owner "$swift" build -c release --package-path "$repository" --scratch-path "$build_dir" "$@" 2>&1 | tee "$log" | tr '\r' '\n' |
-            awk '{ printf "\r\033[K   %s", substr($0, 1, 100); fflush() } END { print "" }' >&2 || status=$?
+            awk '{
+                percent = 0
+                if (match($0, /^\[[0-9]+\/[0-9]+\]/)) { split(substr($0, 2, RLENGTH - 2), n, "/"); percent = 100 * n[1] / n[2] }
+                bar = ""
+                for (i = 0; i < 30; i++) bar = bar (i < percent * 0.3 ? "#" : ".")
+                printf "\r\033[K   [%s] %3d%% %s", bar, percent, substr($0, 1, 60); fflush()
+            } END { printf "\r\033[K" }' >&2 || status=$?
     else
         foreground as_owner "$swift" build -c release --package-path "$repository" --scratch-path "$build_dir" "$@" >"$log" 2>&1 || status=$?
     fi

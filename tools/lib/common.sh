@@ -3,7 +3,7 @@
 # A run owns one directory, $run_dir. Whatever it makes (loop devices on files in there, processes, sockets) is
 # either inside that directory or on the cleanup stack, so that a finished run leaves nothing and two runs never meet.
 
-set -euo pipefail
+set -Eeuo pipefail
 # shellcheck disable=SC2034 # read by the tools
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 tool_name=$(basename "$0")
@@ -18,6 +18,8 @@ since() { awk -v a="$1" -v b="${2:-$(now)}" 'BEGIN { printf "%.2f", b - a }'; }
 cleanup_stack=()
 run_dir=
 cleanup_owner=$BASHPID
+stopped_at=
+trap 'stopped_at=${BASH_SOURCE[0]##*/}:$LINENO' ERR                # a command that failed where nobody looks: no silent end
 
 # defer COMMAND ARG...: runs at exit, last one first. Arguments are kept as they are.
 defer() { cleanup_stack+=("$(printf '%q ' "$@")"); }
@@ -28,6 +30,8 @@ run_cleanup() {
     [ "$BASHPID" = "$cleanup_owner" ] || exit "$status"
     trap '' INT TERM HUP
     set +e
+    trap - ERR
+    [ -z "$stopped_at" ] || say "$tool_name: stopped at $stopped_at, where a command failed with status $status"
     [ "$status" = 0 ] || [ "$status" -ge 128 ] || ! declare -F on_failure >/dev/null || on_failure
     local index
     for ((index = ${#cleanup_stack[@]} - 1; index >= 0; index--)); do eval "${cleanup_stack[index]}" </dev/null >/dev/null 2>&1; done

@@ -77,4 +77,4 @@ at_most() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a + 0 <= b + 0) }'; }
 at_least() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a + 0 >= b + 0) }'; }
 starts_with() { [[ $1 == "$2"* ]]; }
 mebibytes() { awk -v b="${1:-0}" 'BEGIN { printf "%.1f MiB", b / 1048576 }'; }
-row() { printf '   %-44s %s\n' "$1" "$2"; }
+row() { printf '   %-48s %s\n' "$1" "$2"; }

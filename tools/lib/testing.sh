@@ -10,11 +10,16 @@ ok() { printf 'ok %s\n' "$1"; }
 not_ok() { printf 'not ok %s: %s\n' "$1" "$2"; failures=$((failures + 1)); }
 skip() { printf 'skip %s: %s\n' "$1" "$2"; }
 
-# check NAME COMMAND...: ok when COMMAND succeeds; its output explains why it did not.
+# check NAME COMMAND...: ok when COMMAND succeeds; its output explains why it did not, and the product's logs when there are any.
 check() {
     local name=$1 output
     shift
-    if output=$("$@" 2>&1); then ok "$name"; else not_ok "$name" "$(tail -n 3 <<<"$output" | tr '\n' ' ')(status of $1)"; return 1; fi
+    if output=$("$@" 2>&1); then
+        ok "$name"
+    else
+        not_ok "$name" "$(tail -n 3 <<<"$output" | tr '\n' ' ')($1)"
+        ! declare -F show_logs >/dev/null || show_logs
+    fi
 }
 
 # refuses NAME PATTERN COMMAND...: ok when COMMAND fails and says something that matches PATTERN.
@@ -33,4 +38,4 @@ refuses() {
     fi
 }
 
-finish() { [ "$failures" = 0 ]; exit; }
+finish() { exit $((failures > 0)); }

@@ -55,6 +55,8 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -su
     -out "$run_dir/foreign.crt" 2>/dev/null
 check "link: a client without a certificate is refused" stranger
 check "link: a client with a foreign certificate is refused" stranger -cert "$run_dir/foreign.crt" -key "$run_dir/foreign.key"
+! stranger -cert "$primary_state/enrolment/cert.pem" -key "$primary_state/enrolment/key.pem" >/dev/null && ok "link: the agent's own certificate is let in" ||
+    not_ok "link: the agent's own certificate is let in" "TLS refused it"
 
 throw_garbage() { # ADDRESS...: python's idea of an address
     python3 - "$@" <<'PYTHON'
@@ -131,7 +133,7 @@ has_points() { [ -n "$(points s)" ]; }
 until_true 120 has_points && ok "full store: replication goes on by itself when there is room again" ||
     not_ok "full store: replication goes on by itself when there is room again" "$(server_field s state), $(server_field s reason)"
 stop_writer && [[ $writer_said == *" interruptions=0" ]] && ok "full store: the writer notices nothing" || not_ok "full store: the writer notices nothing" "$writer_said"
-check "full store: the next recovery point is exact" exact_after "$(now)" || show_logs
+check "full store: the next recovery point is exact" exact_after "$(now)"
 kill_now "$agent_pid" "$appliance_pid"
 unprotect
 until_true 10 umount "$run_dir/small" 2>/dev/null || not_ok "full store" "it cannot be unmounted"

@@ -74,6 +74,8 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     var windowBytes: UInt64 = 0
     var sentPlainBytes: UInt64 = 0
     var creditedBytes: UInt64 = 0
+    /// nil until the source's figures are from within the full sync.
+    private var fullSyncShownBytes: UInt64?
     var batch: ExtentBatch
     var compression: Compression
     var throttle: Throttle
@@ -293,6 +295,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
             eventLoop.execute { [self] in
                 isReadingStatistics = false
                 self.statistics = statistics
+                if phase == .fullSync, fullSyncShownBytes == nil { fullSyncShownBytes = 0 }
                 publish()
             }
         }
@@ -309,12 +312,29 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         }
     }
 
+    /// What has been sent of a fuzzy epoch counts already: an epoch is far longer than a progress bar's step. Never goes back while a
+    /// full sync runs: the source's figures are a moment older than ours, and may be from before the full sync or the epoch.
+    private func fullSyncDoneBytes(of total: UInt64) -> UInt64 {
+        guard phase == .fullSync else {
+            fullSyncShownBytes = nil
+            return total - min(total, statistics.unsyncedBytes)
+        }
+        guard let shown = fullSyncShownBytes else { return 0 }
+        let fuzzy = sealed.reduce(0) { $0 + ($1.kind == .fuzzy ? $1.blockCount * UInt64(blockBytes) : 0) }
+        let open = draining.map { $0.kind == .fuzzy ? $0.blockCount * UInt64(blockBytes) : 0 } ?? 0
+        guard statistics.unsyncedBytes >= fuzzy + open else { return shown }
+        let sentBytes = fuzzy + (open > 0 ? epochDataBytes + epochZeroBytes : 0)
+        let done = max(shown, total - min(total, statistics.unsyncedBytes - min(statistics.unsyncedBytes, sentBytes)))
+        fullSyncShownBytes = done
+        return done
+    }
+
     private func publish() {
         var status = AgentStatus()
         status.phase = phase
         status.reason = reason
         status.fullSyncTotalBytes = source.disks.reduce(0) { $0 + $1.geometry.sizeBytes }
-        status.fullSyncDoneBytes = status.fullSyncTotalBytes - min(status.fullSyncTotalBytes, statistics.unsyncedBytes)
+        status.fullSyncDoneBytes = fullSyncDoneBytes(of: status.fullSyncTotalBytes)
         status.source = statistics
         base.read { state in
             status.sentBytes = state.sentBytes

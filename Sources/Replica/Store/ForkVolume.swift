@@ -96,7 +96,7 @@ public final class ForkVolume: @unchecked Sendable {
         let entry = StoredExtent(
             startBlock: startBlock, blockCount: UInt32(blocks), segment: open.segment.id, segmentBlock: segmentBlock, checksumIndex: 0,
             storedBytes: UInt32(blocks * blockBytes), encoding: ExtentEncoding.plain.rawValue)
-        if let last = pending.last, !last.isZero, last.endBlock == startBlock, last.segmentBlock + last.blockCount == segmentBlock, Int(last.blockCount) + blocks < 1 << 16 {
+        if let last = pending.last, !last.isZero, last.endBlock == startBlock, last.segmentBlock + last.blockCount == segmentBlock, Int(last.blockCount) + blocks <= 1 << 12 {
             pending[pending.count - 1].blockCount += UInt32(blocks)
             pending[pending.count - 1].storedBytes += UInt32(blocks * blockBytes)
         } else {
