@@ -4,7 +4,7 @@ import Testing
 
 @testable import Replica
 
-@Suite struct LinkControlTests {
+@Suite(.timeLimit(.minutes(10))) struct LinkControlTests {
     private func client(
         _ appliance: TestAppliance, commands: @escaping @Sendable (AgentCommand) async -> Void = { _ in }
     ) throws -> AgentControlClient {

@@ -7,7 +7,7 @@ import Testing
 @testable import Replica
 
 /// What must not get in, and that its refusal hurts nobody else.
-@Suite struct LinkRefusalTests {
+@Suite(.timeLimit(.minutes(10))) struct LinkRefusalTests {
     /// A replication that runs during `body` and must get on after it.
     private func undisturbed(_ body: (TestAppliance) async throws -> Void) async throws {
         let appliance = try TestAppliance()

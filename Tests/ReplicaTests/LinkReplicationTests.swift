@@ -5,7 +5,7 @@ import Testing
 
 @testable import Replica
 
-@Suite struct LinkReplicationTests {
+@Suite(.timeLimit(.minutes(10))) struct LinkReplicationTests {
     @Test func fullSyncAndEpochsMakeExactRecoveryPoints() async throws {
         let appliance = try TestAppliance()
         try await appliance.start()

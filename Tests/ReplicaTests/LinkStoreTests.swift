@@ -6,7 +6,7 @@ import Testing
 @testable import Replica
 
 /// Between the link and the store: blocks that do not verify, a full store, a slow one.
-@Suite struct LinkStoreTests {
+@Suite(.timeLimit(.minutes(10))) struct LinkStoreTests {
     private let epoch = EpochNumber(1)
     private let block = [UInt8](repeating: 7, count: blockBytes)
 
