@@ -42,7 +42,7 @@ final class LogCapture: Sendable {
 }
 
 /// Waits for a condition that has no event to wait for.
-func eventually(_ what: String, within seconds: Double = 20, _ condition: () async -> Bool) async throws {
+func eventually(_ what: String, within seconds: Double = 120, _ condition: () async -> Bool) async throws {
     let limit = ContinuousClock.now + .seconds(seconds)
     while !(await condition()) {
         guard ContinuousClock.now < limit else {
