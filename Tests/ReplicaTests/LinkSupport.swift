@@ -35,7 +35,6 @@ final class LogCapture: Sendable {
             set { metadata[key] = newValue }
         }
         func log(event: LogEvent) {
-            if let _ = getenv("LINK_LOG") { print(Date(), event.level, event.message, metadata) }
             capture.lines.withLock { $0.append("\(event.level) \(event.message) \(metadata)") }
         }
     }
