@@ -97,6 +97,22 @@ import Testing
         await appliance.stop()
     }
 
+    /// A disk with an unreadable sector: the sender waits between attempts instead of reading all the time.
+    @Test func readErrorsDoNotKeepTheSourcesDiskBusy() async throws {
+        let appliance = try TestAppliance()
+        try await appliance.start()
+        let source = ModelSource(sizes: [2 << 20], seed: 11)
+        source.abandonPercent = 100
+        source.abandonReason = .readError
+        let sender = try appliance.sender(source)
+        sender.start()
+        try await eventually("the first error") { await source.statistics.abandonedCount > 0 }
+        try await Task.sleep(for: .milliseconds(300))
+        #expect(await source.statistics.cutCount <= 2)
+        await sender.stop()
+        await appliance.stop()
+    }
+
     @Test func newSenderGoesOnWithTheBitmapsIfItKnowsTheirBase() async throws {
         let appliance = try TestAppliance()
         try await appliance.start()
