@@ -113,6 +113,26 @@ import Testing
         await appliance.stop()
     }
 
+    /// What an agent says of its disks and cuts is checked before anybody computes with it.
+    @Test func absurdShapesAndTimesAreRefused() throws {
+        let appliance = try TestAppliance()
+        for geometry in [
+            BlockGeometry(sizeBytes: .max, logicalBlockBytes: 512), BlockGeometry(sizeBytes: 1 << 20, logicalBlockBytes: 0),
+            BlockGeometry(sizeBytes: 1 << 20, logicalBlockBytes: 513),
+        ] {
+            let group = GroupID("web-\(geometry.logicalBlockBytes)")
+            #expect(throws: StoreError.self) { try appliance.store.createGroup(group, volumes: [VolumeSpec(name: "a", geometry: geometry)]) }
+        }
+        var buffer = ByteBuffer()
+        EpochBeginMeta(cut: Cut(epoch: EpochNumber(1), kind: .exact, timeNanoseconds: .max, blockCount: 0)).write(&buffer)
+        buffer.withUnsafeReadableBytes { bytes in
+            let header = FrameHeader(type: .epochBegin, metaBytes: bytes.count, payloadBytes: 0, sequence: 0)
+            var reader = MetaReader(FrameView(header: header, meta: bytes, payload: .init(start: nil, count: 0)))
+            #expect(throws: FrameError.self) { try EpochBeginMeta(&reader) }
+        }
+        appliance.store.close()
+    }
+
     @Test func newSenderGoesOnWithTheBitmapsIfItKnowsTheirBase() async throws {
         let appliance = try TestAppliance()
         try await appliance.start()
