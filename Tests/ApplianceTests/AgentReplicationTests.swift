@@ -34,7 +34,7 @@ import Testing
     }
 
     private func withBench(_ body: (Bench) async throws -> Void) async throws {
-        let bench = try await Bench()
+        let bench = try await Bench.make()
         let result: Result<Void, any Error>
         do { result = .success(try await body(bench)) } catch { result = .failure(error) }
         await bench.replication.stop()
@@ -52,32 +52,46 @@ import Testing
         let server: LinkServer
         let loop: EventLoop
         let replication: AgentReplication
-        let lines = LogLines()
-        private let policy = Permissive()
+        let lines: LogLines
+        private let policy: Permissive
 
-        init() async throws {
-            directory = FileManager.default.temporaryDirectory.appendingPathComponent("afterimage-agent-\(UUID().uuidString)")
+        private init(directory: URL, store: ReplicaStore, server: LinkServer, loop: EventLoop, replication: AgentReplication, lines: LogLines, policy: Permissive) {
+            self.directory = directory
+            self.store = store
+            self.server = server
+            self.loop = loop
+            self.replication = replication
+            self.lines = lines
+            self.policy = policy
+        }
+
+        static func make() async throws -> Bench {
+            let id = ServerID("web-1")
+            let lines = LogLines()
+            let policy = Permissive()
+            let directory = FileManager.default.temporaryDirectory.appendingPathComponent("afterimage-agent-\(UUID().uuidString)")
             try FileManager.default.createDirectory(at: directory, withIntermediateDirectories: true)
             let disk = directory.appendingPathComponent("disk").path
             try Data(count: 1 << 20).write(to: URL(fileURLWithPath: disk))
             let logger = lines.logger
-            store = try ReplicaStore.open(directory: directory.appendingPathComponent("store").path, logger: logger)
+            let store = try ReplicaStore.open(directory: directory.appendingPathComponent("store").path, logger: logger)
             let authority = try CertificateAuthority.create(directory: directory.appendingPathComponent("ca").path)
-            server = LinkServer(
+            let server = LinkServer(
                 store: store, identity: try authority.issueServer(hosts: ["127.0.0.1"]), caCertificatePEM: authority.certificatePEM, host: "127.0.0.1",
                 port: 0, delegate: policy, logger: logger)
             let port = try await server.start()
             let agent = try AgentIdentity.makeKeyAndCSR(name: id.rawValue)
             let issued = try authority.issueClient(csrPEM: agent.csrPEM, server: id)
-            loop = try EventLoop(name: "tap")
             let device = try BlockDevice.open(path: disk, access: .readWrite, exclusive: true)
+            let loop = try EventLoop(name: "tap")
             let group = await TapGroup(loop: loop, disks: [(name: "root", device: device)], instance: UUID().uuidString)
-            replication = AgentReplication(
+            let replication = AgentReplication(
                 source: group,
                 endpoint: LinkEndpoint(
                     host: "127.0.0.1", port: port, identity: TLSIdentity(certificatePEM: issued.certificatePEM, keyPEM: agent.keyPEM),
                     caCertificatePEM: authority.certificatePEM),
                 logger: logger)
+            return Bench(directory: directory, store: store, server: server, loop: loop, replication: replication, lines: lines, policy: policy)
         }
 
         func order(epochMilliseconds: UInt32, throttle: UInt64 = 0, automaticRestart: Bool = true) -> ReplicationOrder {
