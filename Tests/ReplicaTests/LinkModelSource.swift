@@ -46,6 +46,7 @@ final class ModelSource: EpochSource, @unchecked Sendable {
     private(set) var snapshots: [EpochNumber: [[UInt8]]] = [:]
     /// Chance in percent that an epoch is abandoned half-way, and that `nextItem` says "not yet".
     var abandonPercent = 0
+    var abandonReason = AbandonReason.preservedBudget
     var hesitatePercent = 0
     private(set) var heldBuffersMax = 0
     private var handedOut = 0
@@ -174,7 +175,7 @@ final class ModelSource: EpochSource, @unchecked Sendable {
             enqueue(cut, sorted(blocks))
             if Int.random(in: 0..<100, using: &random) < abandonPercent {
                 queue.removeLast(Int.random(in: 1...queue.count, using: &random))
-                queue.append(.abandoned(lastEpoch, .preservedBudget))
+                queue.append(.abandoned(lastEpoch, abandonReason))
             }
             return cut
         }

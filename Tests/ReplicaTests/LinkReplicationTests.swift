@@ -98,6 +98,42 @@ import Testing
         await appliance.stop()
     }
 
+    /// A disk with an unreadable sector: the sender waits between attempts instead of reading all the time.
+    @Test func readErrorsDoNotKeepTheSourcesDiskBusy() async throws {
+        let appliance = try TestAppliance()
+        try await appliance.start()
+        let source = ModelSource(sizes: [2 << 20], seed: 11)
+        source.abandonPercent = 100
+        source.abandonReason = .readError
+        let sender = try appliance.sender(source)
+        sender.start()
+        try await eventually("the first error") { await source.statistics.abandonedCount > 0 }
+        try await Task.sleep(for: .milliseconds(300))
+        #expect(await source.statistics.cutCount <= 2)
+        await sender.stop()
+        await appliance.stop()
+    }
+
+    /// What an agent says of its disks and cuts is checked before anybody computes with it.
+    @Test func absurdShapesAndTimesAreRefused() throws {
+        let appliance = try TestAppliance()
+        for geometry in [
+            BlockGeometry(sizeBytes: .max, logicalBlockBytes: 512), BlockGeometry(sizeBytes: 1 << 20, logicalBlockBytes: 0),
+            BlockGeometry(sizeBytes: 1 << 20, logicalBlockBytes: 513),
+        ] {
+            let group = GroupID("web-\(geometry.logicalBlockBytes)")
+            #expect(throws: StoreError.self) { try appliance.store.createGroup(group, volumes: [VolumeSpec(name: "a", geometry: geometry)]) }
+        }
+        var buffer = ByteBuffer()
+        EpochBeginMeta(cut: Cut(epoch: EpochNumber(1), kind: .exact, timeNanoseconds: .max, blockCount: 0)).write(&buffer)
+        buffer.withUnsafeReadableBytes { bytes in
+            let header = FrameHeader(type: .epochBegin, metaBytes: bytes.count, payloadBytes: 0, sequence: 0)
+            var reader = MetaReader(FrameView(header: header, meta: bytes, payload: .init(start: nil, count: 0)))
+            #expect(throws: FrameError.self) { try EpochBeginMeta(&reader) }
+        }
+        appliance.store.close()
+    }
+
     @Test func newSenderGoesOnWithTheBitmapsIfItKnowsTheirBase() async throws {
         let appliance = try TestAppliance()
         try await appliance.start()

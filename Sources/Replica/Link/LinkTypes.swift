@@ -31,6 +31,8 @@ public struct LinkTiming: Sendable, Hashable {
     /// Reconnect back-off: doubles from the first to the last, each with ±50 % jitter.
     public var retryFirst: TimeAmount = .milliseconds(250)
     public var retryLast: TimeAmount = .seconds(15)
+    /// After an epoch was abandoned because the source's disk could not be read.
+    public var readErrorPause: TimeAmount = .seconds(5)
     public init() {}
 }
 

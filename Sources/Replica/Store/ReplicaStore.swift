@@ -119,6 +119,10 @@ public final class ReplicaStore: @unchecked Sendable {
         try checkName(id.rawValue)
         guard !volumes.isEmpty else { throw .invalid("group \(id) must have a disk") }
         for spec in volumes where spec.geometry.sizeBytes == 0 { throw .invalid("disk \(spec.name) of group \(id) has no size") }
+        // Agents say what shape their disks have; what is accepted here is computed with, and served, later.
+        for spec in volumes where spec.geometry.sizeBytes > UInt64(Int64.max) || spec.geometry.logicalBlockBytes.nonzeroBitCount != 1 {
+            throw .invalid("disk \(spec.name) of group \(id) cannot have \(spec.geometry.sizeBytes) bytes in blocks of \(spec.geometry.logicalBlockBytes)")
+        }
         try thread.perform { () throws(StoreError) in
             if let group = self.read({ $0.groups[id] }) {
                 let old = group.volumes.map(\.spec)
