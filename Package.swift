@@ -11,6 +11,7 @@ let package = Package(
     products: [
         .executable(name: "afterimage", targets: ["afterimage"]),
         .executable(name: "order-check", targets: ["order-check"]),
+        .executable(name: "simulate", targets: ["simulate"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
@@ -76,8 +77,11 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
+        // The store on simulated files against a model: the tool `simulate` and the tests share it.
+        .target(name: "StoreSimulation", dependencies: ["BlockTap", "Replica", .product(name: "Logging", package: "swift-log")], swiftSettings: settings),
+        .executableTarget(name: "simulate", dependencies: ["StoreSimulation", .product(name: "ArgumentParser", package: "swift-argument-parser")]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap"]),
-        .testTarget(name: "ReplicaTests", dependencies: ["Replica"]),
+        .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
         .testTarget(
             name: "ApplianceTests",
             dependencies: [

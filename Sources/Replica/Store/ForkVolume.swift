@@ -261,7 +261,7 @@ public final class ForkVolume: @unchecked Sendable {
         open.reserve(Int(entry.segmentBlock) + Int(entry.blockCount))
         for index in 0..<Int(entry.blockCount) { open.set(sums[Int(entry.checksumIndex) + index], segmentBlock: Int(entry.segmentBlock) + index) }
         put(IndexExtent(startBlock: entry.startBlock, blockCount: entry.blockCount, slot: IndexExtent.openSlot, segment: open.segment.id, segmentBlock: entry.segmentBlock, checksumIndex: entry.segmentBlock))
-        nextBlock = max(nextBlock, entry.segmentBlock + entry.blockCount)
+        if store.options.deliberateFault != .forkBlocksReused { nextBlock = max(nextBlock, entry.segmentBlock + entry.blockCount) }
     }
 
     private func matches(_ entry: StoredExtent, _ sums: [UInt64]) throws(StoreError) -> Bool {
