@@ -39,7 +39,7 @@ extension Lifecycle {
             agent: connected ? live?.status : nil, recoveryPointCount: group?.recoveryPointCount ?? 0, lastRecoveryPoint: newest?.id,
             lastRecoveryPointTime: newest.map { Date(nanoseconds: $0.cutTimeNanoseconds) },
             rpoSeconds: followed ? newest.map { max(0, Date().timeIntervalSince(Date(nanoseconds: $0.cutTimeNanoseconds))) } : nil,
-            behindBytes: connected && followed ? live?.status.map { $0.source.behindBytes + $0.source.unsyncedBytes } : nil,
+            behindBytes: connected && followed ? live?.status.map { $0.source.behindBytes &+ $0.source.unsyncedBytes } : nil,
             secondsLeft: record.state == .initialFullSync ? live.flatMap { l in l.status.flatMap { Lifecycle.secondsLeft($0, rate: l.fullSyncRate.bytesPerSecond) } } : nil,
             storedBytes: group?.storedBytes, generation: group?.generation.rawValue, instances: instances.map(view),
             next: record.next(agentConnected: connected, pointCount: group?.recoveryPointCount ?? 0, machine: instances.last { $0.kind == .failover }))

@@ -92,6 +92,13 @@ public final class EventLoop: @unchecked Sendable {
         }
     }
 
+    /// The same, or nil when the loop is shut down.
+    public func runUnlessShutDown<T: Sendable>(_ body: @escaping @Sendable () -> T) async -> T? {
+        await withUnsafeContinuation { continuation in
+            if !execute({ continuation.resume(returning: body()) }) { continuation.resume(returning: nil) }
+        }
+    }
+
     public var isCurrent: Bool { pthread_equal(pthread_self(), thread) != 0 }
 
     /// Runs the tasks already brought, cancels what is in flight, ends the thread and waits for it. Idempotent.

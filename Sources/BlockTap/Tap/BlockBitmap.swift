@@ -174,6 +174,22 @@ final class BlockBitmap {
         }
     }
 
+    /// Becomes the blocks that are set in both; costs what `few` has, not what `many` has.
+    func assignIntersection(_ few: BlockBitmap, _ many: BlockBitmap) {
+        precondition(few.blockCount == blockCount && many.blockCount == blockCount)
+        clearAll()
+        if many.count == 0 { return }
+        few.forEachSetChunk { firstWord, chunkWords in
+            for word in firstWord..<(firstWord + chunkWords) {
+                let both = few.words[word] & many.words[word]
+                if both == 0 { continue }
+                words[word] = both
+                count += UInt64(both.nonzeroBitCount)
+                markSummary(word)
+            }
+        }
+    }
+
     private func forEachSetChunk(_ body: (Int, Int) -> Void) {
         if count == 0 { return }
         var from = 0

@@ -40,11 +40,13 @@ public final class TapGroup: EpochSource, @unchecked Sendable {
     }
 
     public var needsFuzzyCut: Bool {
-        get async { await loop.run { self.engine.needsFuzzyCut } }
+        get async { await loop.runUnlessShutDown { self.engine.needsFuzzyCut } ?? false }
     }
 
     public func cut(fuzzyBytesMax: UInt64) async throws -> Cut {
-        try await loop.run { Result { () throws(EpochError) in try self.engine.cut(fuzzyBytesMax: fuzzyBytesMax) } }.get()
+        let result = await loop.runUnlessShutDown { Result { () throws(EpochError) in try self.engine.cut(fuzzyBytesMax: fuzzyBytesMax) } }
+        guard let result else { throw EpochError.closed }
+        return try result.get()
     }
 
     public func nextItem() -> DrainItem? { engine.queue.pop() }
@@ -56,10 +58,10 @@ public final class TapGroup: EpochSource, @unchecked Sendable {
     }
 
     public func abandonAll() async {
-        await loop.run { self.engine.abandonAll() }
+        await loop.runUnlessShutDown { self.engine.abandonAll() }
     }
 
     public var statistics: SourceStatistics {
-        get async { await loop.run { self.engine.statistics } }
+        get async { await loop.runUnlessShutDown { self.engine.statistics } ?? SourceStatistics() }
     }
 }

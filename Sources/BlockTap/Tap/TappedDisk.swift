@@ -260,8 +260,8 @@ public final class TappedDisk: BlockStore {
         }
         pending.formUnion(closed)
         drainCursor = 0
-        zeroAtCut.clearAll()
-        zeroAtCut.formUnion(zeroed)
+        // Not all of `zeroed`: on a discarded disk that is nearly everything, and no write is admitted meanwhile.
+        zeroAtCut.assignIntersection(closed, zeroed)
         return closed
     }
 
