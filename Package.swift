@@ -3,11 +3,15 @@ import PackageDescription
 
 // Arrows point one way: BlockTap knows nothing of the network, Replica nothing of servers and sites,
 // Appliance moves no data itself (see ARCHITECTURE.md).
+// The tests run on the release build, the one that users get, and look inside the modules.
+let settings: [SwiftSetting] = [.unsafeFlags(["-enable-testing"], .when(configuration: .release))]
+
 let package = Package(
     name: "afterimage",
     products: [
         .executable(name: "afterimage", targets: ["afterimage"]),
         .executable(name: "order-check", targets: ["order-check"]),
+        .executable(name: "simulate", targets: ["simulate"]),
     ],
     dependencies: [
         .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
@@ -28,7 +32,7 @@ let package = Package(
         .systemLibrary(name: "CLZ4", pkgConfig: "liblz4", providers: [.apt(["liblz4-dev"])]),
         .systemLibrary(name: "CLibNBD", pkgConfig: "libnbd", providers: [.apt(["libnbd-dev"])]),
         .systemLibrary(name: "CLibAIO", providers: [.apt(["libaio-dev"])]),
-        .target(name: "BlockTap", dependencies: ["CIoUring"]),
+        .target(name: "BlockTap", dependencies: ["CIoUring"], swiftSettings: settings),
         .target(
             name: "Replica",
             dependencies: [
@@ -39,7 +43,8 @@ let package = Package(
                 .product(name: "NIOSSL", package: "swift-nio-ssl"),
                 .product(name: "X509", package: "swift-certificates"),
                 .product(name: "Crypto", package: "swift-crypto"),
-            ]),
+            ],
+            swiftSettings: settings),
         .target(
             name: "Appliance",
             dependencies: [
@@ -56,13 +61,15 @@ let package = Package(
                 .product(name: "NIOSSL", package: "swift-nio-ssl"),
                 .product(name: "X509", package: "swift-certificates"),
                 .product(name: "Crypto", package: "swift-crypto"),
-            ]),
+            ],
+            swiftSettings: settings),
         .executableTarget(
             name: "afterimage",
             dependencies: [
                 "Appliance",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
-            ]),
+            ],
+            swiftSettings: settings),
         .executableTarget(
             name: "order-check",
             dependencies: [
@@ -70,8 +77,11 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
+        // The store on simulated files against a model: the tool `simulate` and the tests share it.
+        .target(name: "StoreSimulation", dependencies: ["BlockTap", "Replica", .product(name: "Logging", package: "swift-log")], swiftSettings: settings),
+        .executableTarget(name: "simulate", dependencies: ["StoreSimulation", .product(name: "ArgumentParser", package: "swift-argument-parser")]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap"]),
-        .testTarget(name: "ReplicaTests", dependencies: ["Replica"]),
+        .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
         .testTarget(
             name: "ApplianceTests",
             dependencies: [

@@ -12,8 +12,8 @@ struct MachineOptions: ParsableArguments {
     @Option(help: "What makes the machine ready: none (QEMU runs it) or serial:REGEX (a line of its serial console).") var bootCheck: String?
     @Option(help: ArgumentHelp("Time limit of the boot check in seconds; default 120.", valueName: "seconds")) var bootTimeout: Int?
 
-    func request(point: String?) -> StartMachine {
-        var request = StartMachine()
+    func request(point: String?) -> Appliance.StartMachine {
+        var request = Appliance.StartMachine()
         request.recoveryPoint = point
         request.cpus = cpus
         request.memoryMiB = memoryMiB
@@ -59,7 +59,8 @@ struct DrillCommand: AsyncParsableCommand {
 
 struct FailoverCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "failover", abstract: "Bring a server up here, for good.", subcommands: [Start.self, ChangeRecoveryPoint.self, Commit.self])
+        commandName: "failover", abstract: "Bring a server up here, for good.", 
+        subcommands: [Start.self, ChangeRecoveryPoint.self, StartMachine.self, Commit.self])
 
     struct Start: ClientCommand {
         static let configuration = CommandConfiguration(
@@ -91,6 +92,19 @@ struct FailoverCommand: AsyncParsableCommand {
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.post(
                 "/v1/servers/\(APIClient.segment(name))/failover/recovery-point", machine.request(point: point))
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+        }
+    }
+
+    struct StartMachine: ClientCommand {
+        static let configuration = CommandConfiguration(
+            commandName: "start-machine", abstract: "Start a failed-over machine that has stopped, with all that it had written.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @Argument var name: String
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/failover/machine")
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
     }

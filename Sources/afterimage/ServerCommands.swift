@@ -4,7 +4,7 @@ import Foundation
 
 struct ServerCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, Enrol.self, Remove.self])
+        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, Token.self, Remove.self])
 
     struct Add: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Add 1 to 10 servers; prints the command that enrols each one's agent.")
@@ -18,7 +18,7 @@ struct ServerCommand: AsyncParsableCommand {
         }
     }
 
-    struct Enrol: ClientCommand {
+    struct Token: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Make a new enrolment command; the old one is worthless from then on.")
         @OptionGroup var global: GlobalOptions
         @Argument var name: String

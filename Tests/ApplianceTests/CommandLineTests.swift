@@ -13,10 +13,10 @@ struct CommandLineTests {
 
     @Test("every command of the lifecycle parses", arguments: [
         "status", "status --json", "site-pair create p --type region-to-region --primary a --secondary b", "site-pair list",
-        "server add a b c --pair p", "server list", "server show a", "server enrol a", "server remove a --delete-points --stop-machine --wait",
+        "server add a b c --pair p", "server list", "server show a", "server token a", "server remove a --delete-points --stop-machine --wait",
         "replication start a --wait", "replication stop a", "recovery-point list a --json", "recovery-point export a --point latest",
         "recovery-point unexport a --point p1", "recovery-point exports", "drill start a --wait --network none", "drill clear a --wait",
-        "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover commit a",
+        "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a",
         "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T",
     ])

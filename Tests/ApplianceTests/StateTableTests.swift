@@ -120,6 +120,6 @@ enum Documentation {
             try text.replacingCharacters(in: first.lowerBound..<last.upperBound, with: rendered).write(to: url, atomically: true, encoding: .utf8)
             return
         }
-        #expect(text[first.lowerBound..<last.upperBound] == rendered, "docs/lifecycle.md differs from the code: AFTERIMAGE_RENDER_DOCS=1 swift test --filter docs renders it")
+        #expect(text[first.lowerBound..<last.upperBound] == rendered, "docs/lifecycle.md differs from the code: AFTERIMAGE_RENDER_DOCS=1 swift test --filter document renders it")
     }
 }

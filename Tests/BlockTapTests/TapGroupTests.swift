@@ -122,17 +122,3 @@ import Testing
         }
     }
 }
-
-/// A file under the temporary directory, gone with the value.
-final class TemporaryFile {
-    let path: String
-
-    init(bytes: Int) throws {
-        path = NSTemporaryDirectory() + "afterimage-\(UUID().uuidString)"
-        guard FileManager.default.createFile(atPath: path, contents: nil), truncate(path, off_t(bytes)) == 0 else {
-            throw CocoaError(.fileWriteUnknown)
-        }
-    }
-
-    deinit { unlink(path) }
-}

@@ -37,7 +37,7 @@ final class ModelSource: EpochSource, @unchecked Sendable {
     private var freeSlots: [Int]
     private let slots: [UnsafeMutableRawPointer]
     private var wakeup: (@Sendable () -> Void)?
-    private var random: LinkRandom
+    private var random: SeededRandom
     private var counters = SourceStatistics()
     private var waiters: [(count: Int, continuation: CheckedContinuation<Void, Never>)] = []
     private(set) var fullSyncCount = 0
@@ -46,12 +46,14 @@ final class ModelSource: EpochSource, @unchecked Sendable {
     private(set) var snapshots: [EpochNumber: [[UInt8]]] = [:]
     /// Chance in percent that an epoch is abandoned half-way, and that `nextItem` says "not yet".
     var abandonPercent = 0
+    var abandonReason = AbandonReason.preservedBudget
     var hesitatePercent = 0
     private(set) var heldBuffersMax = 0
+    private var handedOut = 0
 
     init(sizes: [Int], seed: UInt64, instance: String = UUID().uuidString.lowercased()) {
         self.instance = instance
-        random = LinkRandom(seed: seed)
+        random = SeededRandom(seed: seed)
         disks = sizes.enumerated().map {
             SourceDisk(name: "disk-\($0)", geometry: BlockGeometry(sizeBytes: UInt64($1), logicalBlockBytes: 512))
         }
@@ -101,8 +103,30 @@ final class ModelSource: EpochSource, @unchecked Sendable {
         }
     }
 
+    func fill(_ byte: (Int) -> UInt8) {
+        lock.withLock {
+            for disk in content.indices {
+                for index in content[disk].indices { content[disk][index] = byte(index) }
+            }
+        }
+    }
+
+    /// Every disk full of bytes that do not compress.
+    func fillRandomly() {
+        lock.withLock {
+            for disk in content.indices {
+                for index in content[disk].indices where index % 8 == 0 {
+                    let word = random.next()
+                    for byte in 0..<min(8, content[disk].count - index) { content[disk][index + byte] = UInt8(truncatingIfNeeded: word >> (8 * byte)) }
+                }
+            }
+        }
+    }
+
     var image: [[UInt8]] { lock.withLock { content } }
     var exactSnapshots: [EpochNumber: [[UInt8]]] { lock.withLock { snapshots } }
+    /// Bytes of data handed out so far.
+    var handedOutBytes: Int { lock.withLock { handedOut } }
     var acknowledgedExactCount: Int { lock.withLock { acknowledgedExact.count } }
 
     /// Returns once `count` exact epochs have been acknowledged in all.
@@ -151,7 +175,7 @@ final class ModelSource: EpochSource, @unchecked Sendable {
             enqueue(cut, sorted(blocks))
             if Int.random(in: 0..<100, using: &random) < abandonPercent {
                 queue.removeLast(Int.random(in: 1...queue.count, using: &random))
-                queue.append(.abandoned(lastEpoch, .preservedBudget))
+                queue.append(.abandoned(lastEpoch, abandonReason))
             }
             return cut
         }
@@ -198,6 +222,7 @@ final class ModelSource: EpochSource, @unchecked Sendable {
             heldBuffersMax = max(heldBuffersMax, slots.count - freeSlots.count)
             queue.removeFirst()
             let start = block * blockBytes
+            handedOut += count * blockBytes
             let data = bytes ?? Array(content[disk][start..<min(start + count * blockBytes, content[disk].count)])
             data.withUnsafeBytes { slots[slot].copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
             return .data(
@@ -264,20 +289,5 @@ final class ModelSource: EpochSource, @unchecked Sendable {
                 return figures
             }
         }
-    }
-}
-
-
-
-struct LinkRandom: RandomNumberGenerator {
-    private var state: UInt64
-    init(seed: UInt64) { state = seed &* 0x9E37_79B9_7F4A_7C15 &+ 1 }
-    /// SplitMix64.
-    mutating func next() -> UInt64 {
-        state &+= 0x9E37_79B9_7F4A_7C15
-        var z = state
-        z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
-        z = (z ^ (z >> 27)) &* 0x94D0_49BB_1331_11EB
-        return z ^ (z >> 31)
     }
 }

@@ -40,8 +40,8 @@ final class LogCapture: Sendable {
     }
 }
 
-/// Waits for a condition that has no event to wait for.
-func eventually(_ what: String, within seconds: Double = 20, _ condition: () async -> Bool) async throws {
+/// Waits for a condition that has no event to wait for. The limit is generous: other tests may have all processors.
+func eventually(_ what: String, within seconds: Double = 120, _ condition: () async -> Bool) async throws {
     let limit = ContinuousClock.now + .seconds(seconds)
     while !(await condition()) {
         guard ContinuousClock.now < limit else {
@@ -52,9 +52,9 @@ func eventually(_ what: String, within seconds: Double = 20, _ condition: () asy
     }
 }
 
-/// An appliance's link with its own CA and store, and what agents need to talk to it.
-final class TestAppliance: LinkServerDelegate {
-    struct Policy {
+/// What the appliance's catalogue would decide.
+final class TestPolicy: LinkServerDelegate {
+    struct State {
         var removed: Set<ServerID> = []
         var replicates = true
         var commands: [AgentCommand] = []
@@ -63,11 +63,32 @@ final class TestAppliance: LinkServerDelegate {
         var disconnects = 0
     }
 
+    private let state = Mutex(State())
+    func withLock<T: Sendable>(_ body: (inout sending State) -> sending T) -> T { state.withLock(body) }
+
+    func authorize(_ server: ServerID, certificateSerial: String) async -> Bool {
+        state.withLock { !$0.removed.contains(server) }
+    }
+    func agentConnected(_ server: ServerID, _ hello: AgentHello) async -> [AgentCommand] {
+        state.withLock { state in
+            state.hellos.append(hello)
+            return state.commands
+        }
+    }
+    func agentDisconnected(_ server: ServerID) async { state.withLock { $0.disconnects += 1 } }
+    func agentStatus(_ server: ServerID, _ status: AgentStatus) async { state.withLock { $0.statuses.append(status) } }
+    func mayReplicate(_ server: ServerID, group: GroupID, generation: Generation) async -> Bool {
+        state.withLock { $0.replicates }
+    }
+}
+
+/// An appliance's link with its own CA and store, and what agents need to talk to it.
+final class TestAppliance: Sendable {
     let directory = ScratchDirectory()
     let log = LogCapture()
     let authority: CertificateAuthority
     let store: ReplicaStore
-    let policy = Mutex(Policy())
+    let policy = TestPolicy()
     private let serverSlot = Mutex<LinkServer?>(nil)
     private let portSlot = Mutex(0)
     let timing: LinkTiming
@@ -77,7 +98,8 @@ final class TestAppliance: LinkServerDelegate {
         timing.retryFirst = .milliseconds(1)
         timing.retryLast = .milliseconds(20)
         timing.alive = .milliseconds(50)
-        timing.silence = .seconds(2)
+        timing.silence = .seconds(60)
+        timing.greeting = .seconds(60)
         return timing
     }
 
@@ -94,7 +116,7 @@ final class TestAppliance: LinkServerDelegate {
     func start() async throws {
         let server = LinkServer(
             store: store, identity: try authority.issueServer(hosts: ["127.0.0.1"]), caCertificatePEM: authority.certificatePEM,
-            host: "127.0.0.1", port: port, delegate: self, logger: log.logger, timing: timing)
+            host: "127.0.0.1", port: port, delegate: policy, logger: log.logger, timing: timing)
         serverSlot.withLock { $0 = server }
         let port = try await server.start()
         portSlot.withLock { $0 = port }
@@ -144,22 +166,5 @@ final class TestAppliance: LinkServerDelegate {
             }
         }
         return points.count
-    }
-
-    // MARK: LinkServerDelegate
-
-    func authorize(_ server: ServerID, certificateSerial: String) async -> Bool {
-        policy.withLock { !$0.removed.contains(server) }
-    }
-    func agentConnected(_ server: ServerID, _ hello: AgentHello) async -> [AgentCommand] {
-        policy.withLock { policy in
-            policy.hellos.append(hello)
-            return policy.commands
-        }
-    }
-    func agentDisconnected(_ server: ServerID) async { policy.withLock { $0.disconnects += 1 } }
-    func agentStatus(_ server: ServerID, _ status: AgentStatus) async { policy.withLock { $0.statuses.append(status) } }
-    func mayReplicate(_ server: ServerID, group: GroupID, generation: Generation) async -> Bool {
-        policy.withLock { $0.replicates }
     }
 }

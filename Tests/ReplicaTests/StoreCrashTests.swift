@@ -155,7 +155,7 @@ import Testing
         var random = SeededRandom(seed: seed)
         let files = try sample.directory.files().filter { $0 != "RESERVE" && $0 != "LOCK" }
         var refused = 0
-        for round in 0..<150 {
+        for round in 0..<120 {
             let copy = try sample.directory.copy()
             // Every file, however small, gets its share.
             let name = files[round % files.count]
@@ -169,6 +169,7 @@ import Testing
                 defer { store.close() }
                 // Nothing that was promised may be missing without a word.
                 #expect(store.recoveryPoints(webGroup).map(\.id) == sample.points.map(\.0), context)
+                #expect(store.forks().map(\.id) == [Sample.fork], context)
                 for (id, image) in sample.points {
                     do { #expect(try store.image(id, volume: 0) == image, context) } catch is StoreError { refused += 1 }
                 }

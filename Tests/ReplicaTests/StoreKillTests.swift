@@ -57,10 +57,10 @@ import Testing
         }
     }
 
-    @Test func whatWasAcknowledgedSurvivesTwentyKills() async throws {
+    @Test func whatWasAcknowledgedSurvivesTenKills() async throws {
         let directory = TemporaryDirectory()
         var random = SeededRandom(seed: 70)
-        for round in 0..<20 {
+        for round in 0..<10 {
             let path = directory.path
             let delay = UInt32(random.below(60_000))
             await #expect(processExitsWith: .signal(SIGKILL)) { [path = path as String, delay = delay as UInt32] in try StoreKillTests.work(in: path, killAfterMicroseconds: delay) }
@@ -86,6 +86,6 @@ import Testing
             }
             store.close()
         }
-        #expect(try String(contentsOfFile: directory.path + "/acknowledged", encoding: .utf8).count > 20)
+        #expect(try String(contentsOfFile: directory.path + "/acknowledged", encoding: .utf8).count > 10)
     }
 }

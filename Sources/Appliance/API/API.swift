@@ -136,6 +136,9 @@ struct API: Sendable {
             APIRoute(method: .post, path: "/v1/servers/{server}/failover/recovery-point", summary: "Change Recovery Point") { request, context in
                 try accepted(try await lifecycle.changeRecoveryPoint(try name(context), try await request.decoded(StartMachine.self), who: context.who))
             },
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover/machine", summary: "start a failed-over machine that has stopped") { _, context in
+                try accepted(try await lifecycle.startMachine(try name(context), who: context.who))
+            },
             APIRoute(method: .post, path: "/v1/servers/{server}/failover/commit", summary: "Commit Failover") { _, context in
                 try accepted(try await lifecycle.commitFailover(try name(context), who: context.who))
             },

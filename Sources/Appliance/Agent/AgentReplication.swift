@@ -7,6 +7,8 @@ actor AgentReplication {
     private let source: TapGroup
     private let endpoint: LinkEndpoint
     private let logger: Logger
+    /// One for all Senders: a new order (another epoch length, throttle or generation) goes on from the tap's bitmaps.
+    private let base = ReplicationBase()
     private var sender: Sender?
     private var order: ReplicationOrder?
 
@@ -20,14 +22,18 @@ actor AgentReplication {
     func carryOut(_ command: AgentCommand) async {
         switch command {
         case .startReplication(let order):
-            if order == self.order, sender?.status.phase != .fenced { return }
+            if order == self.order, let sender, sender.status.phase != .fenced {
+                // Changes nothing unless it was interrupted and may not restart by itself: then this is the operator's restart.
+                sender.start()
+                return
+            }
             await stop()
             logger.info("replication of group \(order.group) starts, \(order.generation), disks \(order.disks.joined(separator: ", "))")
             guard order.disks == source.disks.map(\.name) else {
                 logger.error("the appliance asks for disks \(order.disks), this agent serves \(source.disks.map(\.name)): not replicating")
                 return
             }
-            let sender = Sender(source: source, endpoint: endpoint, order: order, logger: logger)
+            let sender = Sender(source: source, endpoint: endpoint, order: order, logger: logger, base: base)
             self.sender = sender
             self.order = order
             sender.start()

@@ -166,6 +166,39 @@ extension Lifecycle {
         }
     }
 
+    /// A failed-over machine that has stopped (it was shut down, or its QEMU died) is started again from its own disks.
+    public func startMachine(_ name: String, who: String) async throws -> TaskRecord {
+        let found = try await server(name)
+        let task = try await catalogue.write { db in
+            var record = try db.server(found.id)
+            if let running = try db.runningTask(of: record, [.startMachine]) { return running }
+            try db.apply(.startMachine, to: &record, who: who, hasRecoveryPoint: true)
+            guard let machine = try db.instances(of: record, kind: .failover).last else {
+                throw ApplianceError.refused("The failed-over machine of \(record.name) is gone: choose a point (afterimage failover change-recovery-point).")
+            }
+            return try TaskBoard.plan(.startMachine, server: record, parameters: TaskParameters(instance: machine.id), who: who, in: db)
+        }
+        await start(task)
+        return task
+    }
+
+    func performStartMachine(_ task: TaskRecord) async throws -> TaskResult {
+        let instance = try await instance(task)
+        let started = try await machines.attach(instance, mayStart: true, log: { [tasks] line in await tasks.log(task, line) })
+        try await update(instance.id) { $0.pid = started.pid }
+        let line = try await machines.bootCheck(instance)
+        try await update(instance.id) {
+            $0.step = .ready
+            $0.reason = nil
+        }
+        var result = TaskResult()
+        result.instance = instance.id
+        result.recoveryPoint = instance.point
+        result.bootLine = line
+        result.message = "the machine runs, with all that it had written"
+        return result
+    }
+
     /// Irrevocable: the machine stays on its point for good.
     public func commitFailover(_ name: String, who: String) async throws -> TaskRecord {
         let found = try await server(name)

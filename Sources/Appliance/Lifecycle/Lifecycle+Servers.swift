@@ -89,7 +89,7 @@ extension Lifecycle {
 
     /// Exchanges a one-time secret and a CSR for a certificate. The same sentence for every failure: a guesser learns nothing.
     public func enrol(_ request: EnrolRequest) async throws -> EnrolAnswer {
-        let refusal = ApplianceError.unauthorized("The enrolment token is not valid: it was used, has expired, or was replaced (afterimage server enrol NAME makes a new one).")
+        let refusal = ApplianceError.unauthorized("The enrolment token is not valid: it was used, has expired, or was replaced (afterimage server token NAME makes a new one).")
         let hash = Secrets.hash(request.secret)
         guard let found = try await catalogue.read({ db in try ServerRecord.filter(Column("enrolmentHash") == hash).fetchOne(db) }),
             let expires = found.enrolmentExpires, expires > Date()

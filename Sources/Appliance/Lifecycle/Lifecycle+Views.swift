@@ -42,7 +42,7 @@ extension Lifecycle {
             behindBytes: connected && followed ? live?.status.map { $0.source.behindBytes + $0.source.unsyncedBytes } : nil,
             secondsLeft: record.state == .initialFullSync ? live.flatMap { l in l.status.flatMap { Lifecycle.secondsLeft($0, rate: l.fullSyncRate.bytesPerSecond) } } : nil,
             storedBytes: group?.storedBytes, generation: group?.generation.rawValue, instances: instances.map(view),
-            next: record.next(agentConnected: connected, pointCount: group?.recoveryPointCount ?? 0, drill: instances.last { $0.kind == .drill }))
+            next: record.next(agentConnected: connected, pointCount: group?.recoveryPointCount ?? 0, machine: instances.last { $0.kind == .failover }))
     }
 
     private func view(_ instance: InstanceRecord) -> InstanceView {

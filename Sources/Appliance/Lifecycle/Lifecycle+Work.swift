@@ -13,7 +13,7 @@ extension Lifecycle {
                 try PointExportRecord.fetchAll(db)
             )
         }
-        try await machines.sweep(known: Set(instances.map(\.id)))
+        await machines.reportUnknown(known: Set(instances.map(\.id)))
         let busy = Set(running.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
         for instance in instances where !busy.contains(instance.id) { await revive(instance) }
         for export in exported {
@@ -47,6 +47,7 @@ extension Lifecycle {
             case .clearDrill: result = try await performClearDrill(task)
             case .failover: result = try await performFailover(task)
             case .changeRecoveryPoint: result = try await performChangePoint(task)
+            case .startMachine: result = try await performStartMachine(task)
             case .unregister: result = try await performUnregister(task)
             default: throw ApplianceError.failed("task \(task.id ?? 0) has no work")
             }

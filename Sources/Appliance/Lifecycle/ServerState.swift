@@ -56,6 +56,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case failover = "Failover"
     case changeRecoveryPoint = "Change Recovery Point"
     case commitFailover = "Commit Failover"
+    case startMachine = "Start Machine"
     case unregister = "Unregister"
     // Happenings
     case agentConnected = "agent connected"
@@ -73,7 +74,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
 
     public static let operations: [Trigger] = [
         .renewEnrolment, .startReplication, .stopReplication, .drill, .clearDrill, .failover, .changeRecoveryPoint,
-        .commitFailover, .unregister,
+        .commitFailover, .startMachine, .unregister,
     ]
     public static let happenings: [Trigger] = allCases.filter { !$0.isOperation }
 }

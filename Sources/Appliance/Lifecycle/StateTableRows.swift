@@ -41,16 +41,17 @@ extension StateTable {
         .testFailoverInProgress: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
             .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
-            .drillReady: .to(.testFailoverReady), .drillFailed: .stays,
+            .startMachine: .stays, .drillReady: .to(.testFailoverReady), .drillFailed: .stays,
         ],
         .testFailoverReady: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
             .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
+            .startMachine: .stays,
         ],
         .clearTestFailoverEnvironment: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
             .clearDrill: .stays, .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
-            .drillCleared: .endsDrill,
+            .startMachine: .stays, .drillCleared: .endsDrill,
         ],
 
         .failoverInProgress: [
@@ -58,10 +59,10 @@ extension StateTable {
             .failoverFailed: .to(.replicationInterrupted),
         ],
         .failedOver: [
-            .changeRecoveryPoint: .to(.failoverInProgress), .commitFailover: .to(.failoverCommitted),
+            .changeRecoveryPoint: .to(.failoverInProgress), .commitFailover: .to(.failoverCommitted), .startMachine: .stays,
         ],
         .failoverCommitted: [
-            .unregister: .removes
+            .startMachine: .stays, .unregister: .removes,
         ],
     ]
 
@@ -78,7 +79,8 @@ extension StateTable {
             return "Replication of this server is not running."
         case (.reverse, .stopReplication):
             return "Reverse replication is ended by the Failback, not by stopping it."
-        case (.setUp, .changeRecoveryPoint), (.forward, .changeRecoveryPoint), (.setUp, .commitFailover), (.forward, .commitFailover):
+        case (.setUp, .changeRecoveryPoint), (.forward, .changeRecoveryPoint), (.setUp, .commitFailover), (.forward, .commitFailover),
+            (.setUp, .startMachine), (.forward, .startMachine):
             return "This server is not failed over: start a failover first (afterimage failover start)."
         case (.setUp, .drill):
             return "A drill needs replication to be running: start it first (afterimage replication start)."
@@ -90,6 +92,8 @@ extension StateTable {
             return "Stop replication first (afterimage replication stop)."
         case (_, .renewEnrolment):
             return "The agent of this server is enrolled and in use."
+        case (.failover, .startMachine):
+            return "The failover has not succeeded: there is no machine to start again."
         case (.failover, .commitFailover) where state == .failoverInProgress:
             return "The failover has not succeeded: wait for it, or change the recovery point (afterimage failover change-recovery-point)."
         case (.failover, .failover):
@@ -110,7 +114,7 @@ extension StateTable {
         case (.reverse, _), (.failback, _):
             return "Not while this server is in \(state.rawValue)."
         case (.setUp, .startReplication):
-            return "The agent has not connected yet: run the enrolment command on the server (afterimage server enrol shows a new one)."
+            return "The agent has not connected yet: run the enrolment command on the server (afterimage server token makes a new one)."
         case (.setUp, .failover):
             return noRecoveryPoint
         default:

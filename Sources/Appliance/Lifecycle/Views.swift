@@ -107,32 +107,35 @@ public struct Health: Sendable, Codable {
 
 extension ServerRecord {
     /// What an operator would do next.
-    func next(agentConnected: Bool, pointCount: Int, drill: InstanceRecord?) -> String {
+    func next(agentConnected: Bool, pointCount: Int, machine: InstanceRecord?) -> String {
         let drillWords: String? =
             switch self.drill {
             case .testFailoverReady: "; the drill is ready: look at it, then afterimage drill clear \(name)"
             case .testFailoverInProgress where drillReason != nil: "; the drill failed: afterimage drill clear \(name)"
             default: nil
             }
-        return mainNext(agentConnected: agentConnected, pointCount: pointCount) + (drillWords ?? "")
+        return mainNext(agentConnected: agentConnected, pointCount: pointCount, machine: machine) + (drillWords ?? "")
     }
 
-    private func mainNext(agentConnected: Bool, pointCount: Int) -> String {
+    private func mainNext(agentConnected: Bool, pointCount: Int, machine: InstanceRecord?) -> String {
         switch state {
         case .agentInstalling:
             if let expires = enrolmentExpires, expires > Date() { return "run the enrolment command on the server" }
             return certificateSerial == nil
-                ? "its token has expired: afterimage server enrol \(name)" : "start the agent on the server (afterimage agent run)"
+                ? "its token has expired: afterimage server token \(name)" : "start the agent on the server (afterimage agent run)"
         case .initialized:
             return pointCount > 0 ? "not followed now: afterimage replication start \(name)" : "afterimage replication start \(name)"
         case .abnormal: return "look at the reason, then afterimage replication start \(name)"
         case .enableReplicating, .initialFullSync: return "wait for the first recovery point"
         case .replicating: return "nothing; try a drill now and then: afterimage drill start \(name)"
         case .replicationInterrupted:
-            let restart = settings?.automaticRestart == true ? "goes on by itself when the agent is back" : "afterimage replication start \(name)"
+            let restart = settings?.automaticRestart == true 
+                ? (agentConnected ? "see why; goes on by itself once that is mended" : "goes on by itself when the agent is back") : "afterimage replication start \(name)"
             return pointCount > 0 ? "\(restart); if the server is lost: afterimage failover start \(name)" : restart
         case .failoverInProgress:
             return reason == nil ? "wait for the machine to boot" : "choose another point: afterimage failover change-recovery-point \(name) --point ID"
+        case .failedOver where machine?.step == .stopped, .failoverCommitted where machine?.step == .stopped:
+            return "its machine has stopped: afterimage failover start-machine \(name)"
         case .failedOver: return "check the machine, then afterimage failover commit \(name) (or change-recovery-point)"
         case .failoverCommitted: return "nothing: the machine runs here now"
         default: return "wait"

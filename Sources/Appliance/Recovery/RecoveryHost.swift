@@ -28,6 +28,7 @@ actor RecoveryHost {
     private let instancesDirectory: String
     private let logger: Logger
     private var machines: [String: Machine] = [:]
+    private var knownVersion: (modified: Date, version: QEMUVersion)?
     private var onEnded: @Sendable (_ instance: String, _ why: String) async -> Void = { _, _ in }
 
     init(store: ReplicaStore, qemu: QEMUConfiguration, runtimeDirectory: String, stateDirectory: String, logger: Logger) {
@@ -47,7 +48,16 @@ actor RecoveryHost {
     private nonisolated func machineName(_ id: String) -> String { "afterimage-\(id)" }
 
     /// Throws when this host cannot start machines at all.
-    nonisolated func checkQEMU() async throws { _ = try await QEMUVersion.of(qemu.executable) }
+    func checkQEMU() async throws { _ = try await version() }
+
+    /// Asked once for each QEMU that is put there: the question takes as long as a good part of a failover.
+    private func version() async throws -> QEMUVersion {
+        let modified = try? FileManager.default.attributesOfItem(atPath: qemu.executable)[.modificationDate] as? Date
+        if let known = knownVersion, known.modified == modified { return known.version }
+        let version = try await QEMUVersion.of(qemu.executable)
+        if let modified { knownVersion = (modified, version) }
+        return version
+    }
 
     /// Brings fork, disks and QEMU of an instance to life, taking over what is there. With `mayStart` false a missing QEMU is an error.
     func attach(_ instance: InstanceRecord, mayStart: Bool, log: @Sendable (String) async -> Void) async throws -> Started {
@@ -88,7 +98,7 @@ actor RecoveryHost {
     }
 
     private func startQEMU(_ instance: InstanceRecord, log: @Sendable (String) async -> Void) async throws -> (QEMUProcess, Accelerator) {
-        let version = try await QEMUVersion.of(qemu.executable)
+        let version = try await version()
         let accelerator: Accelerator = qemu.accelerator == .kvm ? .kvm : .tcg
         switch qemu.accelerator {
         case .kvm: await log("\(version) with KVM")
@@ -199,20 +209,14 @@ actor RecoveryHost {
         }
     }
 
-    /// After a crash: what belongs to no instance any more goes. Only names of this appliance's own state directory are touched.
-    func sweep(known: Set<String>) async throws {
-        let left = (try? FileManager.default.contentsOfDirectory(atPath: instancesDirectory)) ?? []
-        for id in left where !known.contains(id) {
-            logger.warning("cleaning up machine \(id), which the catalogue does not know")
-            await QEMUProcess.find(name: machineName(id))?.terminate()
-            for directory in ["\(runtimeDirectory)/\(id)", "\(instancesDirectory)/\(id)"] {
-                try? FileManager.default.removeItem(atPath: directory)
-            }
+    /// Says what the catalogue does not know. A crash leaves nothing of the kind (records are made first and go last), so it comes
+    /// from another catalogue, perhaps an older copy: it may be somebody's running machine and is left alone.
+    func reportUnknown(known: Set<String>) {
+        for fork in store.forks() where !known.contains(fork.id.rawValue) {
+            logger.warning("the store has a fork \(fork.id) of \(fork.group) that the catalogue does not know; it is left alone")
         }
-        let forks = store.forks().filter { !known.contains($0.id.rawValue) }
-        for fork in forks {
-            logger.warning("dropping fork \(fork.id), which the catalogue does not know")
-            try await blocking { [store] in try store.dropFork(fork.id) }
+        for id in (try? FileManager.default.contentsOfDirectory(atPath: instancesDirectory)) ?? [] where !known.contains(id) {
+            logger.warning("\(instancesDirectory)/\(id) belongs to a machine that the catalogue does not know; it is left alone")
         }
     }
 

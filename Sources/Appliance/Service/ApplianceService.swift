@@ -69,7 +69,6 @@ public struct ApplianceService: Service {
         do {
             try await lifecycle.resume()
             let linkPort = try await link.start()
-            logger.info("the link listens on \(configuration.link.host) port \(linkPort)")
             try await serveAPI(catalogue: catalogue, lifecycle: lifecycle, authority: authority, identity: identity, linkPort: linkPort)
         } catch {
             await lifecycle.stop()
@@ -104,7 +103,9 @@ public struct ApplianceService: Service {
                 logger.info("the API listens on \(profile.url)")
                 await onReady(profile)
             }, logger: quiet)
-        try await application.run()
+        do { try await application.run() } catch let error as IOError where error.errnoCode == EADDRINUSE || error.errnoCode == EADDRNOTAVAIL || error.errnoCode == EACCES {
+            throw ApplianceError.failed("cannot listen on \(configuration.listen) for the API: \(String(cString: strerror(error.errnoCode))) (choose another with --listen)")
+        }
     }
 
     private func settings(apiPort: Int, linkPort: Int) -> LifecycleSettings {

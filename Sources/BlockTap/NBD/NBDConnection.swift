@@ -316,7 +316,6 @@ final class NBDConnection: IOHandler {
     /// No more requests; what is in flight is finished and answered, then the connection closes.
     func drain() {
         guard phase == .handshake || phase == .transmission else { return }
-        if payloadSlot != NBDSlab.none { core.giveBack(takePayloadSlot()) }
         phase = .draining
         stopWaiting()
         shutdown(fd, Int32(SHUT_RD))        // ends the receive in flight
@@ -327,7 +326,6 @@ final class NBDConnection: IOHandler {
     func close(because reason: String?) {
         guard phase != .dead, phase != .closed else { return }
         if let reason { core.log("NBD connection closed: \(reason)") }
-        if payloadSlot != NBDSlab.none { core.giveBack(takePayloadSlot()) }
         phase = .dead
         stopWaiting()
         shutdown(fd, Int32(SHUT_RDWR))
@@ -349,7 +347,10 @@ final class NBDConnection: IOHandler {
     }
 
     private func settle() {
-        guard phase == .draining || phase == .dead, storeCount == 0, !isReceiving else { return }
+        // Until the receive in flight has ended, the kernel may still write into the payload's memory.
+        guard phase == .draining || phase == .dead, !isReceiving else { return }
+        if payloadSlot != NBDSlab.none { core.giveBack(takePayloadSlot()) }
+        guard storeCount == 0 else { return }
         if phase == .dead { replies.drop(core) }
         guard replies.isIdle else { return }
         phase = .closed

@@ -11,7 +11,7 @@ import Glibc
 /// block that is being read waits for that read only. Then the block's bit in `active` is set, the write is issued, and when the
 /// device has answered, the client is. Invariants:
 /// - the bit in `active` is set before the write is issued, and stays set if the write fails;
-/// - no write is issued to a block that is pending or being read in an exact epoch;
+/// - no write is issued to a block that is pending (unless it was zero at the cut) or being read in an exact epoch;
 /// - reads and flushes of the client never wait for the tap.
 ///
 /// Confined to the tap's thread.
@@ -172,10 +172,8 @@ public final class TappedDisk: BlockStore {
         while let block = pending.nextSet(from: position, limit: first + count) {
             var run = pending.runLength(first: block, limit: first + count - block)
             run = min(run, zeroAtCut.runLength(first: block, limit: run))
-            if zeroAtCut.contains(block) {
-                pending.clear(first: block, length: run)
-                engine.handOutZero(disk: self, firstBlock: block, blockCount: run)
-            } else {
+            // What was zero at the cut needs no saving: it stays pending and is handed out as zeroes, whatever it holds by then.
+            if !zeroAtCut.contains(block) {
                 guard let (slot, got) = engine.preservedArena.allocate(wanted: Int(run)) else { return .overBudget }
                 guard let index = operations.take(.preserveRead) else {
                     engine.preservedArena.release(slot: slot, count: got)
@@ -281,6 +279,8 @@ public final class TappedDisk: BlockStore {
     func ioCompleted(token: UInt32, result: Int32) {
         let index = Int(token)
         let op = operations[index]
+        // Nothing was done; that is no reason to fail the protected machine's request.
+        if result == -EINTR || result == -EAGAIN { return resubmit(index) }
         if result > 0, op.pointee.kind != .zero, op.pointee.kind != .flush {
             op.pointee.doneBytes += Int(result)
             if op.pointee.doneBytes < op.pointee.lengthBytes {
@@ -306,7 +306,7 @@ public final class TappedDisk: BlockStore {
         }
     }
 
-    /// The device did a part: go on with the rest.
+    /// The device did a part, or was interrupted: go on with the rest.
     private func resubmit(_ index: Int) {
         let op = operations[index]
         let done = op.pointee.doneBytes
@@ -323,8 +323,15 @@ public final class TappedDisk: BlockStore {
         case .drainRead, .preserveRead:
             let memory = op.pointee.kind == .drainRead ? engine.queue.memory(slot: op.pointee.slot) : engine.preservedArena.memory(op.pointee.slot)
             io.read(into: memory + done, count: rest, offset: op.pointee.firstBlock * UInt64(blockBytes) + UInt64(done), token: UInt32(index))
-        default:
-            preconditionFailure("no partial completion is possible")
+        case .zero:
+            let request = op.pointee.request!
+            io.zero(
+                offset: request.pointee.offsetBytes, length: UInt64(rest),
+                allocate: op.pointee.isFallback || request.pointee.flags.contains(.noHole), token: UInt32(index))
+        case .flush:
+            io.flush(token: UInt32(index))
+        case .free:
+            preconditionFailure("a completion for a free tap operation")
         }
     }
 

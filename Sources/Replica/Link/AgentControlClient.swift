@@ -83,7 +83,7 @@ public final class AgentControlClient: FrameStream, @unchecked Sendable {
         link = .connecting(attempt: attempt)
         LinkConnector.connect(endpoint, stream: self, timing: timing, eventLoop: eventLoop).whenComplete { [self] result in
             guard case .connecting(attempt) = link else {
-                if case .success(let handler) = result { handler.close("not wanted any more") }
+                if case .success(let handler) = result { handler.discard() }
                 return
             }
             switch result {
@@ -132,6 +132,8 @@ public final class AgentControlClient: FrameStream, @unchecked Sendable {
             logger.info("the control stream is up")
         case (.refused, .greeting(let handler)), (.refused, .open(let handler)):
             let refusal = try frame.json(Refusal.self)
+            // Two agents of one server would drive each other out as fast as they can connect.
+            if refusal.code == Refusal.Code.superseded.rawValue { retries = max(retries, 5) }
             handler.close("the appliance refuses: \(refusal.reason)")
         case (.control, .open):
             do {

@@ -108,6 +108,15 @@ final class FrameHandler: ChannelInboundHandler, @unchecked Sendable {
         context?.close(promise: nil)
     }
 
+    /// Closes a connection that nobody waits for any more, without a word to the owner.
+    func discard() {
+        guard phase != .closed else { return }
+        phase = .closed
+        greetingLimit?.cancel()
+        aliveTask?.cancel()
+        context?.close(promise: nil)
+    }
+
     /// Sends a last frame and closes once the peer has read it: what still arrives is thrown away, since closing a socket
     /// with unread bytes would destroy the frame on its way.
     func finish(_ type: FrameType, _ meta: (inout ByteBuffer) -> Void, reason: String) {
@@ -145,8 +154,7 @@ final class FrameHandler: ChannelInboundHandler, @unchecked Sendable {
     private func greetingExpired() {
         close(
             phase == .handshake
-                ? "no TLS handshake within \(timing.greeting.nanoseconds / 1_000_000_000) s"
-                : "no greeting within \(timing.greeting.nanoseconds / 1_000_000_000) s")
+                ? "no TLS handshake within \(timing.greeting.inWords)" : "no greeting within \(timing.greeting.inWords)")
     }
 
     func handlerRemoved(context: ChannelHandlerContext) {
@@ -215,7 +223,7 @@ final class FrameHandler: ChannelInboundHandler, @unchecked Sendable {
     private func tick() {
         guard phase == .open else { return }
         if NIODeadline.now() - lastRead > timing.silence {
-            return close("nothing was heard from the other side for \(timing.silence.nanoseconds / 1_000_000_000) s")
+            return close("nothing was heard from the other side for \(timing.silence.inWords)")
         }
         let meta = AliveMeta(receivedBytes: assembler.receivedBytes, isWorking: stream.isWorking)
         send(.alive) { meta.write(&$0) }

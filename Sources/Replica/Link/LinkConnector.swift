@@ -5,7 +5,7 @@ import NIOSSL
 /// Opens an agent's connection to the appliance and says how long to wait before the next attempt.
 enum LinkConnector {
     /// Connects and starts TLS; the stream's `opened` follows when that is done, `closed` when it fails. The future succeeds
-    /// first, and fails with a `PKIError` in words when there is no connection at all.
+    /// first, and fails, with a `PKIError` or `LinkError`, when there is no connection at all.
     static func connect(
         _ endpoint: LinkEndpoint, stream: any FrameStream & Sendable, timing: LinkTiming, eventLoop: any NIOCore.EventLoop
     ) -> EventLoopFuture<FrameHandler> {
@@ -28,7 +28,7 @@ enum LinkConnector {
                 return handler
             }
             .flatMapErrorThrowing { error in
-                throw wrapped(error, "cannot reach the appliance at \(endpoint.host) port \(endpoint.port)")
+                throw LinkError.cannotConnect(host: endpoint.host, port: endpoint.port, LinkTLS.describe(error))
             }
     }
 

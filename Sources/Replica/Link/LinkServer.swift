@@ -59,7 +59,7 @@ public final class LinkServer: Sendable {
         do {
             channel = try await bootstrap.bind(host: host, port: port).get()
         } catch {
-            throw LinkError.cannotListen(host: host, port: port, "\(error)")
+            throw LinkError.cannotListen(host: host, port: port, LinkTLS.describe(error))
         }
         listener.withLock { $0 = channel }
         let bound = channel.localAddress?.port ?? port

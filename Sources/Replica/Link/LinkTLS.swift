@@ -1,4 +1,6 @@
+import Glibc
 import NIOCore
+import NIOPosix
 import NIOSSL
 
 /// TLS 1.3 between parties whose certificates come from the same CA, and nothing else.
@@ -46,6 +48,14 @@ enum LinkTLS {
 
     /// BoringSSL's reason codes in words that an operator can act on.
     static func describe(_ error: any Error) -> String {
+        switch error {
+        case let error as NIOConnectionError:
+            guard let first = error.connectionErrors.first else { return "the name \(error.host) has no address" }
+            return describe(first.error)
+        case let error as IOError: return String(cString: strerror(error.errnoCode))
+        case ChannelError.connectTimeout(let limit): return "no answer within \(limit.inWords)"
+        default: break
+        }
         let text = String(describing: error)
         let known: [(String, String)] = [
             ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "it showed no certificate"),
@@ -61,7 +71,13 @@ enum LinkTLS {
             ("uncleanShutdown", "the connection was cut"),
         ]
         for (code, words) in known where text.contains(code) { return words }
-        if let error = error as? IOError { return "\(error)" }
         return text
+    }
+}
+
+extension TimeAmount {
+    /// "15 s", "400 ms".
+    var inWords: String {
+        nanoseconds % 1_000_000_000 == 0 ? "\(nanoseconds / 1_000_000_000) s" : "\(nanoseconds / 1_000_000) ms"
     }
 }

@@ -31,16 +31,20 @@ public struct LinkTiming: Sendable, Hashable {
     /// Reconnect back-off: doubles from the first to the last, each with ±50 % jitter.
     public var retryFirst: TimeAmount = .milliseconds(250)
     public var retryLast: TimeAmount = .seconds(15)
+    /// After an epoch was abandoned because the source's disk could not be read.
+    public var readErrorPause: TimeAmount = .seconds(5)
     public init() {}
 }
 
 public enum LinkError: Error, Sendable, Hashable, CustomStringConvertible {
     case notConnected(ServerID)
     case cannotListen(host: String, port: Int, String)
+    case cannotConnect(host: String, port: Int, String)
 
     public var description: String {
         switch self {
         case .notConnected(let server): "server \(server) has no control stream at the moment: its agent is down or cannot reach this appliance"
+        case .cannotConnect(let host, let port, let why): "cannot reach the appliance at \(host) port \(port): \(why)"
         case .cannotListen(let host, let port, let why): "cannot listen on \(host) port \(port): \(why)"
         }
     }

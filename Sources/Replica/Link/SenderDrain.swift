@@ -148,6 +148,11 @@ extension SenderLoop {
             batch.clearZeroes()
             handler.send(.epochAbandon) { NumberMeta(epoch.rawValue).write(&$0) }
             draining = nil
+            if why == .readError {
+                // It will hardly read better at once: do not keep the protected machine's disk busy with trying.
+                needsFuzzyCut = false
+                nextCut = .now() + timing.readErrorPause
+            }
             scheduleCut()
         }
         return 0

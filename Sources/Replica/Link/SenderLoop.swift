@@ -74,6 +74,8 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     var windowBytes: UInt64 = 0
     var sentPlainBytes: UInt64 = 0
     var creditedBytes: UInt64 = 0
+    /// nil until the source's figures are from within the full sync.
+    private var fullSyncShownBytes: UInt64?
     var batch: ExtentBatch
     var compression: Compression
     var throttle: Throttle
@@ -164,7 +166,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         if reason == nil { setPhase(.connecting, nil) }
         LinkConnector.connect(endpoint, stream: self, timing: timing, eventLoop: eventLoop).whenComplete { [self] result in
             guard case .connecting(attempt) = link else {
-                if case .success(let handler) = result { handler.close("not wanted any more") }
+                if case .success(let handler) = result { handler.discard() }
                 return
             }
             switch result {
@@ -212,6 +214,8 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
             // These need a hand; trying again meanwhile does no harm.
             let needsHand: [Refusal.Code] = [.notAuthorized, .unknownGroup, .volumeMismatch, .version]
             verdict = needsHand.contains { $0.rawValue == refusal.code } ? .failed : .interrupted
+            // Two agents of one server would drive each other out as fast as they can connect.
+            if refusal.code == Refusal.Code.superseded.rawValue { retries = max(retries, 5) }
             handler.close(refusal.reason)
         case (.fenced, .greeting(let handler)), (.fenced, .streaming(let handler)):
             let current = Generation(try NumberMeta(&reader).value)
@@ -248,7 +252,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         }
         link = .recovering
         if !isStopping {
-            logger.warning("replication is interrupted: \(why)")
+            logger.warning("replication \(isFinal ? "has ended" : "is interrupted"): \(why)")
             setPhase(verdict, why)
             verdict = .interrupted
         }
@@ -291,6 +295,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
             eventLoop.execute { [self] in
                 isReadingStatistics = false
                 self.statistics = statistics
+                if phase == .fullSync, fullSyncShownBytes == nil { fullSyncShownBytes = 0 }
                 publish()
             }
         }
@@ -303,8 +308,25 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         if !isInFlight {
             lastProgress = .now()
         } else if NIODeadline.now() - lastProgress > limit {
-            handler.close("stalled: data has been under way for \(limit.nanoseconds / 1_000_000_000) s without any progress")
+            handler.close("stalled: data has been under way for \(limit.inWords) without any progress")
         }
+    }
+
+    /// What has been sent of a fuzzy epoch counts already: an epoch is far longer than a progress bar's step. Never goes back while a
+    /// full sync runs: the source's figures are a moment older than ours, and may be from before the full sync or the epoch.
+    private func fullSyncDoneBytes(of total: UInt64) -> UInt64 {
+        guard phase == .fullSync else {
+            fullSyncShownBytes = nil
+            return total - min(total, statistics.unsyncedBytes)
+        }
+        guard let shown = fullSyncShownBytes else { return 0 }
+        let fuzzy = sealed.reduce(0) { $0 + ($1.kind == .fuzzy ? $1.blockCount * UInt64(blockBytes) : 0) }
+        let open = draining.map { $0.kind == .fuzzy ? $0.blockCount * UInt64(blockBytes) : 0 } ?? 0
+        guard statistics.unsyncedBytes >= fuzzy + open else { return shown }
+        let sentBytes = fuzzy + (open > 0 ? epochDataBytes + epochZeroBytes : 0)
+        let done = max(shown, total - min(total, statistics.unsyncedBytes - min(statistics.unsyncedBytes, sentBytes)))
+        fullSyncShownBytes = done
+        return done
     }
 
     private func publish() {
@@ -312,7 +334,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         status.phase = phase
         status.reason = reason
         status.fullSyncTotalBytes = source.disks.reduce(0) { $0 + $1.geometry.sizeBytes }
-        status.fullSyncDoneBytes = status.fullSyncTotalBytes - min(status.fullSyncTotalBytes, statistics.unsyncedBytes)
+        status.fullSyncDoneBytes = fullSyncDoneBytes(of: status.fullSyncTotalBytes)
         status.source = statistics
         base.read { state in
             status.sentBytes = state.sentBytes

@@ -63,6 +63,7 @@ struct EpochBeginMeta: Hashable {
     init(_ r: inout MetaReader) throws(FrameError) {
         let epoch = try r.u64(), time = try r.u64(), blocks = try r.u64()
         guard let kind = EpochKind(rawValue: try r.u8()) else { throw r.malformed("unknown kind of epoch") }
+        guard time <= UInt64(Int64.max) else { throw r.malformed("no such time") }
         cut = Cut(epoch: EpochNumber(epoch), kind: kind, timeNanoseconds: time, blockCount: blocks)
     }
 }

@@ -85,7 +85,7 @@ final class BlockMap: @unchecked Sendable {
         let length = Int(extent.blockCount) * blockBytes
         let count = try file.file.read(into: UnsafeMutableRawBufferPointer(start: memory, count: length), at: UInt64(extent.segmentBlock) * UInt64(blockBytes))
         if count < length { throw badBlock(extent, count / blockBytes) }
-        if let index = firstBadBlock(extent, memory) { throw badBlock(extent, index) }
+        if let index = firstBadBlock(extent, memory), report.store?.options.deliberateFault != .blocksNotChecked { throw badBlock(extent, index) }
     }
 }
 

@@ -96,7 +96,7 @@ public final class ForkVolume: @unchecked Sendable {
         let entry = StoredExtent(
             startBlock: startBlock, blockCount: UInt32(blocks), segment: open.segment.id, segmentBlock: segmentBlock, checksumIndex: 0,
             storedBytes: UInt32(blocks * blockBytes), encoding: ExtentEncoding.plain.rawValue)
-        if let last = pending.last, !last.isZero, last.endBlock == startBlock, last.segmentBlock + last.blockCount == segmentBlock, Int(last.blockCount) + blocks < 1 << 16 {
+        if let last = pending.last, !last.isZero, last.endBlock == startBlock, last.segmentBlock + last.blockCount == segmentBlock, Int(last.blockCount) + blocks <= 1 << 12 {
             pending[pending.count - 1].blockCount += UInt32(blocks)
             pending[pending.count - 1].storedBytes += UInt32(blocks * blockBytes)
         } else {
@@ -261,7 +261,7 @@ public final class ForkVolume: @unchecked Sendable {
         open.reserve(Int(entry.segmentBlock) + Int(entry.blockCount))
         for index in 0..<Int(entry.blockCount) { open.set(sums[Int(entry.checksumIndex) + index], segmentBlock: Int(entry.segmentBlock) + index) }
         put(IndexExtent(startBlock: entry.startBlock, blockCount: entry.blockCount, slot: IndexExtent.openSlot, segment: open.segment.id, segmentBlock: entry.segmentBlock, checksumIndex: entry.segmentBlock))
-        nextBlock = max(nextBlock, entry.segmentBlock + entry.blockCount)
+        if store.options.deliberateFault != .forkBlocksReused { nextBlock = max(nextBlock, entry.segmentBlock + entry.blockCount) }
     }
 
     private func matches(_ entry: StoredExtent, _ sums: [UInt64]) throws(StoreError) -> Bool {

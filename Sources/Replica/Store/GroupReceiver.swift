@@ -110,7 +110,9 @@ final class GroupReceiver: Sendable {
 
     /// Makes the data of an epoch durable.
     func sync(_ segments: Set<UInt32>) throws(StoreError) {
-        for id in segments { try files.open[id]?.file.file.dataSync() }
+        if store.options.deliberateFault != .dataNotSynced {
+            for id in segments.sorted() { try files.open[id]?.file.file.dataSync() }
+        }
         if files.hasNewNames {
             try store.storage.syncDirectory("segments")
             files.hasNewNames = false
@@ -144,7 +146,7 @@ final class GroupReceiver: Sendable {
     /// that began behind a failed one fails as well, so nothing that counts lies there.
     func giveBack() {
         let sealedEnd = state.withLock { $0.sealedEnd }
-        for id in files.open.keys {
+        for id in files.open.keys.sorted() {
             do throws(StoreError) {
                 if id == sealedEnd?.segment {
                     try files.open[id]!.file.file.truncate(to: UInt64(sealedEnd!.block) * UInt64(pageBytes))

@@ -45,7 +45,7 @@ enum LayerFile {
     }
 
     /// `extents` are sorted and do not overlap; their `checksumIndex` points into `sums`. Written and synced; its directory is not.
-    static func write(_ storage: any Storage, store: StoreUUID, identity: LayerIdentity, extents: [StoredExtent], sums: UnsafeBufferPointer<UInt64>) throws(StoreError) -> Written {
+    static func write(_ storage: any Storage, store: StoreUUID, identity: LayerIdentity, extents: [StoredExtent], sums: UnsafeBufferPointer<UInt64>, isSynced: Bool = true) throws(StoreError) -> Written {
         var extents = extents
         var checksumCount = 0
         for extent in extents where !extent.isZero { checksumCount += Int(extent.blockCount) }
@@ -98,7 +98,7 @@ enum LayerFile {
 
         let file = try storage.open(path(identity.id), .create, direct: false)
         try file.write(UnsafeRawBufferPointer(bytes), at: 0)
-        try file.dataSync()
+        if isSynced { try file.dataSync() }
         let kept = UnsafeBufferPointer(start: UnsafePointer<UInt64>(OpaquePointer(base + checksumsOffset)), count: checksumCount)
         return Written(
             fileBytes: UInt64(fileBytes), digest: trailer.checksum,

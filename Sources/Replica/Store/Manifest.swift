@@ -18,14 +18,14 @@ final class Manifest {
 
     /// Opens the store's MANIFEST, or makes the one of a new store. When it holds more than `rewriteBytes` it is replaced by one
     /// that says the same in a single record.
-    static func open(_ storage: any Storage, rewriteBytes: UInt64) throws(StoreError) -> (Manifest, StoreState, tornBytes: UInt64) {
+    static func open(_ storage: any Storage, rewriteBytes: UInt64, newUUID: () -> StoreUUID) throws(StoreError) -> (Manifest, StoreState, tornBytes: UInt64) {
         try storage.remove(newPath)
         guard try storage.exists(path) else {
             // Making a new one here would let start-up remove all data as garbage.
             for directory in ["segments", "layers", "journals"] where try !storage.list(directory).isEmpty {
                 throw .damaged(path: storage.location + "/" + path, offsetBytes: 0, what: "it is missing, but \(directory) has files: restore it, or empty the directory for a new store")
             }
-            let state = StoreState(uuid: .random())
+            let state = StoreState(uuid: newUUID())
             return (try create(storage, state: state), state, 0)
         }
         let file = try storage.open(path, .readWrite, direct: false)

@@ -89,7 +89,7 @@ extension ReplicaStore {
         let (layers, forks) = read { ($0.layers, $0.forks) }
         for layer in layers.values { for use in layer.segments { ends[use.segment] = max(ends[use.segment] ?? 0, use.endBlock) } }
         for fork in forks.values { for volume in fork.volumes { ends[volume.segment] = nil } }
-        for (segment, end) in ends {
+        for (segment, end) in ends.sorted(by: { $0.key < $1.key }) {
             do throws(StoreError) {
                 let file = try storage.open(SegmentFile.path(segment), .readWrite, direct: false)
                 let size = try file.size()

@@ -18,11 +18,29 @@ struct StoreOptions: Sendable {
     var manifestRewriteBytes: UInt64 = 4 << 20
     /// A fork's journal is flushed when this many writes wait, even when nobody asks.
     var journalEntriesMax = 4096
+    /// No thread of its own: see `StoreThread`. For simulations, like the next two.
+    var isStepped = false
+    var newUUID: @Sendable () -> StoreUUID = { .random() }
+    var deliberateFault: DeliberateFault?
     var now: @Sendable () -> UInt64 = {
         var time = timespec()
         clock_gettime(CLOCK_REALTIME, &time)
         return UInt64(time.tv_sec) * 1_000_000_000 + UInt64(time.tv_nsec)
     }
+}
+
+/// Mistakes that the store makes when told to: tests of the tests, which must notice each of them.
+enum DeliberateFault: CaseIterable, Sendable {
+    /// An epoch is acknowledged although its data was not synced.
+    case dataNotSynced
+    /// The MANIFEST names a layer whose file was not synced.
+    case layerNotSynced
+    /// Names of new files in `layers` are not synced.
+    case namesNotSynced
+    /// Blocks are handed out without a look at their checksums.
+    case blocksNotChecked
+    /// A reopened fork writes over blocks that its journal names.
+    case forkBlocksReused
 }
 
 /// The replica's data: volumes as chains of layers, recovery points, forks. One per directory, held by one process at a time.
@@ -34,7 +52,7 @@ public final class ReplicaStore: @unchecked Sendable {
     let options: StoreOptions
     let logger: Logger
     let uuid: StoreUUID
-    let thread = StoreThread()
+    let thread: StoreThread
     /// Used on the store's thread only.
     let manifest: Manifest
     let shared: Mutex<Shared>
@@ -70,13 +88,14 @@ public final class ReplicaStore: @unchecked Sendable {
         self.storage = storage
         self.options = options
         self.logger = logger
+        thread = StoreThread(isStepped: options.isStepped)
         var opened = false
         try storage.lock()
         defer { if !opened { storage.unlock() } }
         try storage.createDirectory("segments")
         try storage.createDirectory("layers")
         try storage.createDirectory("journals")
-        let (manifest, state, tornBytes) = try Manifest.open(storage, rewriteBytes: options.manifestRewriteBytes)
+        let (manifest, state, tornBytes) = try Manifest.open(storage, rewriteBytes: options.manifestRewriteBytes, newUUID: options.newUUID)
         self.manifest = manifest
         uuid = state.uuid
         shared = Mutex(Shared(state: state))
@@ -103,7 +122,7 @@ public final class ReplicaStore: @unchecked Sendable {
         let receivers = shared.withLock { shared -> [GroupReceiver] in
             if shared.isClosed { return [] }
             shared.isClosed = true
-            return Array(shared.receivers.values)
+            return shared.receivers.sorted { $0.key.rawValue < $1.key.rawValue }.map(\.value)
         }
         for receiver in receivers { receiver.abandonCurrent("the store closes") }
         thread.stop()
@@ -119,6 +138,10 @@ public final class ReplicaStore: @unchecked Sendable {
         try checkName(id.rawValue)
         guard !volumes.isEmpty else { throw .invalid("group \(id) must have a disk") }
         for spec in volumes where spec.geometry.sizeBytes == 0 { throw .invalid("disk \(spec.name) of group \(id) has no size") }
+        // Agents say what shape their disks have; what is accepted here is computed with, and served, later.
+        for spec in volumes where spec.geometry.sizeBytes > UInt64(Int64.max) || spec.geometry.logicalBlockBytes.nonzeroBitCount != 1 {
+            throw .invalid("disk \(spec.name) of group \(id) cannot have \(spec.geometry.sizeBytes) bytes in blocks of \(spec.geometry.logicalBlockBytes)")
+        }
         try thread.perform { () throws(StoreError) in
             if let group = self.read({ $0.groups[id] }) {
                 let old = group.volumes.map(\.spec)

@@ -49,13 +49,13 @@ extension ReplicaStore {
                     sizeBytes: pending.spec.geometry.sizeBytes, cut: writer.cut, consistency: consistency)
                 let (extents, sums) = pending.layer()
                 let layer = try sums.withUnsafeBufferPointer { sums throws(StoreError) in
-                    try LayerFile.write(storage, store: uuid, identity: identity, extents: extents, sums: sums)
+                    try LayerFile.write(storage, store: uuid, identity: identity, extents: extents, sums: sums, isSynced: options.deliberateFault != .layerNotSynced)
                 }
                 written.append(layer)
                 changed.append(volume)
                 records.append(layer.record(parent: identity.parent))
             }
-            if !written.isEmpty { try storage.syncDirectory("layers") }
+            if !written.isEmpty, options.deliberateFault != .namesNotSynced { try storage.syncDirectory("layers") }
 
             var point: RecoveryPoint?
             if writer.cut.kind == .exact {

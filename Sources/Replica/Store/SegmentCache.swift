@@ -14,7 +14,7 @@ final class SegmentCache: Sendable {
     /// Opens and verifies each at its first use.
     func open(_ ids: Set<UInt32>) throws(StoreError) -> SegmentTable {
         var opened: [SegmentFile] = []
-        for id in ids {
+        for id in ids.sorted() {
             if let file = files.withLock({ $0[id] }) {
                 opened.append(file)
                 continue

@@ -4,6 +4,9 @@ import Synchronization
 /// The store's own thread: everything that changes the store happens on it, in the order in which it was asked for.
 ///
 /// The queue has no bound of its own: what is put on it holds a buffer of a bounded pool, or is a caller that waits.
+///
+/// A *stepped* one has no thread: the queue runs on the caller's when that calls `runQueued` or waits, so that a simulation decides
+/// the order of everything.
 final class StoreThread: @unchecked Sendable {
     private var mutex = UnsafeMutablePointer<pthread_mutex_t>.allocate(capacity: 1)
     private var wakeup = UnsafeMutablePointer<pthread_cond_t>.allocate(capacity: 1)
@@ -11,10 +14,14 @@ final class StoreThread: @unchecked Sendable {
     private var stopping = false
     private var joined = false
     private var thread = pthread_t()
+    private let isStepped: Bool
+    private var isStepping = false
 
-    init() {
+    init(isStepped: Bool = false) {
+        self.isStepped = isStepped
         pthread_mutex_init(mutex, nil)
         pthread_cond_init(wakeup, nil)
+        if isStepped { return }
         let this = Unmanaged.passRetained(self).toOpaque()
         let result = pthread_create(&thread, nil, { argument in
             let this = Unmanaged<StoreThread>.fromOpaque(argument!).takeRetainedValue()
@@ -31,7 +38,21 @@ final class StoreThread: @unchecked Sendable {
         mutex.deallocate()
     }
 
-    var isCurrent: Bool { pthread_equal(thread, pthread_self()) != 0 }
+    var isCurrent: Bool { isStepped ? isStepping : pthread_equal(thread, pthread_self()) != 0 }
+
+    /// Of a stepped one: runs at most `countMax` of the tasks that wait. Returns whether there are more.
+    @discardableResult
+    func runQueued(_ countMax: Int = .max) -> Bool {
+        precondition(isStepped && !isStepping)
+        isStepping = true
+        defer { isStepping = false }
+        var left = countMax
+        while left > 0, !queue.isEmpty {
+            queue.removeFirst()()
+            left -= 1
+        }
+        return !queue.isEmpty
+    }
 
     private func run() {
         var batch: [() -> Void] = []
@@ -64,6 +85,13 @@ final class StoreThread: @unchecked Sendable {
     /// Runs `body` on the thread and waits for it; directly when called on it.
     func perform<T>(_ body: @escaping () throws(StoreError) -> T) throws(StoreError) -> T {
         if isCurrent { return try body() }
+        if isStepped {
+            if stopping { throw .closed }
+            runQueued()
+            isStepping = true
+            defer { isStepping = false }
+            return try body()
+        }
         var result: Result<T, StoreError>?
         let done = Semaphore()
         let accepted = enqueue {
@@ -83,7 +111,9 @@ final class StoreThread: @unchecked Sendable {
         joined = true
         pthread_cond_signal(wakeup)
         pthread_mutex_unlock(mutex)
-        if first {
+        if isStepped {
+            if !isStepping { runQueued() }
+        } else if first {
             if isCurrent { pthread_detach(thread) } else { pthread_join(thread, nil) }
         }
     }

@@ -1,4 +1,5 @@
 import Foundation
+import Synchronization
 import Testing
 
 @testable import BlockTap
@@ -38,6 +39,38 @@ import Testing
             #expect(stalled.allSatisfy { $0.isClosedByServer() })
             #expect(served.log.all.contains { $0.contains("while others wait for memory") })
         }
+    }
+
+    /// The kernel receives into a payload's memory until the receive has ended, whatever was decided about the connection meanwhile.
+    @Test func memoryOfACutOffPayloadIsNotReusedWhileItIsReceivedInto() async throws {
+        let directory = try TemporaryDirectory()
+        let path = directory.path + "/nbd.sock"
+        let loop = try EventLoop(name: "nbd test", entries: 64)
+        defer { loop.shutdown() }
+        let store = HoldingStore()
+        let stalled = Mutex<[RawClient]>([])
+        // The stalled clients' payloads arrive at the very moment at which they are cut off.
+        let server = try NBDServer(
+            loop: loop, exports: [(name: "disk", store: store)], listen: .unix(path: path), stallNanoseconds: 50_000_000,
+            log: { _ in
+                for client in stalled.withLock({ clients in defer { clients = [] }; return clients }) {
+                    try? client.send([UInt8](repeating: 0xAA, count: 100_000))
+                }
+            })
+        let clients = [try RawClient.ready(path: path), try RawClient.ready(path: path)]
+        stalled.withLock { $0 = clients }
+        for client in clients { try client.send(RawClient.header(1, cookie: 1, length: 32 << 20)) }
+        let patient = try RawClient.ready(path: path)
+        try patient.send(RawClient.header(1, cookie: 2, length: 65536) + [UInt8](repeating: 0x55, count: 65536))
+        await store.waitUntilHolding(1, on: loop)
+        let isIntact = await loop.run {
+            let request = store.held[0].pointee
+            return UnsafeRawBufferPointer(start: request.buffer!, count: Int(request.lengthBytes)).allSatisfy { $0 == 0x55 }
+        }
+        #expect(isIntact, "another connection's bytes are in a request of this one")
+        await loop.run { store.release() }
+        #expect(try patient.reply() == (2, 0))
+        await server.stop()
     }
 
     @Test func aClientThatDoesNotTakeItsRepliesIsCutOffWhenOthersWait() async throws {

@@ -1,0 +1,427 @@
+import Glibc
+
+@testable import Replica
+
+/// SplitMix64: a run is reproduced by its seed.
+public struct SimulationRandom: RandomNumberGenerator {
+    private var state: UInt64
+    public init(seed: UInt64) { state = seed }
+    public mutating func next() -> UInt64 {
+        state &+= 0x9E37_79B9_7F4A_7C15
+        var z = state
+        z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
+        z = (z ^ (z >> 27)) &* 0x94D0_49BB_1331_11EB
+        return z ^ (z >> 31)
+    }
+    mutating func below(_ bound: Int) -> Int { Int(next() % UInt64(bound)) }
+    /// True once in `n` times.
+    mutating func oneIn(_ n: Int) -> Bool { below(n) == 0 }
+}
+
+/// A file system in memory whose every change is volatile until the file or the directory is synced. One thread.
+///
+/// - A *kill* keeps what the system's cache holds. A *power loss* keeps what was synced, and of the rest an arbitrary subset:
+///   writes sector by sector, truncations, and names (per name in their order; a rename whole or not at all).
+/// - A sync that fails may have written some of it; pages of a buffered file that it did not write are clean afterwards, so that the
+///   next sync succeeds without them, although the cache still shows them (as on Linux).
+/// - Lies: a write that never happens, or happens elsewhere; flipped bits. Nothing tells.
+final class SimulatedStorage: Storage, @unchecked Sendable {
+    static let sectorBytes = 512
+    static let pageBytes = 4096
+
+    struct Faults {
+        /// One in so many operations fails; 0 = none.
+        var ioErrorOneIn = 0
+        var fullOneIn = 0
+        var isFull = false
+    }
+
+    enum Lie { case lost, misdirected }
+
+    let location = "simulated"
+    var faults = Faults()
+    /// While set no fault happens and nothing counts: for looking.
+    var isCalm = false
+    /// The power fails at the n-th operation from now.
+    var operationsUntilDown: Int?
+    private(set) var isDown = false
+    /// The n-th write of data or records from now is a lie.
+    var lie: (writesLeft: Int, kind: Lie)?
+    private(set) var liesTold = 0
+    private(set) var faultCount = 0
+    /// Everything that happened, folded: two runs of one seed agree on it.
+    private(set) var trace: UInt64 = 0
+    private(set) var operationCount = 0
+
+    fileprivate var boot = 0
+    fileprivate var random: SimulationRandom
+    private var isLocked = false
+    private let root = SimulatedDirectory()
+
+    init(seed: UInt64) { random = SimulationRandom(seed: seed) }
+
+    // MARK: Faults
+
+    /// Counts an operation. Throws when the power is off or goes off, or a fault is due; `changes` says whether ENOSPC can be.
+    fileprivate func step(_ what: String, _ path: String, takesSpace: Bool = false, reads: Bool = false, boot of: Int? = nil) throws(StoreError) {
+        if isDown || (of != nil && of != boot) { throw .io(errno: EIO, what: "cannot \(what) \(path): the power is off") }
+        if isCalm { return }
+        operationCount += 1
+        for byte in what.utf8 { trace = (trace ^ UInt64(byte)) &* 0x100_0000_01B3 }
+        for byte in path.utf8 { trace = (trace ^ UInt64(byte)) &* 0x100_0000_01B3 }
+        if !reads, let left = operationsUntilDown {
+            operationsUntilDown = left - 1
+            if left <= 1 {
+                isDown = true
+                throw .io(errno: EIO, what: "cannot \(what) \(path): the power went off")
+            }
+        }
+        if faults.ioErrorOneIn > 0, random.oneIn(faults.ioErrorOneIn) {
+            faultCount += 1
+            throw .io(errno: EIO, what: "cannot \(what) \(path)")
+        }
+        if takesSpace, faults.isFull || (faults.fullOneIn > 0 && random.oneIn(faults.fullOneIn)) {
+            faultCount += 1
+            throw .full(what: "no space for \(path)")
+        }
+    }
+
+    fileprivate func fold(_ value: Int) { if !isCalm { trace = (trace ^ UInt64(truncatingIfNeeded: value)) &* 0x100_0000_01B3 } }
+
+    /// Whether the next write of `path` is one that does not do what it says.
+    fileprivate func lieNow(_ path: String) -> Lie? {
+        guard !isCalm, let due = lie else { return nil }
+        lie!.writesLeft -= 1
+        if due.writesLeft > 1 { return nil }
+        lie = nil
+        liesTold += 1
+        return due.kind
+    }
+
+    /// Flips one bit of any file. Nil when there is none.
+    func flipBit() -> String? {
+        let files = allFiles().filter { $0.path != "LOCK" && $0.path != "RESERVE" && !$0.inode.live.isEmpty }
+        guard !files.isEmpty else { return nil }
+        let (path, inode) = files[random.below(files.count)]
+        let bit = random.below(inode.live.count * 8)
+        inode.live[bit / 8] ^= 1 << UInt8(bit % 8)
+        return "bit \(bit) of \(path)"
+    }
+
+    /// The page that a misdirected write hits instead: of another data file, or elsewhere in the same.
+    fileprivate func misdirect(_ bytes: UnsafeRawBufferPointer) {
+        let files = allFiles().filter { ($0.path.hasPrefix("segments/") || $0.path.hasPrefix("layers/")) && $0.inode.live.count >= Self.pageBytes }
+        guard !files.isEmpty else { return }
+        let inode = files[random.below(files.count)].inode
+        let page = random.below(inode.live.count / Self.pageBytes)
+        let count = min(bytes.count, inode.live.count - page * Self.pageBytes)
+        inode.write(UnsafeRawBufferPointer(rebasing: bytes[..<count]), at: page * Self.pageBytes)
+    }
+
+    private func allFiles() -> [(path: String, inode: SimulatedInode)] {
+        var found: [(String, SimulatedInode)] = []
+        func walk(_ directory: SimulatedDirectory, _ prefix: String) {
+            for name in directory.live.keys.sorted() {
+                switch directory.live[name]! {
+                case .file(let inode): found.append((prefix + name, inode))
+                case .directory(let inner): walk(inner, prefix + name + "/")
+                }
+            }
+        }
+        walk(root, "")
+        return found
+    }
+
+    // MARK: Crashes
+
+    /// The process is gone, or the machine was off: handles from before are dead.
+    func restart(powerLost: Bool) {
+        boot += 1
+        isDown = false
+        isLocked = false
+        operationsUntilDown = nil
+        if powerLost {
+            // Out of 8: sometimes nothing unsynced survives, sometimes all of it.
+            let chance = [0, 0, 1, 4, 4, 7, 8, 8][random.below(8)]
+            root.losePower(chance, &random)
+        }
+    }
+
+    // MARK: Storage
+
+    func lock() throws(StoreError) {
+        try step("lock", "LOCK", reads: true)
+        precondition(!isLocked, "the simulation opened a store twice")
+        isLocked = true
+    }
+
+    func unlock() { isLocked = false }
+
+    func createDirectory(_ path: String) throws(StoreError) {
+        if case .directory = root.live[path] { return }
+        try step("create directory", path, takesSpace: true)
+        root.set([(path, .directory(SimulatedDirectory()))])
+    }
+
+    func open(_ path: String, _ mode: StorageOpenMode, direct: Bool) throws(StoreError) -> any StorageFile {
+        let (directory, name) = try find(path)
+        if mode == .create {
+            try step("create", path, takesSpace: true)
+            if case .file(let inode) = directory.live[name] {
+                inode.resize(0)
+                return SimulatedFile(path: path, inode: inode, storage: self, isDirect: direct)
+            }
+            let inode = SimulatedInode()
+            directory.set([(name, .file(inode))])
+            return SimulatedFile(path: path, inode: inode, storage: self, isDirect: direct)
+        }
+        try step("open", path, reads: true)
+        guard case .file(let inode) = directory.live[name] else { throw .io(errno: ENOENT, what: "cannot open \(path)") }
+        return SimulatedFile(path: path, inode: inode, storage: self, isDirect: direct)
+    }
+
+    func exists(_ path: String) throws(StoreError) -> Bool {
+        try step("look at", path, reads: true)
+        let (directory, name) = try find(path)
+        return directory.live[name] != nil
+    }
+
+    func remove(_ path: String) throws(StoreError) {
+        let (directory, name) = try find(path)
+        if directory.live[name] == nil { return }
+        try step("remove", path)
+        directory.set([(name, nil)])
+    }
+
+    func rename(_ from: String, to: String) throws(StoreError) {
+        try step("rename", from)
+        let (directory, name) = try find(from)
+        let (other, newName) = try find(to)
+        precondition(directory === other, "the store renames within a directory only")
+        guard let entry = directory.live[name] else { throw .io(errno: ENOENT, what: "cannot rename \(from)") }
+        directory.set([(name, nil), (newName, entry)])
+    }
+
+    func list(_ directory: String) throws(StoreError) -> [String] {
+        try step("list", directory, reads: true)
+        guard case .directory(let found) = root.live[directory] else { throw .io(errno: ENOENT, what: "cannot list \(directory)") }
+        return found.live.keys.sorted()
+    }
+
+    func syncDirectory(_ path: String) throws(StoreError) {
+        try step("sync", path)
+        if path.isEmpty { return root.sync() }
+        guard case .directory(let found) = root.live[path] else { throw .io(errno: ENOENT, what: "cannot sync \(path)") }
+        found.sync()
+    }
+
+    func space() -> (freeBytes: UInt64, capacityBytes: UInt64) { (faults.isFull ? 0 : 1 << 30, 1 << 31) }
+
+    private func find(_ path: String) throws(StoreError) -> (SimulatedDirectory, String) {
+        guard let slash = path.firstIndex(of: "/") else { return (root, path) }
+        guard case .directory(let directory) = root.live[String(path[..<slash])] else { throw .io(errno: ENOENT, what: "cannot find \(path)") }
+        return (directory, String(path[path.index(after: slash)...]))
+    }
+}
+
+private enum SimulatedEntry {
+    case file(SimulatedInode)
+    case directory(SimulatedDirectory)
+}
+
+private final class SimulatedDirectory {
+    var live: [String: SimulatedEntry] = [:]
+    private var durable: [String: SimulatedEntry] = [:]
+    private var pending: [[(name: String, entry: SimulatedEntry?)]] = []
+
+    func set(_ change: [(name: String, entry: SimulatedEntry?)]) {
+        for (name, entry) in change { live[name] = entry }
+        pending.append(change)
+    }
+
+    func sync() {
+        durable = live
+        pending = []
+    }
+
+    func losePower(_ chance: Int, _ random: inout SimulationRandom) {
+        var lost: Set<String> = []
+        for change in pending {
+            if random.below(8) < chance, !change.contains(where: { lost.contains($0.name) }) {
+                for (name, entry) in change { durable[name] = entry }
+            } else {
+                for (name, _) in change { lost.insert(name) }
+            }
+        }
+        pending = []
+        live = durable
+        for name in live.keys.sorted() {
+            switch live[name]! {
+            case .file(let inode): inode.losePower(chance, &random)
+            case .directory(let inner): inner.losePower(chance, &random)
+            }
+        }
+    }
+}
+
+private final class SimulatedInode {
+    private enum Change {
+        case write(Int, [UInt8])
+        case resize(Int)
+    }
+
+    /// What the system shows.
+    var live: [UInt8] = []
+    private var durable: [UInt8] = []
+    private var pending: [Change] = []
+    /// Pages that a failed sync left clean in the cache and unwritten on the disk.
+    private var lostPages: Set<Int> = []
+
+    func write(_ bytes: UnsafeRawBufferPointer, at offset: Int) {
+        if bytes.isEmpty { return }
+        Self.put(bytes, at: offset, in: &live)
+        // A page is dirty as a whole: writing to it brings back what a failed sync lost there.
+        let page = SimulatedStorage.pageBytes
+        for lost in lostPages.sorted() where lost * page < offset + bytes.count && offset < (lost + 1) * page {
+            lostPages.remove(lost)
+            if lost * page < live.count { pending.append(.write(lost * page, Array(live[lost * page..<min(live.count, (lost + 1) * page)]))) }
+        }
+        pending.append(.write(offset, Array(bytes)))
+    }
+
+    func resize(_ count: Int) {
+        Self.resize(&live, count)
+        pending.append(.resize(count))
+    }
+
+    func sync() {
+        for change in pending { apply(change) }
+        pending = []
+    }
+
+    func failSync(isDirect: Bool, _ random: inout SimulationRandom) {
+        if isDirect { return }
+        let page = SimulatedStorage.pageBytes
+        for change in pending {
+            guard case .write(let offset, let bytes) = change else {
+                apply(change)
+                continue
+            }
+            for number in offset / page...(offset + bytes.count - 1) / page {
+                if lostPages.contains(number) || random.oneIn(2) {
+                    lostPages.insert(number)
+                } else {
+                    let start = max(offset, number * page)
+                    let end = min(offset + bytes.count, (number + 1) * page)
+                    apply(.write(start, Array(bytes[start - offset..<end - offset])))
+                }
+            }
+        }
+        pending = []
+    }
+
+    func losePower(_ chance: Int, _ random: inout SimulationRandom) {
+        let sector = SimulatedStorage.sectorBytes
+        for change in pending {
+            guard case .write(let offset, let bytes) = change else {
+                if random.below(8) < chance { apply(change) }
+                continue
+            }
+            var start = offset
+            while start < offset + bytes.count {
+                let end = min((start / sector + 1) * sector, offset + bytes.count)
+                if random.below(8) < chance { apply(.write(start, Array(bytes[start - offset..<end - offset]))) }
+                start = end
+            }
+        }
+        pending = []
+        lostPages = []
+        live = durable
+    }
+
+    private func apply(_ change: Change) {
+        switch change {
+        case .write(let offset, let bytes): bytes.withUnsafeBytes { Self.put($0, at: offset, in: &durable) }
+        case .resize(let count): Self.resize(&durable, count)
+        }
+    }
+
+    private static func put(_ bytes: UnsafeRawBufferPointer, at offset: Int, in content: inout [UInt8]) {
+        if bytes.isEmpty { return }
+        if content.count < offset + bytes.count { resize(&content, offset + bytes.count) }
+        content.withUnsafeMutableBytes { memcpyBytes($0.baseAddress! + offset, bytes.baseAddress!, bytes.count) }
+    }
+
+    private static func resize(_ content: inout [UInt8], _ count: Int) {
+        if count <= content.count { content.removeLast(content.count - count) } else { content.append(contentsOf: repeatElement(0, count: count - content.count)) }
+    }
+}
+
+private final class SimulatedFile: StorageFile, @unchecked Sendable {
+    let path: String
+    var descriptor: Int32 { -1 }
+    private let inode: SimulatedInode
+    private let storage: SimulatedStorage
+    private let isDirect: Bool
+    private let boot: Int
+
+    init(path: String, inode: SimulatedInode, storage: SimulatedStorage, isDirect: Bool) {
+        self.path = path
+        self.inode = inode
+        self.storage = storage
+        self.isDirect = isDirect
+        boot = storage.boot
+    }
+
+    func size() throws(StoreError) -> UInt64 {
+        try storage.step("look at", path, reads: true, boot: boot)
+        return UInt64(inode.live.count)
+    }
+
+    func read(into buffer: UnsafeMutableRawBufferPointer, at offsetBytes: UInt64) throws(StoreError) -> Int {
+        try storage.step("read", path, reads: true, boot: boot)
+        let offset = Int(offsetBytes)
+        if offset >= inode.live.count { return 0 }
+        let count = min(buffer.count, inode.live.count - offset)
+        inode.live.withUnsafeBytes { memcpyBytes(buffer.baseAddress!, $0.baseAddress! + offset, count) }
+        return count
+    }
+
+    func write(_ buffer: UnsafeRawBufferPointer, at offsetBytes: UInt64) throws(StoreError) {
+        do { try storage.step("write", path, takesSpace: true, boot: boot) } catch {
+            // What fails may have begun.
+            if storage.boot == boot, storage.random.oneIn(2) {
+                let sectors = storage.random.below(buffer.count / SimulatedStorage.sectorBytes + 1)
+                inode.write(UnsafeRawBufferPointer(rebasing: buffer[..<(sectors * SimulatedStorage.sectorBytes)]), at: Int(offsetBytes))
+            }
+            throw error
+        }
+        storage.fold(Int(offsetBytes))
+        storage.fold(buffer.count)
+        switch storage.lieNow(path) {
+        case .lost: return
+        case .misdirected: return storage.misdirect(buffer)
+        case nil: inode.write(buffer, at: Int(offsetBytes))
+        }
+    }
+
+    func dataSync() throws(StoreError) {
+        do { try storage.step("sync", path, boot: boot) } catch {
+            if storage.boot == boot, !storage.isDown { inode.failSync(isDirect: isDirect, &storage.random) }
+            throw error
+        }
+        inode.sync()
+    }
+
+    func truncate(to sizeBytes: UInt64) throws(StoreError) {
+        try storage.step("truncate", path, boot: boot)
+        inode.resize(Int(sizeBytes))
+    }
+
+    func preallocate(offsetBytes: UInt64, lengthBytes: UInt64) -> Bool {
+        guard (try? storage.step("reserve", path, takesSpace: true, boot: boot)) != nil else { return false }
+        let end = Int(offsetBytes + lengthBytes)
+        if end > inode.live.count { inode.resize(end) }
+        return true
+    }
+}

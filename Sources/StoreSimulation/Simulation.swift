@@ -1,0 +1,274 @@
+import BlockTap
+import Logging
+
+@testable import Replica
+
+/// The store differed from its model.
+public struct SimulationFailure: Error, CustomStringConvertible {
+    public var seed: UInt64
+    public var what: String
+    public var description: String { "seed \(seed): \(what)" }
+}
+
+/// One run: a store on simulated files does what its users do, while files fail and the power goes; after every crash it must hold what it
+/// acknowledged, and nothing that nobody asked for. At the end everything heals, and all must go on.
+public final class Simulation {
+    public struct Result: Sendable {
+        public var trace: UInt64
+        public var operationCount: Int
+        public var crashCount: Int
+        public var pointCount: Int
+        /// Errors that faults caused.
+        public var refusedCount: Int
+    }
+
+    /// What goes wrong in a run.
+    enum Weather: Int, CaseIterable {
+        /// Nothing but crashes.
+        case crashes
+        /// ENOSPC, without crashes: nothing may need a restart.
+        case full
+        /// EIO, ENOSPC and crashes.
+        case faults
+        /// Flipped bits, lost and misdirected writes: right data or an error.
+        case lies
+    }
+
+    let seed: UInt64
+    let steps: Int
+    let weather: Weather
+    var random: SimulationRandom
+    let storage: SimulatedStorage
+    var options = StoreOptions()
+    var store: ReplicaStore!
+
+    var state = SimulationState()
+    var possible: [PossibleChange] = []
+    var incoming: [String: Incoming] = [:]
+    var sealing: [Incoming] = []
+    var openForks: [String: ForkVolume] = [:]
+    var readers: [(reader: VolumeReader, image: Image, what: String)] = []
+    var nextStamp: UInt32 = 1
+    var nextEpoch: UInt64 = 1
+    /// Since the store was opened, or since space came back.
+    var errorsAllowed = false
+    var step = 0
+    var result = Result(trace: 0, operationCount: 0, crashCount: 0, pointCount: 0, refusedCount: 0)
+
+    /// An epoch that a group receives or seals.
+    final class Incoming: @unchecked Sendable {
+        let group: String
+        let writer: EpochWriter
+        let epoch: UInt64
+        let isExact: Bool
+        var images: [Image]
+        let base: Incoming?
+        var mustFail = false
+        var outcome: Swift.Result<RecoveryPoint?, StoreError>?
+        var hasFailed = false
+
+        init(group: String, writer: EpochWriter, epoch: UInt64, isExact: Bool, images: [Image], base: Incoming?) {
+            self.group = group
+            self.writer = writer
+            self.epoch = epoch
+            self.isExact = isExact
+            self.images = images
+            self.base = base
+        }
+    }
+
+    init(seed: UInt64, steps: Int, deliberateFault: DeliberateFault? = nil, weather: Weather? = nil) {
+        self.seed = seed
+        self.steps = steps
+        random = SimulationRandom(seed: seed)
+        storage = SimulatedStorage(seed: seed &+ 0x5707_A6E0)
+        let kind = random.below(8)
+        self.weather = weather ?? [.crashes, .crashes, .crashes, .faults, .faults, .faults, .full, .lies][kind]
+        options.segmentBytes = 4096 * UInt64([8, 24, 64, 200][random.below(4)])
+        options.preallocationBytes = 64 << 10
+        options.writeBufferBytes = 4096 * [1, 3, 8][random.below(3)]
+        // Many: nobody writes them out while an epoch is appended to.
+        options.writeBufferCount = 4096
+        options.writeBytesMin = 4096 * [1, 2, 100][random.below(3)]
+        options.manifestRewriteBytes = UInt64([2 << 10, 16 << 10, 4 << 20][random.below(3)])
+        options.journalEntriesMax = [3, 10, 4096][random.below(3)]
+        options.isStepped = true
+        options.newUUID = { StoreUUID(high: seed | 1 << 63, low: 1) }
+        options.now = { 1_700_000_000_000_000_000 }
+        options.deliberateFault = deliberateFault
+    }
+
+    public static func run(seed: UInt64, steps: Int) throws -> Result { try Simulation(seed: seed, steps: steps).run() }
+
+    func run() throws -> Result {
+        do {
+            try open()
+            while step < steps {
+                step += 1
+                try act()
+            }
+            try heal()
+            result.trace = storage.trace
+            result.operationCount = storage.operationCount
+            discard()
+            return result
+        } catch {
+            discard()
+            throw error
+        }
+    }
+
+    /// Leaves nothing that keeps the store alive.
+    private func discard() {
+        dropHandles()
+        store?.close()
+        store = nil
+    }
+
+    func failure(_ what: String) -> SimulationFailure { SimulationFailure(seed: seed, what: "step \(step) (\(weather)): \(what)") }
+
+    func expect(_ holds: Bool, _ what: @autoclosure () -> String) throws { if !holds { throw failure(what()) } }
+
+    /// Looks at things without faults, and without leaving a trace.
+    func calmly<T, E: Error>(_ body: () throws(E) -> T) throws(E) -> T {
+        storage.isCalm = true
+        defer { storage.isCalm = false }
+        return try body()
+    }
+
+    /// Does what may be refused while errors are allowed; the change may have happened then.
+    @discardableResult
+    func attempt<T>(_ what: String, _ change: PossibleChange? = nil, _ body: () throws(StoreError) -> T) throws -> T? {
+        do throws(StoreError) { return try body() } catch {
+            try refused(what, error, change)
+            return nil
+        }
+    }
+
+    func refused(_ what: String, _ error: StoreError, _ change: PossibleChange?) throws {
+        try expect(errorsAllowed || storage.isDown, "\(what): \(error)")
+        if case .full = error {} else if let change { possible.append(change) }
+        result.refusedCount += 1
+    }
+
+    // MARK: Opening and crashing
+
+    /// Opens until it works; faults may be in the way, but only faults.
+    func open() throws {
+        while true {
+            do throws(StoreError) {
+                store = try ReplicaStore(storage: storage, options: options, logger: Logger(label: "simulation") { _ in SwiftLogNoOpLogHandler() })
+                break
+            } catch {
+                if storage.isDown {
+                    storage.restart(powerLost: random.oneIn(2))
+                    result.crashCount += 1
+                    continue
+                }
+                if weather == .lies, storage.liesTold > 0 {
+                    store = nil
+                    return
+                }
+                try expect(errorsAllowed, "cannot open: \(error)")
+                storage.faults = .init()
+                errorsAllowed = false
+            }
+        }
+        errorsAllowed = storage.faults.ioErrorOneIn > 0 || storage.faults.fullOneIn > 0 || storage.faults.isFull
+        if !storage.isDown { try adopt() }
+    }
+
+    /// What the store holds is what was acknowledged, or that and one of the changes that may have happened.
+    private func adopt() throws {
+        let seen = calmly { SimulationState.summary(of: store) }
+        var candidates = [state]
+        for change in possible {
+            var candidate = state
+            change.apply(to: &candidate)
+            candidates.append(candidate)
+        }
+        guard let match = candidates.first(where: { $0.summary == seen }) else {
+            throw failure("after opening there is \(seen) not \(candidates.map(\.summary).joined(separator: " or "))")
+        }
+        state = match
+        possible = []
+        for name in state.groups.keys.sorted() {
+            let points = store.recoveryPoints(GroupID(name))
+            for index in points.indices {
+                let known = state.groups[name]!.points[index].id
+                try expect(known == nil || known == points[index].id, "point \(known!) of \(name) is \(points[index].id) now")
+                state.groups[name]!.points[index].id = points[index].id
+            }
+        }
+        try checkPoints(all: random.oneIn(3))
+    }
+
+    /// The process ends: closed, killed, or with the machine.
+    enum End { case close, kill, powerLoss }
+
+    func end(_ end: End) throws {
+        if end == .close, !storage.isDown {
+            for key in openForks.keys.sorted() { try closeFork(key) }
+            readers = []
+            for name in incoming.keys.sorted() { incoming[name] = nil }
+            store.close()
+            try collect()
+        } else {
+            // Whatever it still does after its end does not count.
+            let isDown = storage.isDown
+            storage.restart(powerLost: end == .powerLoss || (isDown && random.oneIn(2)))
+            result.crashCount += 1
+            store.close()
+            try collect()
+            for epoch in sealing { possible.append(epoch.change) }
+        }
+        dropHandles()
+        store = nil
+        try open()
+    }
+
+    private func dropHandles() {
+        openForks = [:]
+        readers = []
+        incoming = [:]
+        sealing = []
+    }
+
+    /// After a step in which the power went off.
+    func restartIfDown() throws {
+        if storage.isDown { try end(.powerLoss) }
+    }
+
+    /// No more faults: the store is opened once more, and everything must work.
+    private func heal() throws {
+        storage.faults = .init()
+        storage.operationsUntilDown = nil
+        if weather == .lies { return try endLies() }
+        if weather == .full {
+            try drain()
+            incoming = [:]
+            errorsAllowed = false
+            try checkPoints(all: true)
+        } else {
+            try end(storage.isDown ? .powerLoss : [End.close, .kill, .powerLoss][random.below(3)])
+        }
+        errorsAllowed = false
+        for _ in 0..<30 {
+            step += 1
+            try actHealthily()
+        }
+        try drain()
+        for key in openForks.keys.sorted() { try closeFork(key) }
+        try end(.close)
+        try checkPoints(all: true)
+        for name in state.forks.keys.sorted() {
+            for volume in state.forks[name]!.volumes.indices { try openFork(name, volume) }
+        }
+        result.pointCount = state.groups.values.reduce(0) { $0 + $1.points.count }
+        try end(.close)
+    }
+}
+
+extension Simulation.Incoming {
+    var change: PossibleChange { .seal(group, epoch: epoch, isExact: isExact, images: images) }
+}

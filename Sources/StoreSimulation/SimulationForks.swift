@@ -1,0 +1,121 @@
+import BlockTap
+
+@testable import Replica
+
+extension Simulation {
+    func fork(_ group: String) throws {
+        guard let name = ["f1", "f2", "f3"].first(where: { state.forks[$0] == nil }) else { return }
+        try drain()
+        let points = state.groups[group]!.points
+        guard !points.isEmpty else { return }
+        let point = points[random.below(points.count)]
+        let fork = SimulationState.Fork(group: group, point: point.id!, volumes: point.images.map { .init(flushed: $0) })
+        let done: Void? = try attempt("fork \(name)", .fork(name, fork)) { () throws(StoreError) in
+            try store.fork(ForkID(name), of: GroupID(group), at: point.id!, purpose: "simulation")
+        }
+        if done != nil { state.forks[name] = fork }
+    }
+
+    func dropFork() throws {
+        guard !state.forks.isEmpty else { return }
+        try drain()
+        let name = state.forks.keys.sorted()[random.below(state.forks.count)]
+        // The files of an open one stay until it is closed; from here on nobody may write to it.
+        for key in openForks.keys.sorted() where key.hasPrefix(name + "/") { try closeFork(key) }
+        if try attempt("drop fork \(name)", .drop(name), { () throws(StoreError) in try store.dropFork(ForkID(name)) }) != nil { state.forks[name] = nil }
+    }
+
+    func useFork() throws {
+        guard !state.forks.isEmpty else { return }
+        let name = state.forks.keys.sorted()[random.below(state.forks.count)]
+        let volume = random.below(state.forks[name]!.volumes.count)
+        let key = "\(name)/\(volume)"
+        guard let fork = openForks[key] else { return try openFork(name, volume) }
+        switch random.below(20) {
+        case 0: try closeFork(key)
+        case 1, 2: try check(name, volume, fork)
+        case 3..<6: try flush(name, volume, fork)
+        case 6..<9: try write(name, volume, fork, isZero: true)
+        case 9: // FUA
+            try write(name, volume, fork, isZero: false)
+            try flush(name, volume, fork)
+        default: try write(name, volume, fork, isZero: false)
+        }
+    }
+
+    /// After a crash: what was flushed and, of the writes since, those before some one. What it shows then it keeps.
+    func openFork(_ name: String, _ volume: Int) throws {
+        let key = "\(name)/\(volume)"
+        guard openForks[key] == nil else { return }
+        let opened = try attempt("open fork \(key)") { () throws(StoreError) in try store.openFork(ForkID(name), volume: volume) }
+        guard let opened else { return }
+        openForks[key] = opened
+        try settle(name, volume, opened, from: 0, isFlushed: true)
+    }
+
+    /// Finds the moment that the fork shows, at or after write number `from`.
+    private func settle(_ name: String, _ volume: Int, _ fork: ForkVolume, from: Int, isFlushed: Bool) throws {
+        let disk = state.forks[name]!.volumes[volume]
+        guard let seen = try look("fork \(name)/\(volume)", disk.flushed.count, { bytes throws(StoreError) in try fork.read(offsetBytes: 0, into: bytes) }) else { return }
+        guard let count = (from...disk.writes.count).first(where: { disk.after($0) == seen }) else {
+            let wanted = disk.image
+            let sector = seen.indices.first { seen[$0] != wanted[$0] } ?? 0
+            throw failure("fork \(name)/\(volume) is not as after any of its last \(disk.writes.count - from) writes: sector \(sector) has stamp \(seen[sector]), the last write gave \(wanted[sector]), the last flush \(disk.flushed[sector])")
+        }
+        if isFlushed {
+            state.forks[name]!.volumes[volume].settle(count)
+        } else {
+            state.forks[name]!.volumes[volume].writes.removeLast(disk.writes.count - count)
+        }
+    }
+
+    private func check(_ name: String, _ volume: Int, _ fork: ForkVolume) throws {
+        let count = state.forks[name]!.volumes[volume].writes.count
+        try settle(name, volume, fork, from: count, isFlushed: false)
+    }
+
+    private func write(_ name: String, _ volume: Int, _ fork: ForkVolume, isZero: Bool) throws {
+        let size = state.forks[name]!.volumes[volume].flushed.count
+        let start = random.below(size)
+        let range = start..<min(size, start + 1 + random.below(random.oneIn(3) ? 90 : 12))
+        let stamp = isZero ? 0 : newStamp()
+        let before = state.forks[name]!.volumes[volume].writes.count
+        if isZero {
+            // Edges inside a block are writes of their own.
+            let first = (range.lowerBound + sectorsPerBlock - 1) / sectorsPerBlock * sectorsPerBlock
+            let last = range.upperBound == size ? size : range.upperBound / sectorsPerBlock * sectorsPerBlock
+            let parts = first >= last ? [range] : [range.lowerBound..<first, first..<last, last..<range.upperBound]
+            for part in parts where !part.isEmpty { state.forks[name]!.volumes[volume].writes.append((part, 0)) }
+        } else {
+            state.forks[name]!.volumes[volume].writes.append((range, stamp))
+        }
+        let done: Void? = try attempt("write to fork \(name)/\(volume)") { () throws(StoreError) in
+            if isZero { return try fork.zero(offsetBytes: UInt64(range.lowerBound * sectorBytes), lengthBytes: UInt64(range.count * sectorBytes)) }
+            let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: range.count * sectorBytes, alignment: 8)
+            defer { bytes.deallocate() }
+            fill(bytes.baseAddress!, ArraySlice(repeating: stamp, count: range.count))
+            try fork.write(offsetBytes: UInt64(range.lowerBound * sectorBytes), UnsafeRawBufferPointer(bytes))
+        }
+        // What failed happened up to some part, or not at all.
+        if done == nil, !storage.isDown { try settle(name, volume, fork, from: before, isFlushed: false) }
+        if done == nil, fork.failure != nil { try closeFork("\(name)/\(volume)") }
+    }
+
+    private func flush(_ name: String, _ volume: Int, _ fork: ForkVolume) throws {
+        let done: Void? = try attempt("flush fork \(name)/\(volume)") { () throws(StoreError) in try fork.flush() }
+        if done != nil {
+            state.forks[name]!.volumes[volume].settle(state.forks[name]!.volumes[volume].writes.count)
+        } else if fork.failure != nil {
+            try closeFork("\(name)/\(volume)")
+        }
+    }
+
+    func closeFork(_ key: String) throws {
+        guard let fork = openForks.removeValue(forKey: key) else { return }
+        let parts = key.split(separator: "/")
+        let (name, volume) = (String(parts[0]), Int(parts[1])!)
+        let isWhole = fork.failure == nil
+        let done: Void? = try attempt("close fork \(key)") { () throws(StoreError) in try fork.close() }
+        if done != nil, isWhole, state.forks[name] != nil { state.forks[name]!.volumes[volume].settle(state.forks[name]!.volumes[volume].writes.count) }
+    }
+}

@@ -1,0 +1,127 @@
+import Glibc
+
+@testable import Replica
+
+/// Contents of a disk: a stamp per sector, 0 = zeroes. Each write has its own stamp, so that nothing can be mistaken for anything else.
+typealias Image = [UInt32]
+
+let sectorBytes = 512
+let sectorsPerBlock = 4096 / sectorBytes
+
+func fill(_ bytes: UnsafeMutableRawPointer, _ stamps: ArraySlice<UInt32>) {
+    let words = bytes.assumingMemoryBound(to: UInt64.self)
+    var next = 0
+    for stamp in stamps {
+        for index in 0..<64 { words[next + index] = stamp == 0 ? 0 : UInt64(stamp) << 32 | UInt64(index) }
+        next += 64
+    }
+}
+
+/// The stamps of what was read; `UInt32.max` for a sector that no write made.
+func stamps(_ bytes: UnsafeRawBufferPointer) -> Image {
+    let words = bytes.bindMemory(to: UInt64.self)
+    return (0..<bytes.count / sectorBytes).map { sector in
+        let stamp = words[sector * 64] >> 32
+        for index in 0..<64 where words[sector * 64 + index] != (stamp == 0 ? 0 : stamp << 32 | UInt64(index)) { return .max }
+        return UInt32(stamp)
+    }
+}
+
+/// What a store must hold: plain values, of which a copy is a moment.
+struct SimulationState {
+    struct Point {
+        var id: RecoveryPointID?
+        var epoch: UInt64
+        var images: [Image]
+    }
+
+    struct Group {
+        var images: [Image]
+        var points: [Point] = []
+        var generation: UInt64 = 1
+        var lastEpoch: UInt64 = 0
+    }
+
+    struct Fork {
+        var group: String
+        var point: RecoveryPointID
+        var volumes: [ForkDisk]
+    }
+
+    /// Writes since the last completed flush may be lost, from some one on.
+    struct ForkDisk {
+        var flushed: Image
+        var writes: [(range: Range<Int>, stamp: UInt32)] = []
+
+        var image: Image { after(writes.count) }
+
+        func after(_ count: Int) -> Image {
+            var image = flushed
+            for write in writes[..<count] { for sector in write.range { image[sector] = write.stamp } }
+            return image
+        }
+
+        mutating func settle(_ count: Int) {
+            flushed = after(count)
+            writes = []
+        }
+    }
+
+    var groups: [String: Group] = [:]
+    var forks: [String: Fork] = [:]
+
+    /// What an observer sees without reading a block.
+    var summary: String {
+        var text = ""
+        for (name, group) in groups.sorted(by: { $0.key < $1.key }) {
+            text += "\(name): \(group.images.map(\.count)) generation \(group.generation) epoch \(group.lastEpoch) points \(group.points.map(\.epoch)); "
+        }
+        for (name, fork) in forks.sorted(by: { $0.key < $1.key }) { text += "\(name): fork of \(fork.group) at \(fork.point); " }
+        return text
+    }
+
+    static func summary(of store: ReplicaStore) -> String {
+        var text = ""
+        for group in store.groups() {
+            let sizes = group.volumes.map { Int($0.geometry.sizeBytes) / sectorBytes }
+            let points = store.recoveryPoints(group.id).map(\.epoch.rawValue)
+            text += "\(group.id): \(sizes) generation \(group.generation.rawValue) epoch \(group.lastDurable?.epoch.rawValue ?? 0) points \(points); "
+        }
+        for fork in store.forks() { text += "\(fork.id): fork of \(fork.group) at \(fork.recoveryPoint); " }
+        return text
+    }
+}
+
+/// A change that was asked for and answered with an error, or not at all: it may have happened.
+enum PossibleChange {
+    case create(String, sizes: [Int])
+    case delete(String)
+    case raise(String)
+    case seal(String, epoch: UInt64, isExact: Bool, images: [Image])
+    case fork(String, SimulationState.Fork)
+    case drop(String)
+
+    func apply(to state: inout SimulationState) {
+        switch self {
+        case .create(let name, let sizes):
+            var group = state.groups[name] ?? SimulationState.Group(images: [])
+            for (index, size) in sizes.enumerated() {
+                if index < group.images.count {
+                    group.images[index] += Image(repeating: 0, count: size - group.images[index].count)
+                } else {
+                    group.images.append(Image(repeating: 0, count: size))
+                }
+            }
+            state.groups[name] = group
+        case .delete(let name): state.groups[name] = nil
+        case .raise(let name): state.groups[name]?.generation += 1
+        case .seal(let name, let epoch, let isExact, let images):
+            guard state.groups[name] != nil else { return }
+            state.groups[name]!.images = images
+            state.groups[name]!.lastEpoch = epoch
+            if isExact { state.groups[name]!.points.append(.init(id: nil, epoch: epoch, images: images)) }
+        case .fork(let name, let fork): state.forks[name] = fork
+        case .drop(let name): state.forks[name] = nil
+        }
+    }
+}

@@ -1,0 +1,263 @@
+import BlockTap
+
+@testable import Replica
+
+extension Simulation {
+    /// One step of the safety phase: something that users do, or something that goes wrong.
+    func act() throws {
+        if store == nil { return }
+        switch random.below(100) {
+        case 0..<4 where weather == .crashes || weather == .faults:
+            try end([.close, .kill, .powerLoss][random.below(3)])
+        case 4..<8 where weather == .crashes || weather == .faults:
+            if storage.operationsUntilDown == nil { storage.operationsUntilDown = 1 + random.below([4, 20, 80][random.below(3)]) }
+        case 0..<3 where weather == .full || weather == .lies:
+            if weather == .lies { try lie() } else { try end(.close) }
+        case 8..<12 where weather == .faults || weather == .full:
+            storage.faults = .init()
+            if weather == .faults, random.oneIn(2) { storage.faults.ioErrorOneIn = [8, 30, 100][random.below(3)] }
+            if random.oneIn(2) { storage.faults.fullOneIn = [5, 20, 60][random.below(3)] }
+            if random.oneIn(4) { storage.faults.isFull = true }
+            if storage.faults.ioErrorOneIn > 0 || storage.faults.fullOneIn > 0 || storage.faults.isFull { errorsAllowed = true }
+        case 12..<16 where weather == .full:
+            // Space again: no restart, and nothing may be refused any more.
+            storage.faults = .init()
+            try drain()
+            incoming = [:]
+            errorsAllowed = false
+        default:
+            try use()
+        }
+        if store != nil { try restartIfDown() }
+    }
+
+    func actHealthily() throws { try use() }
+
+    private func use() throws {
+        if state.groups.count < 2, random.oneIn(state.groups.isEmpty ? 1 : 10) { return try createGroup() }
+        let name = state.groups.keys.sorted()[random.below(state.groups.count)]
+        switch random.below(100) {
+        case 0..<20: try begin(name)
+        case 20..<35: try append(name)
+        case 35..<52: try seal(name)
+        case 52..<55: try abandon(name)
+        case 55..<62:
+            _ = store.thread.runQueued(1 + random.below(4))
+            try collect()
+        case 62..<65: try drain()
+        case 65..<69: try readPoint(name)
+        case 69..<72: try fork(name)
+        case 72..<74: try dropFork()
+        case 74..<95: try useFork()
+        case 95: try grow(name)
+        case 96: try raise(name)
+        case 97 where random.oneIn(3): try delete(name)
+        default: readers.removeAll { _ in random.oneIn(2) }
+        }
+    }
+
+    func newStamp() -> UInt32 {
+        defer { nextStamp += 1 }
+        return nextStamp
+    }
+
+    // MARK: Groups
+
+    private func specs(_ sizes: [Int]) -> [VolumeSpec] {
+        sizes.enumerated().map { VolumeSpec(name: "vd\($0.offset)", geometry: BlockGeometry(sizeBytes: UInt64($0.element * sectorBytes), logicalBlockBytes: 512)) }
+    }
+
+    private func change(_ what: String, _ change: PossibleChange, _ body: () throws(StoreError) -> Void) throws {
+        try drain()
+        if try attempt(what, change, body) != nil { change.apply(to: &state) }
+    }
+
+    private func createGroup() throws {
+        let name = ["alpha", "beta"].first { state.groups[$0] == nil }!
+        let sizes = (0...random.below(3)).map { _ in 16 + random.below(300) }
+        try change("create \(name)", .create(name, sizes: sizes)) { () throws(StoreError) in try store.createGroup(GroupID(name), volumes: specs(sizes)) }
+    }
+
+    private func grow(_ name: String) throws {
+        guard incoming[name] == nil else { return }
+        var sizes = state.groups[name]!.images.map(\.count)
+        if sizes.count < 3, random.oneIn(3) { sizes.append(20) } else { sizes[random.below(sizes.count)] += random.below(40) }
+        try change("grow \(name)", .create(name, sizes: sizes)) { () throws(StoreError) in try store.createGroup(GroupID(name), volumes: specs(sizes)) }
+    }
+
+    private func raise(_ name: String) throws {
+        incoming[name]?.mustFail = true
+        try change("raise \(name)", .raise(name)) { () throws(StoreError) in _ = try store.raiseGeneration(GroupID(name)) }
+        // A raise that failed fences nobody, unless it happened.
+        if state.groups[name]!.generation != store.group(GroupID(name))!.generation.rawValue { throw failure("\(name) is at another generation than the model") }
+        incoming[name] = nil
+    }
+
+    private func delete(_ name: String) throws {
+        try drain()
+        incoming[name] = nil
+        try change("delete \(name)", .delete(name)) { () throws(StoreError) in try store.deleteGroup(GroupID(name)) }
+    }
+
+    // MARK: Epochs
+
+    private func begin(_ name: String) throws {
+        let group = state.groups[name]!
+        let base = sealing.last { $0.group == name }
+        let cut = Cut(epoch: EpochNumber(nextEpoch), kind: random.oneIn(4) ? .fuzzy : .exact, timeNanoseconds: nextEpoch, blockCount: 0)
+        let writer = try attempt("begin an epoch") { () throws(StoreError) in
+            try store.beginEpoch(GroupID(name), generation: Generation(group.generation), cut: cut, instance: "a")
+        }
+        guard let writer else { return }
+        incoming[name] = Incoming(group: name, writer: writer, epoch: nextEpoch, isExact: cut.kind == .exact, images: base?.images ?? group.images, base: base)
+        nextEpoch += 1
+        if random.oneIn(2) { try append(name) }
+    }
+
+    private func append(_ name: String) throws {
+        guard let epoch = incoming[name] else { return }
+        for _ in 0...random.below(6) {
+            let volume = random.below(epoch.images.count)
+            let size = epoch.images[volume].count
+            let blocks = (size + sectorsPerBlock - 1) / sectorsPerBlock
+            let start = random.below(blocks)
+            let count = min(blocks - start, 1 + random.below(random.oneIn(5) ? 30 : 3))
+            let range = start * sectorsPerBlock..<min(size, (start + count) * sectorsPerBlock)
+            let stamp = random.oneIn(5) ? 0 : newStamp()
+            let done: Void? = try attempt("append") { () throws(StoreError) in
+                if stamp == 0 { return try epoch.writer.zero(volume: volume, offsetBytes: UInt64(range.lowerBound * sectorBytes), lengthBytes: UInt64(range.count * sectorBytes)) }
+                let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: range.count * sectorBytes, alignment: 8)
+                defer { bytes.deallocate() }
+                fill(bytes.baseAddress!, ArraySlice(repeating: stamp, count: range.count))
+                let sums = (0..<count).map { block in
+                    BlockChecksum.of(bytes.baseAddress! + block * blockBytes, count: min(blockBytes, bytes.count - block * blockBytes), blockIndex: UInt64(start + block))
+                }
+                try sums.withUnsafeBufferPointer { sums throws(StoreError) in
+                    try epoch.writer.append(volume: volume, offsetBytes: UInt64(range.lowerBound * sectorBytes), bytes: UnsafeRawBufferPointer(bytes), checksums: sums)
+                }
+            }
+            if done == nil {
+                incoming[name] = nil
+                return
+            }
+            for sector in range { epoch.images[volume][sector] = stamp }
+        }
+    }
+
+    private func seal(_ name: String) throws {
+        guard let epoch = incoming[name] else { return }
+        incoming[name] = nil
+        sealing.append(epoch)
+        epoch.writer.seal(consistency: .crash) { epoch.outcome = $0 }
+        if random.oneIn(2) { try drain() }
+    }
+
+    private func abandon(_ name: String) throws {
+        guard let epoch = incoming[name] else { return }
+        incoming[name] = nil
+        epoch.writer.abandon()
+    }
+
+    func drain() throws {
+        store.thread.runQueued()
+        try collect()
+        try expect(sealing.isEmpty, "an epoch was never answered")
+    }
+
+    /// Takes note of seals that have been answered, in their order.
+    func collect() throws {
+        while let epoch = sealing.first, let outcome = epoch.outcome {
+            sealing.removeFirst()
+            switch outcome {
+            case .success(let point):
+                try expect(epoch.base.map { !$0.hasFailed } ?? true, "epoch \(epoch.epoch) was sealed although the one before failed")
+                try expect((point != nil) == epoch.isExact, "an epoch has no point, or one too many")
+                epoch.change.apply(to: &state)
+                if let point { state.groups[epoch.group]!.points[state.groups[epoch.group]!.points.count - 1].id = point.id }
+            case .failure(let error):
+                epoch.hasFailed = true
+                try refused("seal of epoch \(epoch.epoch) of \(epoch.group)", error, epoch.change)
+            }
+        }
+    }
+
+    // MARK: Reading
+
+    private func readPoint(_ name: String) throws {
+        try collect()
+        let points = state.groups[name]!.points
+        guard let point = points.isEmpty ? nil : points[random.below(points.count)] else { return }
+        let volume = random.below(point.images.count)
+        let opened = try attempt("open point \(point.id!)") { () throws(StoreError) in try store.openRecoveryPoint(GroupID(name), point.id!, volume: volume) }
+        guard let opened else { return }
+        try check(opened, point.images[volume], "point \(point.id!) of \(name), disk \(volume)")
+        if random.oneIn(2) { readers.append((opened, point.images[volume], "held point \(point.id!) of \(name), disk \(volume)")) }
+    }
+
+    /// All recovery points, or a few of them; and what is held open.
+    func checkPoints(all: Bool) throws {
+        for (name, group) in state.groups.sorted(by: { $0.key < $1.key }) {
+            for point in group.points where all || random.oneIn(4) {
+                for volume in point.images.indices {
+                    let what = "point \(point.id!) of \(name), disk \(volume)"
+                    let reader: VolumeReader
+                    do throws(StoreError) {
+                        reader = try calmly { () throws(StoreError) in try store.openRecoveryPoint(GroupID(name), point.id!, volume: volume) }
+                    } catch {
+                        if storage.liesTold > 0 { continue }
+                        throw failure("\(what): \(error)")
+                    }
+                    try check(reader, point.images[volume], what)
+                }
+            }
+        }
+        for held in readers { try check(held.reader, held.image, held.what) }
+    }
+
+    private func check(_ reader: VolumeReader, _ image: Image, _ what: String) throws {
+        try expect(Int(reader.geometry.sizeBytes) == image.count * sectorBytes, "\(what) has another size")
+        try compare(what, image) { bytes throws(StoreError) in try reader.read(offsetBytes: 0, into: bytes) }
+    }
+
+    /// Right data, or after a lie an error. Returns what was read.
+    private func compare(_ what: String, _ image: Image, _ read: (UnsafeMutableRawBufferPointer) throws(StoreError) -> Void) throws {
+        guard let seen = try look(what, image.count, read) else { return }
+        if let sector = seen.indices.first(where: { seen[$0] != image[$0] }) {
+            throw failure("\(what): sector \(sector) has stamp \(seen[sector]), not \(image[sector])")
+        }
+    }
+
+    func look(_ what: String, _ sectorCount: Int, _ read: (UnsafeMutableRawBufferPointer) throws(StoreError) -> Void) throws -> Image? {
+        let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: sectorCount * sectorBytes, alignment: 8)
+        defer { bytes.deallocate() }
+        do throws(StoreError) { try calmly { () throws(StoreError) in try read(bytes) } } catch {
+            if storage.isDown || storage.liesTold > 0 { return nil }
+            throw failure("\(what): \(error)")
+        }
+        return stamps(UnsafeRawBufferPointer(bytes))
+    }
+
+    // MARK: Lies
+
+    private func lie() throws {
+        guard storage.liesTold == 0, storage.lie == nil else { return }
+        if random.oneIn(2) {
+            storage.lie = (1 + random.below(20), random.oneIn(2) ? .lost : .misdirected)
+        } else if step > steps / 2 {
+            try endLies()
+        }
+    }
+
+    /// Closes, flips a bit unless a write lied already, and opens again: right data or a named error.
+    func endLies() throws {
+        guard store != nil else { return }
+        storage.lie = nil
+        errorsAllowed = errorsAllowed || storage.liesTold > 0
+        try end(.close)
+        guard store != nil else { return }
+        try checkPoints(all: true)
+        for name in state.forks.keys.sorted() {
+            for volume in state.forks[name]!.volumes.indices { try openFork(name, volume) }
+        }
+    }
+}

@@ -1,0 +1,38 @@
+import ArgumentParser
+import Foundation
+import StoreSimulation
+
+/// Runs the store on simulated files that fail, lie and lose power, against a plain model. A seed gives the same run every time.
+@main
+struct Simulate: ParsableCommand {
+    static let configuration = CommandConfiguration(commandName: "simulate", abstract: "Attacks the store in simulation; prints one line per failing seed.")
+
+    @Option(help: "The first seed.") var seed: UInt64?
+    @Option(help: "How many seeds, one after the other.") var seeds: Int?
+    @Option(help: "Steps of each seed.") var steps = 400
+    @Option(help: "Begin no further seed after so many minutes.") var minutes: Double?
+    @Flag(help: "Name each seed on stderr before it runs, for one that ends the process.") var verbose = false
+
+    func validate() throws {
+        guard steps > 0, seeds.map({ $0 > 0 }) ?? true, minutes.map({ $0 > 0 }) ?? true else { throw ValidationError("--seeds, --steps and --minutes must be positive") }
+    }
+
+    func run() throws {
+        let count = seeds ?? (minutes != nil ? Int.max : seed != nil ? 1 : 1000)
+        let deadline = minutes.map { Date().addingTimeInterval($0 * 60) }
+        var (passed, failed) = (0, 0)
+        for number in 0..<count {
+            if let deadline, Date() >= deadline { break }
+            if verbose { FileHandle.standardError.write(Data("seed \((seed ?? 1) &+ UInt64(number))\n".utf8)) }
+            do {
+                _ = try Simulation.run(seed: (seed ?? 1) &+ UInt64(number), steps: steps)
+                passed += 1
+            } catch {
+                print("\(error)")
+                failed += 1
+            }
+        }
+        print("\(passed) passed, \(failed) failed")
+        if failed > 0 { throw ExitCode.failure }
+    }
+}
