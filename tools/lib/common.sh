@@ -52,6 +52,13 @@ make_run_dir() {
     defer remove_run "$run_dir"
 }
 
+# need_space MIB: ends here, with clear words, instead of somewhere inside with "No space left on device".
+need_space() {
+    local free
+    free=$(($(df --output=avail -k "${TMPDIR:-/tmp}" | tail -n 1) / 1024))
+    [ "$free" -ge "$1" ] || die "there are $free MiB free in ${TMPDIR:-/tmp}, this needs $1 MiB: make room, or set TMPDIR"
+}
+
 process_start_time() { sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20 || true; }
 
 # remove_run DIR: ends processes that work in DIR, detaches loop devices on its files, removes it.
