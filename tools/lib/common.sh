@@ -80,7 +80,7 @@ processes_naming() {
     for file in /proc/[0-9]*/cmdline; do
         pid=${file#/proc/}; pid=${pid%/cmdline}
         [ "$pid" != "$$" ] && [ "$pid" != "$BASHPID" ] || continue
-        if tr '\0' '\n' <"$file" 2>/dev/null | grep -qF "$dir/"; then echo "$pid"; fi
+        if grep -qzF -- "$dir/" "$file" 2>/dev/null; then echo "$pid"; fi
     done 2>/dev/null || true
 }
 loops_below() { losetup -n -l -O NAME,BACK-FILE 2>/dev/null | awk -v d="$1/" 'index($2, d) == 1 { print $1 }'; }

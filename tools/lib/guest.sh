@@ -20,14 +20,19 @@ start_guest() {
     defer stop_process "$guest_pid" "$(process_start_time "$guest_pid")"
 }
 
+# console_line CONSOLE PATTERN: prints the first line that matches, without its time.
+console_line() {
+    PATTERN=$2 awk '{ sub(/^[0-9.]+ /, "") } $0 ~ ENVIRON["PATTERN"] { print; found = 1; exit } END { exit !found }' "$1"
+}
+
 # wait_console CONSOLE SECONDS PATTERN [PID]: waits for a line that matches, and prints it without its time. Gives up
 # when the guest has died or its kernel has.
 wait_console() {
     local console=$1 end=$((SECONDS + $2)) pattern=$3 pid=${4:-}
     while :; do
-        if sed -n "s/^[0-9.]* //p" "$console" 2>/dev/null | grep -m 1 -E -- "$pattern"; then return 0; fi
+        ! console_line "$console" "$pattern" || return 0
         ! grep -qE 'Kernel panic|Oops:|BUG: ' "$console" || { say "the guest's kernel died:"; grep -E -A 5 'Kernel panic|Oops:|BUG: ' "$console" | head -n 12 >&2; return 1; }
-        [ -z "$pid" ] || alive "$pid" || { sleep 0.2; sed -n "s/^[0-9.]* //p" "$console" | grep -m 1 -E -- "$pattern" && return 0; return 1; }
+        [ -z "$pid" ] || alive "$pid" || { sleep 0.2; console_line "$console" "$pattern"; return; }
         [ "$SECONDS" -lt "$end" ] || return 1
         sleep 0.05
     done

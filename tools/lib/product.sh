@@ -66,7 +66,7 @@ points() {
 import json, sys
 for p in json.load(sys.stdin): print(p["id"], "%d.%09d" % divmod(p["cutTimeNanoseconds"], 10**9))'
 }
-point_after() { points "$1" | awk -v t="$2" '$2 + 0 > t + 0 { print $1; exit }'; }
+point_after() { points "$1" | awk -v t="$2" '!found && $2 + 0 > t + 0 { print $1; found = 1 }'; }
 has_point_after() { [ -n "$(point_after "$1" "$2")" ]; }
 point_count_is() { [ "$(points "$1" | wc -l)" -ge "$2" ]; }
 
