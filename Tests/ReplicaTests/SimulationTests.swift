@@ -1,0 +1,52 @@
+import Testing
+
+@testable import Replica
+@testable import StoreSimulation
+
+/// The store on simulated files against its model; `tools/simulate` runs the same for longer.
+@Suite struct SimulationTests {
+    @Test func aFixedSetOfSeedsRunsWithoutADifference() throws {
+        var crashes = 0
+        var points = 0
+        var refused = 0
+        for seed in 1...300 as ClosedRange<UInt64> {
+            let result = try Simulation.run(seed: seed, steps: 250)
+            crashes += result.crashCount
+            points += result.pointCount
+            refused += result.refusedCount
+        }
+        #expect(crashes > 1000 && points > 1000 && refused > 300)
+    }
+
+    @Test func aSeedGivesTheSameRunEveryTime() throws {
+        for seed in 1...40 as ClosedRange<UInt64> {
+            let (first, second) = (try Simulation.run(seed: seed, steps: 150), try Simulation.run(seed: seed, steps: 150))
+            #expect(first.trace == second.trace && first.operationCount == second.operationCount, "seed \(seed)")
+        }
+    }
+
+    /// Who breaks one of these promises is found out within a few seeds.
+    @Test(arguments: DeliberateFault.allCases)
+    func aDeliberateFaultIsFoundOut(fault: DeliberateFault) {
+        #expect(throws: SimulationFailure.self, "\(fault)") {
+            for seed in 1...400 as ClosedRange<UInt64> { _ = try Simulation.run(seed: seed, steps: 250, deliberateFault: fault) }
+        }
+    }
+
+    struct Regression: CustomTestStringConvertible, Sendable {
+        var name: String
+        var seed: UInt64
+        var testDescription: String { "seed \(seed): \(name)" }
+        init(_ name: String, seed: UInt64) { (self.name, self.seed) = (name, seed) }
+    }
+
+    /// Runs that once failed.
+    static let regressions: [Regression] = [
+        Regression("a fork whose group came back with fewer disks ended the process", seed: 1),
+    ]
+
+    @Test(arguments: regressions)
+    func whatOnceFailedDoesNotFailAgain(regression: Regression) throws {
+        _ = try Simulation.run(seed: regression.seed, steps: 400)
+    }
+}
