@@ -11,6 +11,8 @@ final class GroupReceiver: Sendable {
     private struct State {
         /// Where the last sealed epoch ended; nil = the next epoch begins a new segment.
         var sealedEnd: SegmentPosition?
+        /// The newest segment that a sealed epoch uses: it and those before are never given back.
+        var sealedSegment: UInt32 = 0
         var current: EpochWriter?
         /// The newest epoch whose seal has been asked for.
         var sealing: EpochWriter?
@@ -124,6 +126,7 @@ final class GroupReceiver: Sendable {
         writer.end(.sealed)
         state.withLock { state in
             state.sealedEnd = writer.position
+            state.sealedSegment = writer.position?.segment ?? state.sealedSegment
             if state.sealing === writer { state.sealing = nil }
             // Numbers only grow: what lies before is full, and the layers name it now.
             if let current = writer.position?.segment { state.held = state.held.filter { $0 >= current } }
@@ -145,13 +148,13 @@ final class GroupReceiver: Sendable {
     /// Cuts everything off that no sealed epoch owns. What is still queued for failed epochs will not be written, and an epoch
     /// that began behind a failed one fails as well, so nothing that counts lies there.
     func giveBack() {
-        let sealedEnd = state.withLock { $0.sealedEnd }
+        let (sealedEnd, sealedSegment) = state.withLock { ($0.sealedEnd, $0.sealedSegment) }
         for id in files.open.keys.sorted() {
             do throws(StoreError) {
                 if id == sealedEnd?.segment {
                     try files.open[id]!.file.file.truncate(to: UInt64(sealedEnd!.block) * UInt64(pageBytes))
                     files.open[id]!.reservedBytes = UInt64(sealedEnd!.block) * UInt64(pageBytes)
-                } else {
+                } else if id > sealedSegment {
                     files.open[id] = nil
                     state.withLock { _ = $0.held.remove(id) }
                     try store.storage.remove(SegmentFile.path(id))
