@@ -148,6 +148,8 @@ final class GroupReceiver: Sendable {
     /// Cuts everything off that no sealed epoch owns. What is still queued for failed epochs will not be written, and an epoch
     /// that began behind a failed one fails as well, so nothing that counts lies there.
     func giveBack() {
+        // A record that may have reached the disk may name any of it.
+        if store.manifest.failure != nil { return }
         let (sealedEnd, sealedSegment) = state.withLock { ($0.sealedEnd, $0.sealedSegment) }
         for id in files.open.keys.sorted() {
             do throws(StoreError) {
