@@ -44,14 +44,9 @@ final class GroupReceiver: Sendable {
     func begin(_ make: (_ start: SegmentPosition?, _ predecessor: EpochWriter?) -> EpochWriter) -> EpochWriter {
         abandonCurrent("a newer epoch of the group began")
         return state.withLock { state in
-            var predecessor = state.sealing
-            var start = state.sealedEnd
-            if let epoch = predecessor {
-                switch epoch.fate.withLock({ $0 }) {
-                case .sealing where epoch.failure == nil: start = epoch.position
-                default: predecessor = nil
-                }
-            }
+            // One that failed takes this one with it as long as its seal has not been answered.
+            let predecessor = state.sealing
+            let start = predecessor?.failure == nil ? predecessor?.position ?? state.sealedEnd : state.sealedEnd
             let writer = make(start, predecessor)
             state.current = writer
             return writer
@@ -121,9 +116,12 @@ final class GroupReceiver: Sendable {
         }
     }
 
+    /// Its failure is about to be told.
+    func unsealed(_ writer: EpochWriter) { state.withLock { if $0.sealing === writer { $0.sealing = nil } } }
+
     /// The epoch has been published.
     func sealed(_ writer: EpochWriter) {
-        writer.end(.sealed)
+        // The position first: an epoch that begins meanwhile goes behind this one either way.
         state.withLock { state in
             state.sealedEnd = writer.position
             state.sealedSegment = writer.position?.segment ?? state.sealedSegment
@@ -131,6 +129,7 @@ final class GroupReceiver: Sendable {
             // Numbers only grow: what lies before is full, and the layers name it now.
             if let current = writer.position?.segment { state.held = state.held.filter { $0 >= current } }
         }
+        writer.end(.sealed)
         for id in files.open.keys where id < writer.position?.segment ?? 0 { files.open[id] = nil }
     }
 
