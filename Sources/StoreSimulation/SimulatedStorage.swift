@@ -398,7 +398,7 @@ private final class SimulatedFile: StorageFile, @unchecked Sendable {
 
     func write(_ buffer: UnsafeRawBufferPointer, at offsetBytes: UInt64) throws(StoreError) {
         let wasDown = storage.isDown
-        do { try storage.step("write", path, takesSpace: true, boot: boot) } catch {
+        do { try storage.step("write", path, takesSpace: Int(offsetBytes) + buffer.count > inode.live.count, boot: boot) } catch {
             // What fails may have begun.
             if storage.boot == boot, !wasDown, storage.random.oneIn(2) {
                 let sectors = storage.random.below(buffer.count / SimulatedStorage.sectorBytes + 1)
