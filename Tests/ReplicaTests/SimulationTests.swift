@@ -42,6 +42,7 @@ import Testing
 
     /// Runs that once failed.
     static let regressions: [Regression] = [
+        Regression("after a failed sync of the MANIFEST and a restart, records were shown that were not on disk", seed: 1173),
         Regression("an epoch begun behind one whose write had failed was sealed without it", seed: 45),
         Regression("after an I/O error the next failed epoch removed a segment that sealed layers use", seed: 39),
         Regression("a fork whose group came back with fewer disks ended the process", seed: 1),

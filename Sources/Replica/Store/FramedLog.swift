@@ -64,10 +64,12 @@ final class FramedLog {
         var frames: [Frame] = []
         var offset = headerBytes
         var sequence: UInt64 = 0
+        var lastMarker = headerBytes
         while let end = validFrame(bytes, at: offset, sequence: sequence + 1) {
             let type = bytes.loadUnaligned(fromByteOffset: offset + 4, as: UInt32.self)
             let length = Int(bytes.loadUnaligned(fromByteOffset: offset + 8, as: UInt32.self))
             if type == syncedType {
+                lastMarker = offset
                 var index = frames.count - 1
                 while index >= 0, !frames[index].isSynced {
                     frames[index].isSynced = true
@@ -92,6 +94,8 @@ final class FramedLog {
             log.tornBytes = UInt64(bytes.count - offset)
             try file.truncate(to: UInt64(offset))
         }
+        // A sync that failed leaves pages in the cache that are neither on disk nor dirty: the next sync would succeed without them.
+        if lastMarker < offset { try file.write(UnsafeRawBufferPointer(rebasing: bytes[lastMarker..<offset]), at: UInt64(lastMarker)) }
         return (log, frames)
     }
 
