@@ -44,12 +44,36 @@ import Testing
     static let regressions: [Regression] = [
         Regression("after a failed sync of the MANIFEST and a restart, records were shown that were not on disk", seed: 1173),
         Regression("an epoch begun behind one whose write had failed was sealed without it", seed: 45),
-        Regression("after an I/O error the next failed epoch removed a segment that sealed layers use", seed: 39),
-        Regression("a fork whose group came back with fewer disks ended the process", seed: 1),
+        Regression("after an I/O error the next failed epoch removed a segment that sealed layers use", seed: 351),
+        Regression("space was given back that a record with an unknown fate named", seed: 39),
+        Regression("a store killed before the MANIFEST's new name was durable went on under it", seed: 549),
+        Regression("a fork whose group came back with fewer disks ended the process", seed: 24),
     ]
 
     @Test(arguments: regressions)
     func whatOnceFailedDoesNotFailAgain(regression: Regression) throws {
         _ = try Simulation.run(seed: regression.seed, steps: 400)
+    }
+
+    /// The marker behind the first record was never synced; the second record reached the disk before it, and was not acknowledged.
+    @Test func aLostMarkerInFrontOfAnUnsyncedRecordIsATornTail() throws {
+        for isSynced in [false, true] {
+            let storage = SimulatedStorage(seed: 1)
+            let store = StoreUUID(high: 1, low: 1)
+            let file = try storage.open("log", .create, direct: false)
+            let log = try FramedLog.create(file, header: FileHeader(kind: .journal, id: 1, store: store))
+            var markers: [UInt64] = []
+            for payload in [[1, 2, 3], [4, 5, 6]] as [[UInt8]] {
+                try log.append(type: 1, payload: payload)
+                markers.append(log.endBytes - UInt64(FramedLog.frameHeaderBytes))
+            }
+            let lost = [UInt8](repeating: 0, count: FramedLog.frameHeaderBytes)
+            for marker in isSynced ? [markers[0]] : markers { try lost.withBytes { bytes throws(StoreError) in try file.write(bytes, at: marker) } }
+            if isSynced {
+                #expect(throws: StoreError.self) { try FramedLog.open(file, expecting: .journal, id: 1, store: store) }
+            } else {
+                #expect(try FramedLog.open(file, expecting: .journal, id: 1, store: store).1.map(\.payload) == [[1, 2, 3]])
+            }
+        }
     }
 }
