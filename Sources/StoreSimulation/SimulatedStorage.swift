@@ -134,6 +134,9 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
 
     // MARK: Crashes
 
+    /// From here on everything fails.
+    func goDown() { isDown = true }
+
     /// The process is gone, or the machine was off: handles from before are dead.
     func restart(powerLost: Bool) {
         boot += 1
@@ -322,6 +325,8 @@ private final class SimulatedInode {
 
     func losePower(_ chance: Int, _ random: inout SimulationRandom) {
         let sector = SimulatedStorage.sectorBytes
+        // A sector is as it was at some moment: what came later is lost with what came earlier.
+        var lost: Set<Int> = []
         for change in pending {
             guard case .write(let offset, let bytes) = change else {
                 if random.below(8) < chance { apply(change) }
@@ -330,7 +335,11 @@ private final class SimulatedInode {
             var start = offset
             while start < offset + bytes.count {
                 let end = min((start / sector + 1) * sector, offset + bytes.count)
-                if random.below(8) < chance { apply(.write(start, Array(bytes[start - offset..<end - offset]))) }
+                if random.below(8) < chance, !lost.contains(start / sector) {
+                    apply(.write(start, Array(bytes[start - offset..<end - offset])))
+                } else {
+                    lost.insert(start / sector)
+                }
                 start = end
             }
         }
@@ -388,9 +397,10 @@ private final class SimulatedFile: StorageFile, @unchecked Sendable {
     }
 
     func write(_ buffer: UnsafeRawBufferPointer, at offsetBytes: UInt64) throws(StoreError) {
-        do { try storage.step("write", path, takesSpace: true, boot: boot) } catch {
+        let wasDown = storage.isDown
+        do { try storage.step("write", path, takesSpace: Int(offsetBytes) + buffer.count > inode.live.count, boot: boot) } catch {
             // What fails may have begun.
-            if storage.boot == boot, storage.random.oneIn(2) {
+            if storage.boot == boot, !wasDown, storage.random.oneIn(2) {
                 let sectors = storage.random.below(buffer.count / SimulatedStorage.sectorBytes + 1)
                 inode.write(UnsafeRawBufferPointer(rebasing: buffer[..<(sectors * SimulatedStorage.sectorBytes)]), at: Int(offsetBytes))
             }

@@ -98,7 +98,11 @@ public final class Simulation {
         options.deliberateFault = deliberateFault
     }
 
-    public static func run(seed: UInt64, steps: Int) throws -> Result { try Simulation(seed: seed, steps: steps).run() }
+    public static func run(seed: UInt64, steps: Int) throws -> Result { try run(seed: seed, steps: steps, deliberateFault: nil) }
+
+    static func run(seed: UInt64, steps: Int, deliberateFault: DeliberateFault?) throws -> Result {
+        try Simulation(seed: seed, steps: steps, deliberateFault: deliberateFault).run()
+    }
 
     func run() throws -> Result {
         do {
@@ -146,7 +150,7 @@ public final class Simulation {
     }
 
     func refused(_ what: String, _ error: StoreError, _ change: PossibleChange?) throws {
-        try expect(errorsAllowed || storage.isDown, "\(what): \(error)")
+        try expect(errorsAllowed || storage.isDown || storage.liesTold > 0, "\(what): \(error)")
         if case .full = error {} else if let change { possible.append(change) }
         result.refusedCount += 1
     }
@@ -215,12 +219,12 @@ public final class Simulation {
             try collect()
         } else {
             // Whatever it still does after its end does not count.
-            let isDown = storage.isDown
-            storage.restart(powerLost: end == .powerLoss || (isDown && random.oneIn(2)))
+            storage.goDown()
             result.crashCount += 1
             store.close()
             try collect()
-            for epoch in sealing { possible.append(epoch.change) }
+            dropHandles()
+            storage.restart(powerLost: end == .powerLoss)
         }
         dropHandles()
         store = nil
@@ -236,7 +240,7 @@ public final class Simulation {
 
     /// After a step in which the power went off.
     func restartIfDown() throws {
-        if storage.isDown { try end(.powerLoss) }
+        if storage.isDown { try end(random.oneIn(2) ? .powerLoss : .kill) }
     }
 
     /// No more faults: the store is opened once more, and everything must work.

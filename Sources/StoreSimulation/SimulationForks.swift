@@ -102,6 +102,8 @@ extension Simulation {
     }
 
     private func flush(_ name: String, _ volume: Int, _ fork: ForkVolume) throws {
+        // A write that the power took was never committed: this fork has nothing to flush.
+        if storage.isDown { return }
         let done: Void? = try attempt("flush fork \(name)/\(volume)") { () throws(StoreError) in try fork.flush() }
         if done != nil {
             state.forks[name]!.volumes[volume].settle(state.forks[name]!.volumes[volume].writes.count)
@@ -111,7 +113,7 @@ extension Simulation {
     }
 
     func closeFork(_ key: String) throws {
-        guard let fork = openForks.removeValue(forKey: key) else { return }
+        guard !storage.isDown, let fork = openForks.removeValue(forKey: key) else { return }
         let parts = key.split(separator: "/")
         let (name, volume) = (String(parts[0]), Int(parts[1])!)
         let isWhole = fork.failure == nil

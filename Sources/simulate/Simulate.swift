@@ -23,16 +23,20 @@ struct Simulate: ParsableCommand {
         var (passed, failed) = (0, 0)
         for number in 0..<count {
             if let deadline, Date() >= deadline { break }
-            if verbose { FileHandle.standardError.write(Data("seed \((seed ?? 1) &+ UInt64(number))\n".utf8)) }
+            let seed = (self.seed ?? 1) &+ UInt64(number)
+            if verbose { FileHandle.standardError.write(Data("seed \(seed)\n".utf8)) }
             do {
-                _ = try Simulation.run(seed: (seed ?? 1) &+ UInt64(number), steps: steps)
+                _ = try Simulation.run(seed: seed, steps: steps)
                 passed += 1
             } catch {
-                print("\(error)")
+                say("\(error)")
                 failed += 1
             }
         }
-        print("\(passed) passed, \(failed) failed")
+        say("\(passed) passed, \(failed) failed")
         if failed > 0 { throw ExitCode.failure }
     }
+
+    /// At once, also into a pipe.
+    private func say(_ line: String) { FileHandle.standardOutput.write(Data((line + "\n").utf8)) }
 }

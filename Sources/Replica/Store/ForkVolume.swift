@@ -252,7 +252,7 @@ public final class ForkVolume: @unchecked Sendable {
         if frames.last.map({ !$0.isSynced }) ?? false {
             try open.segment.file.dataSync()
             try log.file.dataSync()
-            try log.markSynced()
+            try? log.markSynced()
         }
     }
 

@@ -13,8 +13,8 @@ import CXXHash
 ///         24    8  sequence, 1 for the first frame
 ///         32    …  payload, padded with zeroes to a multiple of 8 (the sum covers the padding)
 ///
-/// What follows the last valid frame is a *torn tail* when no valid frame can be found after it: a crash before its sync; it
-/// is cut off. A bad frame with a valid one after it is *damage*: the file is refused, with the offset. So that the very last
+/// What follows the last valid frame is a *torn tail* when no valid `synced` frame can be found after it: a crash before its sync; it
+/// is cut off. A bad frame with a valid `synced` one after it is *damage*: the file is refused, with the offset. So that the very last
 /// synced frame is not mistaken for a torn one, each sync is followed by a small `synced` frame which itself is not synced: it
 /// proves that everything before it was.
 final class FramedLog {
@@ -64,10 +64,12 @@ final class FramedLog {
         var frames: [Frame] = []
         var offset = headerBytes
         var sequence: UInt64 = 0
+        var lastMarker = headerBytes
         while let end = validFrame(bytes, at: offset, sequence: sequence + 1) {
             let type = bytes.loadUnaligned(fromByteOffset: offset + 4, as: UInt32.self)
             let length = Int(bytes.loadUnaligned(fromByteOffset: offset + 8, as: UInt32.self))
             if type == syncedType {
+                lastMarker = offset
                 var index = frames.count - 1
                 while index >= 0, !frames[index].isSynced {
                     frames[index].isSynced = true
@@ -84,14 +86,18 @@ final class FramedLog {
         if offset < bytes.count {
             var probe = offset + 8
             while probe + frameHeaderBytes <= bytes.count {
-                if validFrame(bytes, at: probe, sequence: nil) != nil {
-                    throw .damaged(path: file.path, offsetBytes: UInt64(offset), what: "a record does not match its checksum, but there is a valid one behind it at byte \(probe)")
+                // A marker proves that all before it was durable. A record alone may have reached the disk before the unsynced marker
+                // in front of it.
+                if validFrame(bytes, at: probe, sequence: nil) != nil, bytes.loadUnaligned(fromByteOffset: probe + 4, as: UInt32.self) == syncedType {
+                    throw .damaged(path: file.path, offsetBytes: UInt64(offset), what: "a record does not match its checksum, but all up to byte \(probe) was synced")
                 }
                 probe += 8
             }
             log.tornBytes = UInt64(bytes.count - offset)
             try file.truncate(to: UInt64(offset))
         }
+        // A sync that failed leaves pages in the cache that are neither on disk nor dirty: the next sync would succeed without them.
+        if lastMarker < offset { try file.write(UnsafeRawBufferPointer(rebasing: bytes[lastMarker..<offset]), at: UInt64(lastMarker)) }
         return (log, frames)
     }
 

@@ -11,6 +11,8 @@ final class GroupReceiver: Sendable {
     private struct State {
         /// Where the last sealed epoch ended; nil = the next epoch begins a new segment.
         var sealedEnd: SegmentPosition?
+        /// The newest segment that a sealed epoch uses: it and those before are never given back.
+        var sealedSegment: UInt32 = 0
         var current: EpochWriter?
         /// The newest epoch whose seal has been asked for.
         var sealing: EpochWriter?
@@ -42,14 +44,9 @@ final class GroupReceiver: Sendable {
     func begin(_ make: (_ start: SegmentPosition?, _ predecessor: EpochWriter?) -> EpochWriter) -> EpochWriter {
         abandonCurrent("a newer epoch of the group began")
         return state.withLock { state in
-            var predecessor = state.sealing
-            var start = state.sealedEnd
-            if let epoch = predecessor {
-                switch epoch.fate.withLock({ $0 }) {
-                case .sealing where epoch.failure == nil: start = epoch.position
-                default: predecessor = nil
-                }
-            }
+            // One that failed takes this one with it as long as its seal has not been answered.
+            let predecessor = state.sealing
+            let start = predecessor?.failure == nil ? predecessor?.position ?? state.sealedEnd : state.sealedEnd
             let writer = make(start, predecessor)
             state.current = writer
             return writer
@@ -119,15 +116,20 @@ final class GroupReceiver: Sendable {
         }
     }
 
+    /// Its failure is about to be told.
+    func unsealed(_ writer: EpochWriter) { state.withLock { if $0.sealing === writer { $0.sealing = nil } } }
+
     /// The epoch has been published.
     func sealed(_ writer: EpochWriter) {
-        writer.end(.sealed)
+        // The position first: an epoch that begins meanwhile goes behind this one either way.
         state.withLock { state in
             state.sealedEnd = writer.position
+            state.sealedSegment = writer.position?.segment ?? state.sealedSegment
             if state.sealing === writer { state.sealing = nil }
             // Numbers only grow: what lies before is full, and the layers name it now.
             if let current = writer.position?.segment { state.held = state.held.filter { $0 >= current } }
         }
+        writer.end(.sealed)
         for id in files.open.keys where id < writer.position?.segment ?? 0 { files.open[id] = nil }
     }
 
@@ -145,13 +147,15 @@ final class GroupReceiver: Sendable {
     /// Cuts everything off that no sealed epoch owns. What is still queued for failed epochs will not be written, and an epoch
     /// that began behind a failed one fails as well, so nothing that counts lies there.
     func giveBack() {
-        let sealedEnd = state.withLock { $0.sealedEnd }
+        // A record that may have reached the disk may name any of it.
+        if store.manifest.failure != nil { return }
+        let (sealedEnd, sealedSegment) = state.withLock { ($0.sealedEnd, $0.sealedSegment) }
         for id in files.open.keys.sorted() {
             do throws(StoreError) {
                 if id == sealedEnd?.segment {
                     try files.open[id]!.file.file.truncate(to: UInt64(sealedEnd!.block) * UInt64(pageBytes))
                     files.open[id]!.reservedBytes = UInt64(sealedEnd!.block) * UInt64(pageBytes)
-                } else {
+                } else if id > sealedSegment {
                     files.open[id] = nil
                     state.withLock { _ = $0.held.remove(id) }
                     try store.storage.remove(SegmentFile.path(id))

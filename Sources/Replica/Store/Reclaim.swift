@@ -35,6 +35,8 @@ extension ReplicaStore {
 
     /// On the store's thread. A failure only leaks until the next time.
     func collectGarbage() {
+        // A record that may have reached the disk may name what looks like garbage: the next start decides.
+        if manifest.failure != nil { return }
         do throws(StoreError) { try removeUnreferencedFiles() } catch {
             logger.warning("cannot remove files that nothing refers to", metadata: ["error": "\(error)"])
         }

@@ -95,6 +95,8 @@ public final class ReplicaStore: @unchecked Sendable {
         try storage.createDirectory("segments")
         try storage.createDirectory("layers")
         try storage.createDirectory("journals")
+        // Also the MANIFEST's own name, when a kill came between its renaming and its sync.
+        try storage.syncDirectory("")
         let (manifest, state, tornBytes) = try Manifest.open(storage, rewriteBytes: options.manifestRewriteBytes, newUUID: options.newUUID)
         self.manifest = manifest
         uuid = state.uuid

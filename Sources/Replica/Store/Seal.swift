@@ -31,6 +31,7 @@ extension ReplicaStore {
     func seal(_ writer: EpochWriter, consistency: Consistency) -> Result<RecoveryPoint?, StoreError> {
         if let failure = writer.failure {
             writer.receiver.fail(writer, failure)
+            writer.receiver.unsealed(writer)
             return .failure(failure)
         }
         var written: [LayerFile.Written] = []
@@ -79,6 +80,7 @@ extension ReplicaStore {
                 writer.end(.failed(error))
                 logger.critical("the MANIFEST cannot be written: the store takes nothing more until it is opened again", metadata: ["error": "\(error)"])
             }
+            writer.receiver.unsealed(writer)
             return .failure(error)
         }
     }

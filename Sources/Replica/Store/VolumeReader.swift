@@ -59,7 +59,12 @@ extension ReplicaStore {
     /// Index and segments of a pinned chain.
     func open(_ group: GroupID, _ volume: Int, chain: [LayerRecord]) throws(StoreError) -> (IndexSnapshot, SegmentTable) {
         let snapshot = try merge(group, volume, chain: chain)
-        if !indexes.covers(group, volume, top: snapshot.top), read({ $0.groups[group]?.volumes[volume].top }) == snapshot.top {
+        // A fork outlives its group; one of the same name may have fewer disks.
+        let isNewest = read { state in
+            guard let disks = state.groups[group]?.volumes, disks.indices.contains(volume) else { return false }
+            return disks[volume].top == snapshot.top
+        }
+        if isNewest, !indexes.covers(group, volume, top: snapshot.top) {
             indexes.offer(group, volume, snapshot)
         }
         return (snapshot, try segments.open(Set(chain.lazy.flatMap { $0.segments.lazy.map(\.segment) })))
