@@ -98,16 +98,6 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
         return due.kind
     }
 
-    /// Flips one bit of any file. Nil when there is none.
-    func flipBit() -> String? {
-        let files = allFiles().filter { $0.path != "LOCK" && $0.path != "RESERVE" && !$0.inode.live.isEmpty }
-        guard !files.isEmpty else { return nil }
-        let (path, inode) = files[random.below(files.count)]
-        let bit = random.below(inode.live.count * 8)
-        inode.live[bit / 8] ^= 1 << UInt8(bit % 8)
-        return "bit \(bit) of \(path)"
-    }
-
     /// The page that a misdirected write hits instead: of another data file, or elsewhere in the same.
     fileprivate func misdirect(_ bytes: UnsafeRawBufferPointer) {
         let files = allFiles().filter { ($0.path.hasPrefix("segments/") || $0.path.hasPrefix("layers/")) && $0.inode.live.count >= Self.pageBytes }

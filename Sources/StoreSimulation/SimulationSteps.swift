@@ -248,7 +248,7 @@ extension Simulation {
         }
     }
 
-    /// Closes, flips a bit unless a write lied already, and opens again: right data or a named error.
+    /// Closes and opens again: right data or a named error. (Flipped bits have a test of their own, `StoreCrashTests`.)
     func endLies() throws {
         guard store != nil else { return }
         storage.lie = nil
