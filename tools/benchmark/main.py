@@ -68,6 +68,7 @@ def rows(quick):
             servers = {s: run(s) for s in ("qemu-nbd", "nbdkit file")}
             made.append(Row(f"tap-{name}", "IO/s", run("afterimage"), servers, target=1.0 if depth == 32 else None))
             made.append(Row(f"tap-{name}-raw", "IO/s", run("afterimage"), {"raw device": run("raw device")}))
+            made.append(Row(f"tap-{name}-memory", "IO/s", run("afterimage"), {"nbdkit file in memory": run("nbdkit file in memory")}))
     for pattern, label in (("read", "read"), ("write", "write")):
         def run(server, p=pattern):
             return io(server, p, "1m", 8, mebibytes)
