@@ -76,8 +76,9 @@ def rows(quick):
         made.append(Row(f"tap-{label}-1m-raw", "MiB/s", run("afterimage"), {"raw device": run("raw device")}))
     for pattern, depth, target in (("randwrite", 32, 0.95), ("randwrite", 1, None), ("randread", 32, None)):
         label = pattern.removeprefix("rand")
-        made.append(Row(f"tracking-{label}-4k-qd{depth}", "IO/s", io("afterimage", pattern, "4k", depth, iops),
-                        {"without tracking": io("afterimage without tracking", pattern, "4k", depth, iops)}, target=target))
+        bare = {"without tracking": io("afterimage without tracking", pattern, "4k", depth, iops)}
+        made.append(Row(f"tracking-{label}-4k-qd{depth}", "IO/s", io("afterimage without cuts", pattern, "4k", depth, iops), bare, target=target))
+        made.append(Row(f"cuts-{label}-4k-qd{depth}", "IO/s", io("afterimage", pattern, "4k", depth, iops), bare))
 
     megabytes = 512 if quick else 2048
     made.append(Row("full-sync", "MiB/s", lambda: megabytes / measure.script("full-sync.sh", f"{measure.RUN}/sync.img"),

@@ -61,6 +61,7 @@ SOCKET = f"{RUN}/bench.sock"
 
 SERVERS = {
     "afterimage": lambda: [AFTERIMAGE, "tap", "serve", "--disk", DEVICE, "--socket", SOCKET, "--cut-every", "1000"],
+    "afterimage without cuts": lambda: [AFTERIMAGE, "tap", "serve", "--disk", DEVICE, "--socket", SOCKET],
     "afterimage without tracking": lambda: [AFTERIMAGE, "tap", "serve", "--disk", DEVICE, "--socket", SOCKET, "--no-tracking"],
     "qemu-nbd": lambda: ["qemu-nbd", "-f", "raw", "--cache=none", "--aio=io_uring", "-t", "-e", "16", "-k", SOCKET, DEVICE],
     "nbdkit file": lambda: ["nbdkit", "-f", "-U", SOCKET, "--threads", "16", "file", DEVICE, "cache=none"],
