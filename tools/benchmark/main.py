@@ -78,7 +78,7 @@ def rows(quick):
         label = pattern.removeprefix("rand")
         bare = {"without tracking": io("afterimage without tracking", pattern, "4k", depth, iops)}
         made.append(Row(f"tracking-{label}-4k-qd{depth}", "IO/s", io("afterimage without cuts", pattern, "4k", depth, iops), bare, target=target))
-        made.append(Row(f"cuts-{label}-4k-qd{depth}", "IO/s", io("afterimage", pattern, "4k", depth, iops), bare))
+        made.append(Row(f"cuts-{label}-4k-qd{depth}", "IO/s", io("afterimage", pattern, "4k", depth, iops), bare, target=target))
 
     megabytes = 512 if quick else 2048
     made.append(Row("full-sync", "MiB/s", lambda: megabytes / measure.script("full-sync.sh", f"{measure.RUN}/sync.img"),
