@@ -1,4 +1,5 @@
 import BlockTap
+import Dispatch
 import Foundation
 import Logging
 import Replica
@@ -28,11 +29,17 @@ final class AgentTaps: Sendable {
         loop = try EventLoop(name: "tap")
         let group = await TapGroup(loop: loop, disks: disks, instance: instance, configuration: configuration.tap)
         self.group = group
+        // Off the tap's thread: whoever reads the log may be slow, and writes of the protected machine must not wait for that.
+        let logQueue = DispatchQueue(label: "tap-log")
         var servers: [NBDServer<TappedDisk>] = []
         var reports: [DiskReport] = []
         for (index, disk) in disks.enumerated() {
             let path = configuration.socketDirectory + "/\(disk.name).sock"
-            servers.append(try NBDServer(loop: loop, exports: [(name: disk.name, store: group.disk(index))], listen: .unix(path: path)))
+            let name = disk.name
+            servers.append(
+                try NBDServer(loop: loop, exports: [(name: name, store: group.disk(index))], listen: .unix(path: path)) { line in
+                    logQueue.async { logger.warning("tap of \(name): \(line)") }
+                })
             reports.append(DiskReport(name: disk.name, devicePath: disk.device.path, geometry: disk.device.geometry, tap: "nbd", socketPath: path))
             logger.info("disk \(disk.name): \(disk.device.path), \(disk.device.geometry.sizeBytes >> 20) MiB, served on \(path)")
         }
