@@ -27,12 +27,18 @@ as_owner() {
 }
 
 # build_release ARG...: swift build in release; ARGs go along. Its output is shown when it fails, its progress on a terminal.
+# The compiler and the package manager leave things in their temporary directory, so they get one that is removed.
 build_release() {
     find_swift
-    local log status=0
-    log=$(mktemp /tmp/afterimage-build.XXXXXX)
+    local scratch log status=0 command
+    scratch=$(mktemp -d "${TMPDIR:-/tmp}/afterimage-build.XXXXXX")
+    defer rm -rf "$scratch"
+    log=$scratch/log
+    chmod 755 "$scratch"
+    mkdir -m 1777 "$scratch/t"
+    command=(as_owner TMPDIR="$scratch/t" "$swift" build -c release --package-path "$repository" --scratch-path "$build_dir" "$@")
     if [ -t 2 ]; then
-        foreground as_owner "$swift" build -c release --package-path "$repository" --scratch-path "$build_dir" "$@" 2>&1 | tee "$log" | tr '\r' '\n' |
+        foreground "${command[@]}" 2>&1 | tee "$log" | tr '\r' '\n' |
             awk '{
                 percent = 0
                 if (match($0, /^\[[0-9]+\/[0-9]+\]/)) { split(substr($0, 2, RLENGTH - 2), n, "/"); percent = 100 * n[1] / n[2] }
@@ -41,14 +47,13 @@ build_release() {
                 printf "\r\033[K   [%s] %3d%% %s", bar, percent, substr($0, 1, 60); fflush()
             } END { printf "\r\033[K" }' >&2 || status=$?
     else
-        foreground as_owner "$swift" build -c release --package-path "$repository" --scratch-path "$build_dir" "$@" >"$log" 2>&1 || status=$?
+        foreground "${command[@]}" >"$log" 2>&1 || status=$?
     fi
     if [ "$status" != 0 ]; then
         grep -E 'error:' "$log" | sort -u | head -n 20 >&2 || true
         tail -n 15 "$log" >&2
-        rm -f "$log"
         die "the build failed (its errors are above)"
     fi
-    rm -f "$log"
+    rm -rf "$scratch"
     afterimage=$build_dir/release/afterimage
 }
