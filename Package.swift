@@ -31,13 +31,14 @@ let package = Package(
         .target(name: "CIoUring", linkerSettings: [.linkedLibrary("uring")]),
         .systemLibrary(name: "CXXHash", pkgConfig: "libxxhash", providers: [.apt(["libxxhash-dev"])]),
         .systemLibrary(name: "CLZ4", pkgConfig: "liblz4", providers: [.apt(["liblz4-dev"])]),
+        .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
         .systemLibrary(name: "CLibNBD", pkgConfig: "libnbd", providers: [.apt(["libnbd-dev"])]),
         .systemLibrary(name: "CLibAIO", providers: [.apt(["libaio-dev"])]),
         .target(name: "BlockTap", dependencies: ["CIoUring"], swiftSettings: settings),
         .target(
             name: "Replica",
             dependencies: [
-                "BlockTap", "CXXHash", "CLZ4",
+                "BlockTap", "CIoUring", "CXXHash", "CLZ4", "CZstd",
                 .product(name: "Logging", package: "swift-log"),
                 .product(name: "NIOCore", package: "swift-nio"),
                 .product(name: "NIOPosix", package: "swift-nio"),

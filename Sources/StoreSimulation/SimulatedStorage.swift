@@ -424,4 +424,23 @@ private final class SimulatedFile: StorageFile, @unchecked Sendable {
         if end > inode.live.count { inode.resize(end) }
         return true
     }
+
+    func punch(offsetBytes: UInt64, lengthBytes: UInt64) throws(StoreError) -> Bool {
+        try storage.step("punch", path, boot: boot)
+        let end = min(Int(offsetBytes + lengthBytes), inode.live.count)
+        if Int(offsetBytes) < end {
+            let zeroes = [UInt8](repeating: 0, count: end - Int(offsetBytes))
+            zeroes.withUnsafeBytes { inode.write($0, at: Int(offsetBytes)) }
+        }
+        return true
+    }
+
+    /// Pages that are not all zero.
+    func allocatedBytes() throws(StoreError) -> UInt64 {
+        try storage.step("look at", path, reads: true, boot: boot)
+        let page = SimulatedStorage.pageBytes
+        var count = 0
+        for start in stride(from: 0, to: inode.live.count, by: page) where inode.live[start..<min(start + page, inode.live.count)].contains(where: { $0 != 0 }) { count += 1 }
+        return UInt64(count * page)
+    }
 }

@@ -63,6 +63,8 @@ final class FaultStorage: Storage {
         }
         func dataSync() throws(StoreError) { try real.dataSync() }
         func truncate(to sizeBytes: UInt64) throws(StoreError) { try real.truncate(to: sizeBytes) }
+        func punch(offsetBytes: UInt64, lengthBytes: UInt64) throws(StoreError) -> Bool { try real.punch(offsetBytes: offsetBytes, lengthBytes: lengthBytes) }
+        func allocatedBytes() throws(StoreError) -> UInt64 { try real.allocatedBytes() }
         func preallocate(offsetBytes: UInt64, lengthBytes: UInt64) -> Bool {
             !storage.faults.withLock { $0.isFull } && real.preallocate(offsetBytes: offsetBytes, lengthBytes: lengthBytes)
         }

@@ -250,10 +250,10 @@ import Testing
         try makeNewer(layer, .layer)
         let store = try openStore(sample.directory)
         var error = try #require(throws: StoreError.self) { try store.image(sample.points.last!.0, volume: 0) }
-        #expect(error == .versionTooNew(path: sample.directory.path + "/" + layer, found: 2, supported: 1))
+        #expect(error == .versionTooNew(path: sample.directory.path + "/" + layer, found: 3, supported: 2))
         store.close()
         try makeNewer("MANIFEST", .manifest)
         error = try #require(throws: StoreError.self) { try openStore(sample.directory) }
-        #expect("\(error)".contains("MANIFEST has format version 2, this program knows up to 1: use a newer afterimage"))
+        #expect("\(error)".contains("MANIFEST has format version 3, this program knows up to 2: use a newer afterimage"))
     }
 }

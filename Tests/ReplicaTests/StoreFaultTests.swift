@@ -47,6 +47,8 @@ final class FaultyStorage: Storage, @unchecked Sendable {
             try real.dataSync()
         }
         func truncate(to size: UInt64) throws(StoreError) { try real.truncate(to: size) }
+        func punch(offsetBytes: UInt64, lengthBytes: UInt64) throws(StoreError) -> Bool { try real.punch(offsetBytes: offsetBytes, lengthBytes: lengthBytes) }
+        func allocatedBytes() throws(StoreError) -> UInt64 { try real.allocatedBytes() }
         func preallocate(offsetBytes: UInt64, lengthBytes: UInt64) -> Bool { real.preallocate(offsetBytes: offsetBytes, lengthBytes: lengthBytes) }
     }
 

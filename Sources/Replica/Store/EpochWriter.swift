@@ -243,12 +243,7 @@ struct PendingLayer {
             for extent in extents { index.apply(extent) }
             sorted = index.extents
         }
-        let stored = sorted.map { extent in
-            StoredExtent(
-                startBlock: extent.startBlock, blockCount: extent.blockCount, segment: extent.segment, segmentBlock: extent.segmentBlock,
-                checksumIndex: extent.checksumIndex, storedBytes: extent.isZero ? 0 : extent.blockCount * UInt32(blockBytes),
-                encoding: extent.isZero ? ExtentEncoding.zero.rawValue : ExtentEncoding.plain.rawValue)
-        }
+        let stored = sorted.map { StoredExtent($0) }
         return (stored, sums)
     }
 }

@@ -1,21 +1,50 @@
 /// Where the blocks of a volume are, merged over its layers: a sorted list of extents that do not overlap, cut into chunks.
 ///
 /// A value: copies share chunks, and a change copies only the chunks it touches, so that every opened recovery point keeps its
-/// own index while newer epochs go into theirs. 32 bytes per extent. A block in no extent is zero (or, in the
+/// own index while newer epochs go into theirs. 24 bytes per extent. A block in no extent is zero (or, in the
 /// index of a single layer, not of this layer).
+///
+/// 24 bytes, packed: first block 40 bits, count 24; segment 32; place in the segment 32; first checksum 32; slot 20; where in a
+/// compressed cluster 12.
 struct IndexExtent: Equatable {
-    var startBlock: UInt64
-    var blockCount: UInt32
-    /// Which layer of the reader's table has the checksums; `zeroSlot` for a tombstone.
-    var slot: UInt32
+    private var place: UInt64
     var segment: UInt32
+    /// Where the data is, in blocks of the segment file; of a compressed extent: where its cluster is.
     var segmentBlock: UInt32
     var checksumIndex: UInt32
-    var reserved: UInt32 = 0
+    private var slotAndCluster: UInt32
 
-    static let zeroSlot = UInt32.max
+    init(startBlock: UInt64, blockCount: UInt32, slot: UInt32, segment: UInt32, segmentBlock: UInt32, checksumIndex: UInt32, cluster: ClusterPart = .plain) {
+        assert(startBlock < 1 << 40 && blockCount <= Self.blockCountMax && slot <= Self.zeroSlot)
+        place = startBlock << 24 | UInt64(blockCount)
+        self.segment = segment
+        self.segmentBlock = segmentBlock
+        self.checksumIndex = checksumIndex
+        slotAndCluster = slot << 12 | UInt32(cluster.bits)
+    }
+
+    var startBlock: UInt64 {
+        get { place >> 24 }
+        set { place = newValue << 24 | place & 0xFF_FFFF }
+    }
+    var blockCount: UInt32 {
+        get { UInt32(place & 0xFF_FFFF) }
+        set { place = place & ~0xFF_FFFF | UInt64(newValue) }
+    }
+    /// Which layer of the reader's table has the checksums; `zeroSlot` for a tombstone.
+    var slot: UInt32 {
+        get { slotAndCluster >> 12 }
+        set { slotAndCluster = newValue << 12 | slotAndCluster & 0xFFF }
+    }
+    var cluster: ClusterPart {
+        get { ClusterPart(bits: UInt16(slotAndCluster & 0xFFF)) }
+        set { slotAndCluster = slotAndCluster & ~0xFFF | UInt32(newValue.bits) }
+    }
+
+    static let blockCountMax: UInt32 = 1 << 20
+    static let zeroSlot: UInt32 = 0xF_FFFF
     /// The open layer of a fork.
-    static let openSlot = UInt32.max - 1
+    static let openSlot: UInt32 = 0xF_FFFE
 
     var endBlock: UInt64 { startBlock &+ UInt64(blockCount) }
     var isZero: Bool { slot == Self.zeroSlot }
@@ -27,16 +56,40 @@ struct IndexExtent: Equatable {
         part.startBlock += UInt64(skipped)
         part.blockCount = UInt32(min(end, endBlock) - part.startBlock)
         if !isZero {
-            part.segmentBlock += skipped
             part.checksumIndex += skipped
+            if cluster.isCompressed { part.cluster.skip += Int(skipped) } else { part.segmentBlock += skipped }
         }
         return part
     }
 
     /// Whether `next` goes on where this ends, on the volume and in the segment.
     func continues(into next: IndexExtent) -> Bool {
-        guard endBlock == next.startBlock, slot == next.slot, UInt64(blockCount) + UInt64(next.blockCount) <= UInt64(UInt32.max) / 4096 else { return false }
-        return isZero || (segment == next.segment && segmentBlock &+ blockCount == next.segmentBlock && checksumIndex &+ blockCount == next.checksumIndex)
+        guard endBlock == next.startBlock, slot == next.slot, blockCount + next.blockCount <= Self.blockCountMax else { return false }
+        if isZero { return true }
+        return !cluster.isCompressed && !next.cluster.isCompressed && segment == next.segment && segmentBlock &+ blockCount == next.segmentBlock
+            && checksumIndex &+ blockCount == next.checksumIndex
+    }
+}
+
+/// Where an extent lies in a compressed cluster: up to 16 blocks, compressed as one and stored in up to 15.
+struct ClusterPart: Equatable {
+    static let blocksMax = 16
+    static let plain = ClusterPart(bits: 0)
+    /// 4 bits each: blocks stored (0 = not compressed), blocks in the cluster less one, blocks before the extent.
+    private(set) var bits: UInt16
+
+    init(bits: UInt16) { self.bits = bits }
+    init(storedBlocks: Int, blockCount: Int, skip: Int) {
+        assert((1..<16).contains(storedBlocks) && (1...16).contains(blockCount) && (0..<blockCount).contains(skip))
+        bits = UInt16(storedBlocks << 8 | (blockCount - 1) << 4 | skip)
+    }
+
+    var isCompressed: Bool { bits != 0 }
+    var storedBlocks: Int { Int(bits >> 8) }
+    var blockCount: Int { Int(bits >> 4 & 15) + 1 }
+    var skip: Int {
+        get { Int(bits & 15) }
+        set { bits = bits & ~15 | UInt16(newValue) }
     }
 }
 

@@ -27,7 +27,7 @@ struct StoreUUID: Hashable, Codable, Sendable {
 ///         40   16  zero
 ///         56    8  XXH3-64 of bytes 0..<56
 struct FileHeader {
-    static let versionNow: UInt32 = 1
+    static let versionNow: UInt32 = 2
     static let byteCount = 64
 
     var magic: UInt64

@@ -1,3 +1,5 @@
+import BlockTap
+import CIoUring
 import Glibc
 
 #if arch(arm64)
@@ -170,5 +172,19 @@ private final class LocalFile: StorageFile, @unchecked Sendable {
 
     func preallocate(offsetBytes: UInt64, lengthBytes: UInt64) -> Bool {
         posix_fallocate(descriptor, off_t(offsetBytes), off_t(lengthBytes)) == 0
+    }
+
+    func punch(offsetBytes: UInt64, lengthBytes: UInt64) throws(StoreError) -> Bool {
+        var result = -EINTR
+        while result == -EINTR { result = ciouring_fallocate(descriptor, FileAllocation.punchHole, offsetBytes, lengthBytes) }
+        if result == 0 { return true }
+        if result == -EOPNOTSUPP { return false }
+        throw storageError(-result, "cannot give back space of \(path) at byte \(offsetBytes)")
+    }
+
+    func allocatedBytes() throws(StoreError) -> UInt64 {
+        var status = stat()
+        guard fstat(descriptor, &status) == 0 else { throw storageError(errno, "cannot look at \(path)") }
+        return UInt64(status.st_blocks) * 512
     }
 }

@@ -16,7 +16,7 @@ struct IndexSnapshot: Sendable {
                 // Absence reads as zeroes and nothing lies below the merged index.
                 index.erase(from: extent.startBlock, to: extent.endBlock)
             } else {
-                index.apply(IndexExtent(startBlock: extent.startBlock, blockCount: extent.blockCount, slot: slot, segment: extent.segment, segmentBlock: extent.segmentBlock, checksumIndex: extent.checksumIndex))
+                index.apply(extent.indexed(slot: slot))
             }
         }
         top = checksums.layer
@@ -78,6 +78,12 @@ final class IndexCache: Sendable {
             if let position = chain.lastIndex(where: { $0.id == checkpoint.top }) { return (checkpoint, position + 1) }
         }
         return (IndexSnapshot(), 0)
+    }
+
+    /// Layers were merged: what still names the replaced ones is forgotten.
+    func merged(replaced: [UInt64], by layer: LayerRecord) {
+        let gone = Set(replaced)
+        entries.withLock { entries in entries = entries.filter { !$0.value.newest.layers.contains { gone.contains($0.layer) } } }
     }
 
     func remove(_ group: GroupID, volumeCount: Int) {

@@ -12,25 +12,6 @@ struct LayerIdentity {
     var consistency: Consistency
 }
 
-/// The checksums of a layer's blocks, kept in memory while anybody reads through the layer. Immutable.
-final class LayerChecksums: @unchecked Sendable {
-    let layer: UInt64
-    /// Size of the volume at the layer's cut: tells how much of a last block was hashed.
-    let sizeBytes: UInt64
-    let count: Int
-    let sums: UnsafeMutablePointer<UInt64>
-
-    init(layer: UInt64, sizeBytes: UInt64, copying sums: UnsafeBufferPointer<UInt64>) {
-        self.layer = layer
-        self.sizeBytes = sizeBytes
-        count = sums.count
-        self.sums = .allocate(capacity: max(1, sums.count))
-        if count > 0 { self.sums.update(from: sums.baseAddress!, count: count) }
-    }
-
-    deinit { sums.deallocate() }
-}
-
 /// Writing and reading of layer files; `docs/store-format.md` has the layout.
 enum LayerFile {
     static func path(_ id: UInt64) -> String { "layers/\(fileNumber(id)).layer" }
@@ -169,6 +150,14 @@ extension Consistency {
         case .crash: 0
         case .filesystem: 1
         case .application: 2
+        }
+    }
+
+    init(formatValue: UInt8) {
+        switch formatValue {
+        case 2: self = .application
+        case 1: self = .filesystem
+        default: self = .crash
         }
     }
 }

@@ -1,6 +1,8 @@
-/// How an extent's bytes lie in its segment. Only `plain` and `zero` are written so far.
+/// How an extent's bytes lie in its segment.
 enum ExtentEncoding: UInt8 {
-    case plain = 0, lz4 = 1, zstd = 2
+    case plain = 0
+    /// Part of a compressed cluster (or all of it); the cluster's own header says how it is compressed.
+    case cluster = 1
     /// A tombstone: the blocks are zero, there is nothing in a segment.
     case zero = 3
 }
@@ -11,18 +13,54 @@ struct StoredExtent: Equatable {
     var startBlock: UInt64
     var blockCount: UInt32
     var segment: UInt32
-    /// Where the extent starts in the segment file, in blocks from the file's beginning.
+    /// Where the extent starts in the segment file, in blocks from the file's beginning; of a compressed one: where its cluster starts.
     var segmentBlock: UInt32
     /// Its first entry in the layer's checksum section; one entry per block. Zero for tombstones, which have none.
     var checksumIndex: UInt32
-    /// Bytes in the segment; `blockCount` × 4096 when plain, 0 for tombstones.
+    /// Bytes in the segment; `blockCount` × 4096 when plain, 0 for tombstones; of a compressed one: of its whole cluster, in whole blocks.
     var storedBytes: UInt32
     var encoding: UInt8
-    var flags: UInt8 = 0
-    var reserved: UInt16 = 0
+    /// Compressed: blocks of the cluster before the extent's first one, and blocks in the whole cluster. Else 0.
+    var clusterSkip: UInt8 = 0
+    var clusterBlocks: UInt8 = 0
+    var reserved: UInt8 = 0
 
     var endBlock: UInt64 { startBlock + UInt64(blockCount) }
     var isZero: Bool { encoding == ExtentEncoding.zero.rawValue }
+    var isCompressed: Bool { encoding == ExtentEncoding.cluster.rawValue }
+    /// Blocks of the segment that it needs: all of its cluster's when it is compressed.
+    var segmentBlockCount: UInt32 { (storedBytes + 4095) / 4096 }
+
+    var cluster: ClusterPart {
+        isCompressed ? ClusterPart(storedBlocks: Int(segmentBlockCount), blockCount: Int(clusterBlocks), skip: Int(clusterSkip)) : .plain
+    }
+    /// With the index's `checksumIndex`.
+    init(_ extent: IndexExtent) {
+        let part = extent.cluster
+        let blocks = extent.isZero ? 0 : part.isCompressed ? UInt32(part.storedBlocks) : extent.blockCount
+        let encoding: ExtentEncoding = extent.isZero ? .zero : part.isCompressed ? .cluster : .plain
+        self.init(
+            startBlock: extent.startBlock, blockCount: extent.blockCount, segment: extent.isZero ? 0 : extent.segment, segmentBlock: extent.isZero ? 0 : extent.segmentBlock,
+            checksumIndex: extent.checksumIndex, storedBytes: blocks * 4096, encoding: encoding.rawValue,
+            clusterSkip: part.isCompressed ? UInt8(part.skip) : 0, clusterBlocks: part.isCompressed ? UInt8(part.blockCount) : 0)
+    }
+
+    init(startBlock: UInt64, blockCount: UInt32, segment: UInt32, segmentBlock: UInt32, checksumIndex: UInt32, storedBytes: UInt32, encoding: UInt8, clusterSkip: UInt8 = 0, clusterBlocks: UInt8 = 0) {
+        self.startBlock = startBlock
+        self.blockCount = blockCount
+        self.segment = segment
+        self.segmentBlock = segmentBlock
+        self.checksumIndex = checksumIndex
+        self.storedBytes = storedBytes
+        self.encoding = encoding
+        self.clusterSkip = clusterSkip
+        self.clusterBlocks = clusterBlocks
+    }
+
+    /// As in an index; not for tombstones, which an index has no room for at any length.
+    func indexed(slot: UInt32) -> IndexExtent {
+        IndexExtent(startBlock: startBlock, blockCount: blockCount, slot: slot, segment: segment, segmentBlock: segmentBlock, checksumIndex: checksumIndex, cluster: cluster)
+    }
 }
 
 /// Follows the `FileHeader` of a layer file, at byte 64 (128 bytes, little-endian).

@@ -134,6 +134,9 @@ public final class ReplicaStore: @unchecked Sendable {
 
     // MARK: Groups
 
+    /// 4 PiB: an index has 40 bits for a block.
+    public static let volumeBytesMax: UInt64 = 1 << 52
+
     /// Makes a group with these volumes. Nothing happens when it exists so; volumes may have grown, and new ones may follow the
     /// old. Throws `.shrunk` when one is smaller than it was.
     public func createGroup(_ id: GroupID, volumes: [VolumeSpec]) throws(StoreError) {
@@ -141,7 +144,7 @@ public final class ReplicaStore: @unchecked Sendable {
         guard !volumes.isEmpty else { throw .invalid("group \(id) must have a disk") }
         for spec in volumes where spec.geometry.sizeBytes == 0 { throw .invalid("disk \(spec.name) of group \(id) has no size") }
         // Agents say what shape their disks have; what is accepted here is computed with, and served, later.
-        for spec in volumes where spec.geometry.sizeBytes > UInt64(Int64.max) || spec.geometry.logicalBlockBytes.nonzeroBitCount != 1 {
+        for spec in volumes where spec.geometry.sizeBytes > Self.volumeBytesMax || spec.geometry.logicalBlockBytes.nonzeroBitCount != 1 {
             throw .invalid("disk \(spec.name) of group \(id) cannot have \(spec.geometry.sizeBytes) bytes in blocks of \(spec.geometry.logicalBlockBytes)")
         }
         try thread.perform { () throws(StoreError) in
@@ -241,8 +244,11 @@ public final class ReplicaStore: @unchecked Sendable {
 extension StoreState {
     func info(_ id: GroupID) -> GroupInfo? {
         guard let group = groups[id] else { return nil }
+        var live: Set<UInt64> = []
+        for volume in group.volumes { mark(volume.top, &live) }
+        for point in group.points { for volume in point.volumes { mark(volume.top, &live) } }
         return GroupInfo(
-            id: id, volumes: group.volumes.map(\.spec), generation: group.generation, lastDurable: group.lastDurable, storedBytes: group.storedBytes,
-            layerCount: group.layerCount, recoveryPointCount: group.points.count)
+            id: id, volumes: group.volumes.map(\.spec), generation: group.generation, lastDurable: group.lastDurable,
+            storedBytes: live.reduce(0) { $0 + (layers[$1]?.dataBytes ?? 0) }, layerCount: live.count, recoveryPointCount: group.points.count)
     }
 }

@@ -104,9 +104,7 @@ extension ReplicaStore {
         var (snapshot, covered) = indexes.nearest(group, volume, chain: chain)
         while covered < chain.count {
             let loaded = try LayerFile.load(storage, store: uuid, record: chain[covered])
-            guard loaded.header.parent == chain[covered].parent else {
-                throw .damaged(path: LayerFile.path(chain[covered].id), offsetBytes: 64, what: "the layer names another parent than the MANIFEST")
-            }
+            // Its header names the parent of the time; a merge may have taken that one's place.
             snapshot.apply(loaded.extents, loaded.checksums)
             covered += 1
         }
@@ -116,14 +114,19 @@ extension ReplicaStore {
 
 extension LayerFile.Written {
     func record(parent: UInt64) -> LayerRecord {
-        var ends: [UInt32: UInt32] = [:]
+        var uses: [UInt32: SegmentUse] = [:]
         var dataBytes: UInt64 = 0
+        var cluster: (segment: UInt32, block: UInt32)?
         for extent in extents where !extent.isZero {
-            ends[extent.segment] = max(ends[extent.segment] ?? 0, extent.segmentBlock + extent.blockCount)
-            dataBytes += UInt64(extent.storedBytes)
+            // Parts of one compressed cluster that follow each other need it once.
+            if extent.isCompressed, let last = cluster, last == (extent.segment, extent.segmentBlock) { continue }
+            cluster = extent.isCompressed ? (extent.segment, extent.segmentBlock) : nil
+            uses[extent.segment, default: SegmentUse(segment: extent.segment, endBlock: 0, blocks: 0)].blocks += extent.segmentBlockCount
+            uses[extent.segment]!.endBlock = max(uses[extent.segment]!.endBlock, extent.segmentBlock + extent.segmentBlockCount)
+            dataBytes += UInt64(extent.segmentBlockCount) * UInt64(blockBytes)
         }
         return LayerRecord(
-            id: checksums.layer, parent: parent, fileBytes: fileBytes, digest: digest, extentCount: extents.count, dataBytes: dataBytes,
-            segments: ends.keys.sorted().map { SegmentUse(segment: $0, endBlock: ends[$0]!) })
+            id: checksums.layer, parent: parent, sizeBytes: checksums.sizeBytes, fileBytes: fileBytes, digest: digest, extentCount: extents.count,
+            dataBytes: dataBytes, segments: uses.keys.sorted().map { uses[$0]! })
     }
 }

@@ -39,4 +39,8 @@ public protocol StorageFile: AnyObject, Sendable {
     func truncate(to sizeBytes: UInt64) throws(StoreError)
     /// Reserves space and extends the file to cover it; best effort, false when the file system cannot or is full.
     func preallocate(offsetBytes: UInt64, lengthBytes: UInt64) -> Bool
+    /// Gives the space of whole blocks back; they read as zeroes then. False when the file system cannot.
+    func punch(offsetBytes: UInt64, lengthBytes: UInt64) throws(StoreError) -> Bool
+    /// Bytes of disk space that the file occupies.
+    func allocatedBytes() throws(StoreError) -> UInt64
 }

@@ -23,9 +23,6 @@ struct GroupRecord: Codable, Sendable {
     var lastDurable: DurablePosition?
     /// Oldest first.
     var points: [PointRecord] = []
-    /// Of the layers of all volumes, recovery points' included.
-    var layerCount = 0
-    var storedBytes: UInt64 = 0
 }
 
 struct VolumeRecord: Codable, Sendable {
@@ -37,6 +34,8 @@ struct VolumeRecord: Codable, Sendable {
 struct LayerRecord: Codable, Sendable {
     var id: UInt64
     var parent: UInt64
+    /// Size of the volume at the cut.
+    var sizeBytes: UInt64
     var fileBytes: UInt64
     var digest: UInt64
     var extentCount: Int
@@ -45,10 +44,11 @@ struct LayerRecord: Codable, Sendable {
     var segments: [SegmentUse]
 }
 
-/// A layer's data in `segment` ends before `endBlock`.
+/// A layer's data in `segment` needs so many blocks of it and ends before `endBlock`.
 struct SegmentUse: Codable, Sendable {
     var segment: UInt32
     var endBlock: UInt32
+    var blocks: UInt32
 }
 
 struct PointRecord: Codable, Sendable {
@@ -64,13 +64,32 @@ struct ForkRecord: Codable, Sendable {
     var purpose: String
     var createdTimeNanoseconds: UInt64
     var volumes: [ForkVolumeRecord]
+    /// The fork that it was made of, as that was at the time; nil = made of a recovery point.
+    var parentFork: ForkID?
 }
 
 struct ForkVolumeRecord: Codable, Sendable {
     var spec: VolumeSpec
-    /// The layer that the fork starts at; 0 = an empty volume.
+    /// The layer below the open one: where the fork started, or its own newest sealed layer; 0 = an empty volume.
     var parent: UInt64
     /// Files of the open layer.
+    var segment: UInt32
+    var journal: UInt64
+}
+
+/// What a person said about a recovery point.
+struct PointMarks: Codable, Sendable, Equatable {
+    var note: String?
+    /// Name under which it is held: never expired, not dropped before it is released.
+    var hold: String?
+    /// Asked for by a person, not by the clock.
+    var isOnDemand = false
+}
+
+/// A fork's open layer became `layer` (nil: nothing was in it); the open one is in new files.
+struct ForkSeal: Codable, Sendable {
+    var volume: Int
+    var layer: LayerRecord?
     var segment: UInt32
     var journal: UInt64
 }
@@ -86,6 +105,13 @@ enum ManifestRecord: Codable, Sendable {
     case epochSealed(GroupID, DurablePosition, volumes: [Int], layers: [LayerRecord], point: RecoveryPoint?)
     case forked(ForkRecord)
     case forkDropped(ForkID)
+    case pointsDropped(GroupID, [RecoveryPointID])
+    case pointMarked(GroupID, RecoveryPointID, PointMarks)
+    /// A run of neighbours, oldest first, became one layer that says the same as all of them; only the newest was named by anything.
+    case layersMerged(replaced: [UInt64], by: LayerRecord)
+    case forkSealed(ForkID, [ForkSeal])
+    /// The group is what the fork was when its open layer was last sealed; its points are gone, but for held ones.
+    case forkCommitted(ForkID)
 }
 
 extension StoreState {
@@ -112,7 +138,57 @@ extension StoreState {
             return nil
         case .forkDropped(let id):
             return forks[id] == nil ? "fork \(id) does not exist" : nil
+        case .pointsDropped(let id, let points):
+            guard let group = groups[id] else { return "group \(id) does not exist" }
+            for point in points {
+                guard let record = group.points.first(where: { $0.point.id == point }) else { return "group \(id) has no point \(point)" }
+                if let hold = record.point.hold { return "point \(point) of group \(id) is held as \(hold)" }
+            }
+            return nil
+        case .pointMarked(let id, let point, _):
+            guard let group = groups[id] else { return "group \(id) does not exist" }
+            return group.points.contains { $0.point.id == point } ? nil : "group \(id) has no point \(point)"
+        case .layersMerged(let replaced, let layer):
+            return mergeConflict(replaced, layer)
+        case .forkSealed(let id, let seals):
+            guard let fork = forks[id] else { return "fork \(id) does not exist" }
+            for seal in seals {
+                guard fork.volumes.indices.contains(seal.volume) else { return "fork \(id) has no disk number \(seal.volume)" }
+                if let layer = seal.layer, layer.parent != fork.volumes[seal.volume].parent { return "layer \(layer.id) does not go on disk \(seal.volume) of fork \(id)" }
+            }
+            return nil
+        case .forkCommitted(let id):
+            guard let fork = forks[id] else { return "fork \(id) does not exist" }
+            guard let group = groups[fork.group] else { return "group \(fork.group) does not exist" }
+            return group.volumes.count >= fork.volumes.count ? nil : "group \(fork.group) has fewer disks than fork \(id)"
         }
+    }
+
+    private func mergeConflict(_ replaced: [UInt64], _ layer: LayerRecord) -> String? {
+        guard let first = replaced.first, let last = replaced.last else { return "a merge of no layers" }
+        var below = layer.parent
+        for id in replaced {
+            guard let old = layers[id] else { return "layer \(id) does not exist" }
+            guard old.parent == below else { return "layer \(id) does not follow layer \(below)" }
+            below = id
+        }
+        guard layers[layer.id] == nil else { return "layer \(layer.id) exists" }
+        let inside = Set(replaced.dropLast())
+        guard !inside.isEmpty else { return nil }
+        for id in tops where inside.contains(id) { return "layer \(id), between \(first) and \(last), is named" }
+        for (id, other) in layers where inside.contains(other.parent) && other.id != last && !inside.contains(id) { return "layer \(id) goes on layer \(other.parent)" }
+        return nil
+    }
+
+    /// Every layer that something other than a layer names; some more than once.
+    var tops: [UInt64] {
+        var all: [UInt64] = []
+        for group in groups.values {
+            all += group.volumes.lazy.map(\.top)
+            for point in group.points { all += point.volumes.lazy.map(\.top) }
+        }
+        for fork in forks.values { all += fork.volumes.lazy.map(\.parent) }
+        return all
     }
 
     /// Only after `conflict` found nothing.
@@ -133,12 +209,8 @@ extension StoreState {
             groups[id]!.generation = generation
         case .epochSealed(let id, let position, let volumes, let added, let point):
             for (volume, layer) in zip(volumes, added) {
-                layers[layer.id] = layer
+                add(layer)
                 groups[id]!.volumes[volume].top = layer.id
-                groups[id]!.layerCount += 1
-                groups[id]!.storedBytes += layer.dataBytes
-                nextFile = max(nextFile, layer.id + 1)
-                for use in layer.segments { nextFile = max(nextFile, UInt64(use.segment) + 1) }
             }
             groups[id]!.lastDurable = position
             if let point {
@@ -152,6 +224,56 @@ extension StoreState {
         case .forkDropped(let id):
             forks[id] = nil
             dropUnreachableLayers()
+        case .pointsDropped(let id, let points):
+            let gone = Set(points)
+            groups[id]!.points.removeAll { gone.contains($0.point.id) }
+            dropUnreachableLayers()
+        case .pointMarked(let id, let point, let marks):
+            let index = groups[id]!.points.firstIndex { $0.point.id == point }!
+            groups[id]!.points[index].point.note = marks.note
+            groups[id]!.points[index].point.hold = marks.hold
+            groups[id]!.points[index].point.isOnDemand = marks.isOnDemand
+        case .layersMerged(let replaced, let layer):
+            merge(replaced, into: layer)
+        case .forkSealed(let id, let seals):
+            for seal in seals {
+                if let layer = seal.layer {
+                    add(layer)
+                    forks[id]!.volumes[seal.volume].parent = layer.id
+                }
+                forks[id]!.volumes[seal.volume].segment = seal.segment
+                forks[id]!.volumes[seal.volume].journal = seal.journal
+                nextFile = max(nextFile, seal.journal + 1, UInt64(seal.segment) + 1)
+            }
+        case .forkCommitted(let id):
+            let fork = forks[id]!
+            for (index, volume) in fork.volumes.enumerated() { groups[fork.group]!.volumes[index].top = volume.parent }
+            groups[fork.group]!.points.removeAll { $0.point.hold == nil }
+            groups[fork.group]!.lastDurable = nil
+            groups[fork.group]!.generation = groups[fork.group]!.generation.next
+            dropUnreachableLayers()
+        }
+    }
+
+    private mutating func add(_ layer: LayerRecord) {
+        layers[layer.id] = layer
+        nextFile = max(nextFile, layer.id + 1)
+        for use in layer.segments { nextFile = max(nextFile, UInt64(use.segment) + 1) }
+    }
+
+    private mutating func merge(_ replaced: [UInt64], into layer: LayerRecord) {
+        let old = replaced.last!
+        for id in replaced { layers[id] = nil }
+        add(layer)
+        for (id, other) in layers where other.parent == old { layers[id]!.parent = layer.id }
+        for (id, group) in groups {
+            for (index, volume) in group.volumes.enumerated() where volume.top == old { groups[id]!.volumes[index].top = layer.id }
+            for (number, point) in group.points.enumerated() {
+                for (index, volume) in point.volumes.enumerated() where volume.top == old { groups[id]!.points[number].volumes[index].top = layer.id }
+            }
+        }
+        for (id, fork) in forks {
+            for (index, volume) in fork.volumes.enumerated() where volume.parent == old { forks[id]!.volumes[index].parent = layer.id }
         }
     }
 
@@ -168,11 +290,7 @@ extension StoreState {
 
     private mutating func dropUnreachableLayers() {
         var live: Set<UInt64> = []
-        for group in groups.values {
-            for volume in group.volumes { mark(volume.top, &live) }
-            for point in group.points { for volume in point.volumes { mark(volume.top, &live) } }
-        }
-        for fork in forks.values { for volume in fork.volumes { mark(volume.parent, &live) } }
+        for top in tops { mark(top, &live) }
         if live.count < layers.count { layers = layers.filter { live.contains($0.key) } }
     }
 

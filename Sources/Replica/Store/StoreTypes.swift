@@ -35,6 +35,10 @@ public struct RecoveryPoint: Sendable, Codable, Hashable {
     /// Bytes of data that its epoch brought.
     public var dataBytes: UInt64
     public var note: String?
+    /// Name under which it is held: never expired, not dropped before it is released.
+    public var hold: String?
+    /// Asked for by a person, not by the clock.
+    public var isOnDemand = false
     public init(id: RecoveryPointID, group: GroupID, epoch: EpochNumber, instance: String, cutTimeNanoseconds: UInt64, consistency: Consistency, receivedTimeNanoseconds: UInt64, dataBytes: UInt64, note: String? = nil) {
         self.id = id
         self.group = group
@@ -53,7 +57,7 @@ public struct GroupInfo: Sendable, Hashable {
     public var volumes: [VolumeSpec]
     public var generation: Generation
     public var lastDurable: DurablePosition?
-    /// Data bytes in the group's layers, overwritten ones included.
+    /// Data bytes in the layers of the group's volumes and recovery points, overwritten ones included.
     public var storedBytes: UInt64
     /// Layers of all volumes together.
     public var layerCount: Int
