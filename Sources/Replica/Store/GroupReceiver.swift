@@ -141,6 +141,7 @@ final class GroupReceiver: Sendable {
         store.logger.error("an epoch failed", metadata: ["group": "\(writer.group)", "epoch": "\(writer.cut.epoch)", "error": "\(error)"])
         store.shared.withLock { $0.statistics.abandonedEpochCount += 1 }
         giveBack()
+        if case .full = error { store.spaceRefused() }
         if case .io = error { state.withLock { $0.sealedEnd = nil } }
     }
 

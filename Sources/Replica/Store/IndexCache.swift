@@ -73,16 +73,21 @@ final class IndexCache: Sendable {
     /// The snapshot nearest below or at the top of `chain` (oldest first) and how many layers of the chain it covers.
     func nearest(_ group: GroupID, _ volume: Int, chain: [LayerRecord]) -> (IndexSnapshot, Int) {
         guard let entry = entries.withLock({ $0[Key(group: group, volume: volume)] }), let last = chain.last else { return (IndexSnapshot(), 0) }
-        if entry.newest.top == last.id { return (entry.newest, chain.count) }
+        // Upkeep may have replaced layers below the top between the two looks, and moved their data: only what is of this chain counts.
+        let ids = Set(chain.lazy.map(\.id))
+        func isOfChain(_ snapshot: IndexSnapshot) -> Bool { snapshot.layers.allSatisfy { ids.contains($0.layer) } }
+        if entry.newest.top == last.id, isOfChain(entry.newest) { return (entry.newest, chain.count) }
         for checkpoint in entry.checkpoints.reversed() {
-            if let position = chain.lastIndex(where: { $0.id == checkpoint.top }) { return (checkpoint, position + 1) }
+            if let position = chain.lastIndex(where: { $0.id == checkpoint.top }), isOfChain(checkpoint) { return (checkpoint, position + 1) }
         }
         return (IndexSnapshot(), 0)
     }
 
     /// Layers were merged: what still names the replaced ones is forgotten.
-    func merged(replaced: [UInt64], by layer: LayerRecord) {
-        let gone = Set(replaced)
+    func merged(replaced: [UInt64], by layer: LayerRecord) { forget(Set(replaced)) }
+
+    /// What names one of these layers is forgotten: also when the data of a layer moved, since then every place in it is wrong.
+    func forget(_ gone: Set<UInt64>) {
         entries.withLock { entries in entries = entries.filter { !$0.value.newest.layers.contains { gone.contains($0.layer) } } }
     }
 

@@ -7,13 +7,18 @@ final class Manifest {
     static let recordType: UInt32 = 1
 
     private let storage: any Storage
-    private let log: FramedLog
+    private var log: FramedLog
+    /// Length of the record that it begins with.
+    private var snapshotBytes: UInt64
+    /// Records since the state was copied for a new MANIFEST; nil = none is being written.
+    private var tail: [[UInt8]]?
     /// Set once the file may differ from what was said: nothing is appended any more.
     private(set) var failure: StoreError?
 
-    private init(storage: any Storage, log: FramedLog) {
+    private init(storage: any Storage, log: FramedLog, snapshotBytes: UInt64) {
         self.storage = storage
         self.log = log
+        self.snapshotBytes = snapshotBytes
     }
 
     /// Opens the store's MANIFEST, or makes the one of a new store. When it holds more than `rewriteBytes` it is replaced by one
@@ -60,17 +65,55 @@ final class Manifest {
                 try storage.remove(newPath)
             }
         }
-        return (Manifest(storage: storage, log: log), state, log.tornBytes)
+        return (Manifest(storage: storage, log: log, snapshotBytes: UInt64(frames[0].payload.count)), state, log.tornBytes)
     }
 
     /// Publishes a MANIFEST that holds `state`: written aside, synced, renamed over.
     private static func create(_ storage: any Storage, state: StoreState) throws(StoreError) -> Manifest {
-        let file = try storage.open(newPath, .create, direct: false)
-        let log = try FramedLog.create(file, header: FileHeader(kind: .manifest, id: 0, store: state.uuid))
-        try log.append(type: recordType, payload: encode(.snapshot(state)))
+        let (log, snapshotBytes) = try write(storage, state: state)
         try storage.rename(newPath, to: path)
         try storage.syncDirectory("")
-        return Manifest(storage: storage, log: log)
+        return Manifest(storage: storage, log: log, snapshotBytes: snapshotBytes)
+    }
+
+    private static func write(_ storage: any Storage, state: StoreState) throws(StoreError) -> (FramedLog, snapshotBytes: UInt64) {
+        let file = try storage.open(newPath, .create, direct: false)
+        let log = try FramedLog.create(file, header: FileHeader(kind: .manifest, id: 0, store: state.uuid))
+        let snapshot = encode(.snapshot(state))
+        try log.append(type: recordType, payload: snapshot)
+        return (log, UInt64(snapshot.count))
+    }
+
+    // MARK: Rewriting while records go on
+
+    func isLong(_ rewriteBytes: UInt64) -> Bool { failure == nil && log.endBytes > max(rewriteBytes, 4 * snapshotBytes) }
+
+    /// From here on records are also kept for the new one.
+    func beginRewrite() { tail = [] }
+    func giveUpRewrite() {
+        tail = nil
+        if failure == nil { try? storage.remove(Self.newPath) }
+    }
+
+    /// What takes time, on any thread: the new file with `state` as it was when the rewrite began. Not named `MANIFEST` yet.
+    static func prepareRewrite(_ storage: any Storage, state: StoreState) throws(StoreError) -> (FramedLog, snapshotBytes: UInt64) {
+        try write(storage, state: state)
+    }
+
+    /// Adds what was recorded meanwhile and takes the old one's place. Until it is named the old one stands.
+    func finishRewrite(_ rewritten: (log: FramedLog, snapshotBytes: UInt64)) throws(StoreError) {
+        if let failure { throw failure }
+        for record in tail ?? [] { try rewritten.log.append(type: Self.recordType, payload: record) }
+        do throws(StoreError) {
+            try storage.rename(Self.newPath, to: Self.path)
+            // Both say the same up to here; what is recorded next must not go into one that a crash takes back.
+            try storage.syncDirectory("")
+        } catch {
+            failure = error
+            throw error
+        }
+        tail = nil
+        (log, snapshotBytes) = rewritten
     }
 
     private static func encode(_ record: ManifestRecord) -> [UInt8] {
@@ -80,10 +123,12 @@ final class Manifest {
     /// Durable on return. On `.full` the MANIFEST is as before; on any other error it takes no more records.
     func append(_ record: ManifestRecord) throws(StoreError) {
         if let failure { throw failure }
-        do throws(StoreError) { try log.append(type: Self.recordType, payload: Self.encode(record)) } catch {
+        let payload = Self.encode(record)
+        do throws(StoreError) { try log.append(type: Self.recordType, payload: payload) } catch {
             if case .full = error { throw error }
             failure = error
             throw error
         }
+        tail?.append(payload)
     }
 }

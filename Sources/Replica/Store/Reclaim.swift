@@ -1,14 +1,18 @@
 /// Files that nothing names: at start-up whatever a crash left, later what was dropped. Records go first, files after.
 
-/// Keeps files from being removed while somebody reads through them.
+/// Keeps files from being removed, and what they name from being given back, while somebody reads through them.
 struct Pin {
+    /// Their data is in use as far as they name it.
+    let records: [LayerRecord]
+    /// Files to be kept: those of the records, and new ones that no record names yet.
     var layers: Set<UInt64>
-    var segments: Set<UInt32>
+    /// Kept whole, whatever is named in them: segments of open layers, and new ones.
+    var segments: Set<UInt32> = []
     var journals: Set<UInt64> = []
 
     init(_ chain: [LayerRecord]) {
-        layers = Set(chain.map(\.id))
-        segments = Set(chain.lazy.flatMap { $0.segments.lazy.map(\.segment) })
+        records = chain
+        layers = Set(chain.lazy.map(\.id))
     }
 }
 
@@ -16,14 +20,7 @@ extension ReplicaStore {
     static let reservePath = "RESERVE"
     static let reserveBytes: UInt64 = 1 << 20
 
-    func pin(_ pin: Pin) -> UInt64 {
-        shared.withLock { shared in
-            let number = shared.nextPin
-            shared.nextPin += 1
-            shared.pins[number] = pin
-            return number
-        }
-    }
+    func pin(_ pin: Pin) -> UInt64 { shared.withLock { $0.add(pin) } }
 
     func unpin(_ number: UInt64) {
         let look = shared.withLock { shared -> Bool in
@@ -33,18 +30,23 @@ extension ReplicaStore {
         if look { thread.enqueue { [weak self] in self?.collectGarbage() } }
     }
 
-    /// On the store's thread. A failure only leaks until the next time.
-    func collectGarbage() {
+    /// On the store's thread. A failure only leaks until the next time. Returns how many files went.
+    @discardableResult
+    func collectGarbage() -> Int {
         // A record that may have reached the disk may name what looks like garbage: the next start decides.
-        if manifest.failure != nil { return }
-        do throws(StoreError) { try removeUnreferencedFiles() } catch {
+        if manifest.failure != nil { return 0 }
+        var removed = 0
+        do throws(StoreError) { removed = try removeUnreferencedFiles() } catch {
             logger.warning("cannot remove files that nothing refers to", metadata: ["error": "\(error)"])
         }
         keepReserve()
+        return removed
     }
 
-    /// On the store's thread.
-    func removeUnreferencedFiles() throws(StoreError) {
+    /// On the store's thread. Returns how many.
+    @discardableResult
+    func removeUnreferencedFiles() throws(StoreError) -> Int {
+        let ignoresPins = options.deliberateFault == .pinsIgnored
         let (layers, segments, journals) = shared.withLock { shared -> (Set<UInt64>, Set<UInt64>, Set<UInt64>) in
             var layers = Set(shared.state.layers.keys)
             var segments: Set<UInt64> = []
@@ -57,22 +59,24 @@ extension ReplicaStore {
                 }
             }
             let before = (layers.count, segments.count, journals.count)
-            for pin in shared.pins.values {
+            for pin in shared.pins.values where !ignoresPins {
                 layers.formUnion(pin.layers)
                 segments.formUnion(pin.segments.lazy.map { UInt64($0) })
+                for record in pin.records { segments.formUnion(record.segments.lazy.map { UInt64($0.segment) }) }
                 journals.formUnion(pin.journals)
             }
             shared.hasGarbage = before != (layers.count, segments.count, journals.count)
             for receiver in shared.receivers.values { segments.formUnion(receiver.heldSegments.lazy.map { UInt64($0) }) }
             return (layers, segments, journals)
         }
-        try removeFiles(in: "layers", suffix: ".layer", except: layers)
+        var removed = try removeFiles(in: "layers", suffix: ".layer", except: layers)
         self.segments.keep(segments)
-        try removeFiles(in: "segments", suffix: ".seg", except: segments)
-        try removeFiles(in: "journals", suffix: ".journal", except: journals)
+        removed += try removeFiles(in: "segments", suffix: ".seg", except: segments)
+        removed += try removeFiles(in: "journals", suffix: ".journal", except: journals)
+        return removed
     }
 
-    private func removeFiles(in directory: String, suffix: String, except kept: Set<UInt64>) throws(StoreError) {
+    private func removeFiles(in directory: String, suffix: String, except kept: Set<UInt64>) throws(StoreError) -> Int {
         var removed = 0
         for name in try storage.list(directory) {
             if name.hasSuffix(suffix), let number = UInt64(name.dropLast(suffix.count)), kept.contains(number) { continue }
@@ -83,6 +87,7 @@ extension ReplicaStore {
             try storage.syncDirectory(directory)
             logger.debug("removed files that nothing refers to", metadata: ["directory": "\(directory)", "count": "\(removed)"])
         }
+        return removed
     }
 
     /// At open: gives back what segments hold beyond their last layer (reserved space, a broken-off epoch).

@@ -14,8 +14,14 @@ struct StoreOptions: Sendable {
     var writeBufferCount = 4
     /// A buffer that is not full is written too when it holds this much and the disk has nothing else of the group to do.
     var writeBytesMin = 1 << 20
-    /// The MANIFEST is rewritten at open when it is longer.
+    /// The MANIFEST is rewritten at open when it is longer; by upkeep when it is also four times as long as the state alone.
     var manifestRewriteBytes: UInt64 = 4 << 20
+    /// Upkeep does not merge for less overwritten data than this in the whole store, nor punch for less dead space in a segment.
+    var garbageBytesMin: UInt64 = 1 << 20
+    var reclaimBytesMin: UInt64 = 64 << 10
+    /// Space is low when less than the larger of these is free; see `lowSpaceMark`.
+    var lowSpaceBytes: UInt64 = 2 << 30
+    var lowSpacePercent: UInt64 = 5
     /// A fork's journal is flushed when this many writes wait, even when nobody asks.
     var journalEntriesMax = 4096
     /// No thread of its own: see `StoreThread`. For simulations, like the next two.
@@ -41,6 +47,12 @@ enum DeliberateFault: CaseIterable, Sendable {
     case blocksNotChecked
     /// A reopened fork writes over blocks that its journal names.
     case forkBlocksReused
+    /// Data that was moved is given up before the record with its new place is durable.
+    case spaceReusedBeforeRecord
+    /// Space is given back although a reader is pinned to it.
+    case pinsIgnored
+    /// Held recovery points expire and are dropped like others.
+    case holdsIgnored
 }
 
 /// The replica's data: volumes as chains of layers, recovery points, forks. One per directory, held by one process at a time.
@@ -58,6 +70,7 @@ public final class ReplicaStore: @unchecked Sendable {
     let shared: Mutex<Shared>
     let segments: SegmentCache
     let indexes: IndexCache
+    let upkeep = Upkeep()
 
     /// What several threads look at.
     struct Shared {
@@ -74,6 +87,13 @@ public final class ReplicaStore: @unchecked Sendable {
         mutating func newFile() -> UInt64 {
             defer { state.nextFile += 1 }
             return state.nextFile
+        }
+
+        /// Returns the number by which it is taken away again.
+        mutating func add(_ pin: Pin) -> UInt64 {
+            defer { nextPin += 1 }
+            pins[nextPin] = pin
+            return nextPin
         }
     }
 
@@ -126,6 +146,7 @@ public final class ReplicaStore: @unchecked Sendable {
             shared.isClosed = true
             return shared.receivers.sorted { $0.key.rawValue < $1.key.rawValue }.map(\.value)
         }
+        stopUpkeep()
         for receiver in receivers { receiver.abandonCurrent("the store closes") }
         thread.stop()
         segments.removeAll()
@@ -169,14 +190,19 @@ public final class ReplicaStore: @unchecked Sendable {
 
     public func group(_ id: GroupID) -> GroupInfo? { read { $0.info(id) } }
 
-    /// Removes the group and its recovery points. What forks and open readers still read stays until they go.
+    /// Removes the group and its recovery points. What forks and open readers still read stays until they go. Throws `.invalid` while a
+    /// recovery point of it is held.
     public func deleteGroup(_ id: GroupID) throws(StoreError) {
         try thread.perform { () throws(StoreError) in
             guard let count = self.read({ $0.groups[id]?.volumes.count }) else { throw .unknownGroup(id) }
+            if let point = self.recoveryPoints(id).first(where: { $0.hold != nil }) {
+                throw .invalid("recovery point \(point.id) of group \(id) is held as \"\(point.hold!)\": release it before the group is deleted")
+            }
             self.shared.withLock { $0.receivers[id] }?.abandonCurrent("the group is deleted")
             try self.change(.groupDeleted(id))
             self.shared.withLock { $0.receivers[id] = nil }
             self.indexes.remove(id, volumeCount: count)
+            self.upkeep.settings.withLock { $0.policies[id] = nil }
             self.collectGarbage()
         }
     }
@@ -210,6 +236,7 @@ public final class ReplicaStore: @unchecked Sendable {
             figures.segmentCount = segments.count
             return figures
         }
+        figures.upkeep = upkeep.settings.withLock { $0.statistics }
         (figures.freeBytes, figures.capacityBytes) = storage.space()
         return figures
     }

@@ -69,6 +69,7 @@ extension ReplicaStore {
             try change(.epochSealed(writer.group, position, volumes: changed, layers: records, point: point))
             writer.receiver.sealed(writer)
             shared.withLock { $0.statistics.sealedEpochCount += 1 }
+            spaceFound()
             bringIndexesForward(writer.group, changed, records, written)
             return .success(point)
         } catch {

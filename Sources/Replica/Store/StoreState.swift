@@ -140,10 +140,10 @@ extension StoreState {
             return forks[id] == nil ? "fork \(id) does not exist" : nil
         case .pointsDropped(let id, let points):
             guard let group = groups[id] else { return "group \(id) does not exist" }
-            for point in points {
-                guard let record = group.points.first(where: { $0.point.id == point }) else { return "group \(id) has no point \(point)" }
-                if let hold = record.point.hold { return "point \(point) of group \(id) is held as \(hold)" }
-            }
+            let wanted = Set(points)
+            let found = group.points.filter { wanted.contains($0.point.id) }
+            if let held = found.first(where: { $0.point.hold != nil })?.point { return "point \(held.id) of group \(id) is held as \(held.hold!)" }
+            if found.count < wanted.count, let unknown = wanted.subtracting(found.map(\.point.id)).first { return "group \(id) has no point \(unknown)" }
             return nil
         case .pointMarked(let id, let point, _):
             guard let group = groups[id] else { return "group \(id) does not exist" }

@@ -90,4 +90,5 @@ public struct StoreStatistics: Sendable, Hashable {
     public var abandonedEpochCount: UInt64 = 0
     public var appendedBytes: UInt64 = 0
     public var badBlockCount: UInt64 = 0
+    public var upkeep = UpkeepStatistics()
 }

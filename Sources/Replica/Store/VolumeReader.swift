@@ -59,13 +59,14 @@ extension ReplicaStore {
     /// Index and segments of a pinned chain.
     func open(_ group: GroupID, _ volume: Int, chain: [LayerRecord]) throws(StoreError) -> (IndexSnapshot, SegmentTable) {
         let snapshot = try merge(group, volume, chain: chain)
-        // A fork outlives its group; one of the same name may have fewer disks.
-        let isNewest = read { state in
-            guard let disks = state.groups[group]?.volumes, disks.indices.contains(volume) else { return false }
-            return disks[volume].top == snapshot.top
-        }
-        if isNewest, !indexes.covers(group, volume, top: snapshot.top) {
-            indexes.offer(group, volume, snapshot)
+        if !indexes.covers(group, volume, top: snapshot.top) {
+            // Offered under the lock, and only when the chain still is what was merged: upkeep, which may replace layers and move data,
+            // tells the cache after it has changed the state.
+            read { state in
+                // A fork outlives its group; one of the same name may have fewer disks.
+                guard let disks = state.groups[group]?.volumes, disks.indices.contains(volume), disks[volume].top == snapshot.top else { return }
+                if state.chain(snapshot.top).map(\.id) == chain.map(\.id) { indexes.offer(group, volume, snapshot) }
+            }
         }
         return (snapshot, try segments.open(Set(chain.lazy.flatMap { $0.segments.lazy.map(\.segment) })))
     }
