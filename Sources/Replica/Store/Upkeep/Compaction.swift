@@ -5,8 +5,9 @@
 /// expiry would rewrite its index as often as it has layers. Instead two bounds are kept, each with the cheapest merges:
 ///
 /// - *Length.* A run adds its length less one to what a chain has beyond its named layers. When the runs of a tree together add
-///   more than `surplusMax`, the window with the fewest bytes of index per layer saved goes. Windows of equal small layers are cheapest,
-///   so layers grow in tiers, and a byte of index is rewritten O(log) times.
+///   more than `surplusMax`, the window with the fewest bytes of index per layer saved goes; but, as long as there are any, of those
+///   windows only in which no layer is larger than all others together. So a byte of index that is rewritten lands in a layer at
+///   least twice as large as the one that it came from: it is rewritten O(log) times.
 /// - *Garbage.* Of a run's data at most all but the largest layer's can have been overwritten inside the run. When that, over all runs,
 ///   is more than 1/`garbageShare` of the data, the window with the most such data per byte of index goes.
 ///
@@ -30,18 +31,15 @@ enum Compaction {
     /// Neighbours to merge, oldest first; nil when all bounds hold. `unreadable` layers are left alone.
     static func plan(_ state: StoreState, _ limits: Limits, unreadable: Set<UInt64> = []) -> [LayerRecord]? {
         let runs = runs(state, unreadable: unreadable)
-        var best: (window: Range<Int>, run: Int, cost: Double)?
-        func offer(_ run: Int, cost: (_ indexBytes: UInt64, _ count: Int, _ garbage: UInt64) -> Double?) {
+        var best: (window: Range<Int>, run: Int, cost: (Int, Double))?
+        func offer(_ run: Int, cost: (_ window: Window) -> (Int, Double)?) {
             let layers = runs[run].layers
             for start in layers.indices.dropLast() {
-                var indexBytes = layers[start].fileBytes
-                var (data, largest) = (layers[start].dataBytes, layers[start].dataBytes)
+                var window = Window(layers[start])
                 for end in start + 1..<min(layers.count, start + limits.windowMax) {
-                    indexBytes += layers[end].fileBytes
-                    data += layers[end].dataBytes
-                    largest = max(largest, layers[end].dataBytes)
-                    if indexBytes > limits.windowBytesMax { break }
-                    guard let cost = cost(indexBytes, end - start + 1, data - largest) else { continue }
+                    window.append(layers[end])
+                    if window.indexBytes > limits.windowBytesMax { break }
+                    guard let cost = cost(window) else { continue }
                     if best == nil || cost < best!.cost { best = (start..<end + 1, run, cost) }
                 }
             }
@@ -56,17 +54,41 @@ enum Compaction {
         guard isLong || isWasteful else { return nil }
 
         if limits.isFrugal {
-            for run in runs.indices where runs[run].layers.count > 1 { offer(run) { bytes, _, _ in Double(bytes) } }
+            for run in runs.indices where runs[run].layers.count > 1 { offer(run) { (0, Double($0.indexBytes)) } }
         } else if isLong {
             for run in runs.indices where runs[run].layers.count > 1 && surplus[runs[run].root]! > limits.surplusMax {
-                offer(run) { bytes, count, _ in Double(bytes) / Double(count - 1) }
+                offer(run) { ($0.indexBytesLargest * 2 <= $0.indexBytes ? 0 : 1, Double($0.indexBytes) / Double($0.count - 1)) }
             }
         } else {
             for run in runs.indices where runs[run].garbageMax > 0 {
-                offer(run) { bytes, _, garbage in garbage > 0 ? Double(bytes) / Double(garbage) : nil }
+                offer(run) { $0.garbageMax > 0 ? (0, Double($0.indexBytes) / Double($0.garbageMax)) : nil }
             }
         }
         return best.map { Array(runs[$0.run].layers[$0.window]) }
+    }
+
+    /// Neighbours within a run, added up.
+    private struct Window {
+        var count = 1
+        var indexBytes: UInt64
+        var indexBytesLargest: UInt64
+        var dataBytes: UInt64
+        var dataBytesLargest: UInt64
+
+        init(_ layer: LayerRecord) {
+            (indexBytes, indexBytesLargest) = (layer.fileBytes, layer.fileBytes)
+            (dataBytes, dataBytesLargest) = (layer.dataBytes, layer.dataBytes)
+        }
+
+        mutating func append(_ layer: LayerRecord) {
+            count += 1
+            indexBytes += layer.fileBytes
+            indexBytesLargest = max(indexBytesLargest, layer.fileBytes)
+            dataBytes += layer.dataBytes
+            dataBytesLargest = max(dataBytesLargest, layer.dataBytes)
+        }
+
+        var garbageMax: UInt64 { dataBytes - dataBytesLargest }
     }
 
     struct Run {
