@@ -8,11 +8,11 @@ final class BlockMap: @unchecked Sendable {
     let volume: String
     let sizeBytes: UInt64
     var index: ExtentIndex
-    let layers: ContiguousArray<LayerChecksums>
-    let segments: SegmentTable
+    private(set) var layers: ContiguousArray<LayerChecksums>
+    private(set) var segments: SegmentTable
     let report: BadBlockReport
     /// The open layer of a fork.
-    let open: OpenLayerData?
+    var open: OpenLayerData?
 
     init(spec: VolumeSpec, snapshot: IndexSnapshot, segments: SegmentTable, report: BadBlockReport, open: OpenLayerData? = nil) {
         volume = spec.name
@@ -22,6 +22,13 @@ final class BlockMap: @unchecked Sendable {
         self.segments = segments
         self.report = report
         self.open = open
+    }
+
+    /// A fork's open layer was sealed. Returns the slot for its extents.
+    func add(_ checksums: LayerChecksums, _ segment: SegmentFile) -> UInt32 {
+        layers.append(checksums)
+        segments.add([segment])
+        return UInt32(layers.count - 1)
     }
 
     /// Descriptor of the segment that an extent lies in; -1 when it is not a local file.

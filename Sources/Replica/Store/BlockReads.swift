@@ -51,6 +51,8 @@ final class BlockReads: IOHandler {
     private var lineHead: BlockRequestPointer?
     private var lineTail: BlockRequestPointer?
     private var ownerWaits = false
+    /// Nothing new is begun: somebody waits for what is in flight.
+    private var drained: (() -> Void)?
 
     private init(map: BlockMap, loop: EventLoop, owner: BlockReadOwner?) {
         self.map = map
@@ -89,7 +91,7 @@ final class BlockReads: IOHandler {
     /// Completes the request when all of it has been read.
     func submit(_ request: BlockRequestPointer) {
         request.pointee.scratch = (1, 0, 0, 0)
-        if lineHead != nil { return wait(request) }
+        if lineHead != nil || drained != nil { return wait(request) }
         if makePieces(request) { pieceEnded(request) } else { wait(request) }
     }
 
@@ -97,7 +99,7 @@ final class BlockReads: IOHandler {
     /// Nil when no slot is free.
     func readBlock(_ block: UInt64, into memory: UnsafeMutableRawPointer, token: UInt32) -> Bool? {
         guard let extent = map.index.piece(at: block, end: block + 1).extent else { return false }
-        guard freeCount > 0 else {
+        guard freeCount > 0, drained == nil else {
             ownerWaits = true
             return nil
         }
@@ -198,6 +200,28 @@ final class BlockReads: IOHandler {
         } else {
             owner!.blockRead(token: ended.ownerToken, error: error)
         }
+        if drained != nil {
+            if freeCount == Self.pieceCount { endDrain() }
+            return
+        }
+        goOn()
+    }
+
+    /// Calls once nothing is in flight; what comes meanwhile waits. One at a time.
+    func drain(_ body: @escaping () -> Void) {
+        precondition(drained == nil)
+        drained = body
+        if freeCount == Self.pieceCount { endDrain() }
+    }
+
+    private func endDrain() {
+        let body = drained!
+        body()
+        drained = nil
+        goOn()
+    }
+
+    private func goOn() {
         if ownerWaits {
             ownerWaits = false
             owner?.readSlotFree()

@@ -41,7 +41,8 @@ struct IndexExtent: Equatable {
         set { slotAndCluster = slotAndCluster & ~0xFFF | UInt32(newValue.bits) }
     }
 
-    static let blockCountMax: UInt32 = 1 << 20
+    /// Their bytes have to fit 32 bits.
+    static let blockCountMax: UInt32 = 1 << 20 - 1
     static let zeroSlot: UInt32 = 0xF_FFFF
     /// The open layer of a fork.
     static let openSlot: UInt32 = 0xF_FFFE

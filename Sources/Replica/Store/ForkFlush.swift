@@ -15,6 +15,10 @@ final class ForkFlush: IOHandler {
     private unowned(unsafe) let io: ForkIO
     private var handler: HandlerID!
     private var isRunning = false
+    /// None is begun.
+    private var isHeld = false
+    /// Waits for the running one to end.
+    private var held: (() -> Void)?
     /// Parts of the running flush that have not ended.
     private var parts = 0
     private var error: StoreError?
@@ -50,16 +54,27 @@ final class ForkFlush: IOHandler {
     /// A FLUSH, or a write with FUA that has been committed.
     func submit(_ request: BlockRequestPointer) {
         arrived.append(request)
-        if !isRunning { begin() }
+        startIfIdle()
     }
 
     /// Writes have piled up.
-    func startIfIdle() { if !isRunning { begin() } }
+    func startIfIdle() { if !isRunning && !isHeld { begin() } }
+
+    /// Begins no more, and calls when none is running.
+    func hold(_ body: @escaping () -> Void) {
+        isHeld = true
+        if isRunning { held = body } else { body() }
+    }
+
+    func goOn() {
+        isHeld = false
+        if !arrived.isEmpty || afterwards != nil { startIfIdle() }
+    }
 
     /// Flushes once more, then calls.
     func flushThen(_ body: @escaping () -> Void) {
         afterwards = body
-        if !isRunning { begin() }
+        startIfIdle()
     }
 
     private func begin() {
@@ -149,6 +164,12 @@ final class ForkFlush: IOHandler {
 
     private func ended() {
         isRunning = false
+        if isHeld {
+            let body = held
+            held = nil
+            body?()
+            return
+        }
         if !arrived.isEmpty || fork.pendingCount >= fork.store.options.journalEntriesMax && error == nil { return begin() }
         callAfterwards()
     }

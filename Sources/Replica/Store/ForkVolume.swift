@@ -8,15 +8,21 @@ import Logging
 /// once it is there (`commit`), so that readers of the old place are not disturbed. A flush makes the data and the journal
 /// durable; what was flushed survives the process and the power, what was not is lost from some write on.
 ///
-/// One thread at a time; `ForkStore` drives it through a ring, `read`/`write`/`zero`/`flush` do so synchronously.
+/// `ForkStore` drives it through a ring, on one thread; `read`/`write`/`zero`/`flush` do so synchronously, one at a time. Not both.
 public final class ForkVolume: @unchecked Sendable {
     public let id: ForkID
     public let name: String
     public let geometry: BlockGeometry
     let store: ReplicaStore
     let map: BlockMap
-    let open: OpenLayerData
-    let log: FramedLog
+    private(set) var open: OpenLayerData
+    private(set) var log: FramedLog
+    /// What the open layer says, tombstones included: what a seal writes.
+    private var own = ExtentIndex()
+    /// Held during each synchronous call, by whoever changes `io`, and by a seal of a volume that no ring serves.
+    let gate = Semaphore(count: 1)
+    /// The ring that serves it, if one does. Under `gate`.
+    weak var io: ForkIO?
     private let key: String
     private var pin: UInt64?
 
@@ -31,6 +37,11 @@ public final class ForkVolume: @unchecked Sendable {
     private var hasUnsyncedData = false
     /// Set by a failed flush: what is on disk is unknown, so nothing is promised any more.
     private(set) var failure: StoreError?
+    /// Files of a seal that is not published yet.
+    private var preparing: (layer: UInt64, segment: UInt32, journal: UInt64)?
+    /// What a seal that failed means for the volume; noted by the sealing thread, minded when the volume goes on.
+    private var sealFailure: StoreError?
+    private var turningSlot: UInt32 = 0
 
     init(store: ReplicaStore, id: ForkID, spec: VolumeSpec, map: BlockMap, log: FramedLog, frames: [FramedLog.Frame], pin: UInt64, key: String) throws(StoreError) {
         self.store = store
@@ -50,14 +61,16 @@ public final class ForkVolume: @unchecked Sendable {
 
     /// Flushes and gives the fork free for the next opener. Nothing may be in flight.
     public func close() throws(StoreError) {
+        gate.wait()
+        defer { gate.signal() }
         defer { release() }
-        if pin != nil, failure == nil { try flush() }
+        if pin != nil, failure == nil { try flushNow() }
     }
 
     private func release() {
         guard let pin else { return }
         self.pin = nil
-        store.shared.withLock { _ = $0.openForks.remove(key) }
+        store.shared.withLock { $0.openForks[key] = nil }
         store.unpin(pin)
     }
 
@@ -109,13 +122,26 @@ public final class ForkVolume: @unchecked Sendable {
         var block = startBlock
         while block < startBlock + blocks {
             let count = UInt32(min(startBlock + blocks - block, 1 << 30))
-            map.index.erase(from: block, to: block + UInt64(count))
+            erase(from: block, to: block + UInt64(count))
             pending.append(StoredExtent(startBlock: block, blockCount: count, segment: 0, segmentBlock: 0, checksumIndex: 0, storedBytes: 0, encoding: ExtentEncoding.zero.rawValue))
             block += UInt64(count)
         }
     }
 
-    private func put(_ extent: IndexExtent) { map.index.apply(extent) }
+    private func put(_ extent: IndexExtent) {
+        map.index.apply(extent)
+        own.apply(extent)
+    }
+
+    private func erase(from start: UInt64, to end: UInt64) {
+        map.index.erase(from: start, to: end)
+        var block = start
+        while block < end {
+            let count = min(end - block, UInt64(IndexExtent.blockCountMax))
+            own.apply(IndexExtent(startBlock: block, blockCount: UInt32(count), slot: IndexExtent.zeroSlot, segment: 0, segmentBlock: 0, checksumIndex: 0))
+            block += count
+        }
+    }
 
     /// Whether a flush has anything to do.
     var needsFlush: Bool { hasUnsyncedData || !pending.isEmpty }
@@ -153,11 +179,19 @@ public final class ForkVolume: @unchecked Sendable {
 
     public func read(offsetBytes: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(StoreError) {
         try check(offsetBytes, UInt64(buffer.count))
+        gate.wait()
+        defer { gate.signal() }
         try map.read(offsetBytes: offsetBytes, into: buffer)
     }
 
     /// Any offset and length; blocks written in part are read, changed and written as new ones.
     public func write(offsetBytes: UInt64, _ bytes: UnsafeRawBufferPointer) throws(StoreError) {
+        gate.wait()
+        defer { gate.signal() }
+        try writeNow(offsetBytes: offsetBytes, bytes)
+    }
+
+    private func writeNow(offsetBytes: UInt64, _ bytes: UnsafeRawBufferPointer) throws(StoreError) {
         try check(offsetBytes, UInt64(bytes.count))
         if bytes.count == 0 { return }
         let bounceBytes = 1 << 20
@@ -181,11 +215,13 @@ public final class ForkVolume: @unchecked Sendable {
             commit(startBlock: startBlock, blocks: blocks, segmentBlock: place)
             done += count
         }
-        if pending.count >= store.options.journalEntriesMax { try flush() }
+        if pending.count >= store.options.journalEntriesMax { try flushNow() }
     }
 
     public func zero(offsetBytes: UInt64, lengthBytes: UInt64) throws(StoreError) {
         try check(offsetBytes, lengthBytes)
+        gate.wait()
+        defer { gate.signal() }
         if let failure { throw failure }
         let unit = UInt64(blockBytes)
         let end = offsetBytes + lengthBytes
@@ -200,11 +236,17 @@ public final class ForkVolume: @unchecked Sendable {
     private func writeZeroes(_ offset: UInt64, _ length: UInt64) throws(StoreError) {
         if length == 0 { return }
         let zeroes = [UInt8](repeating: 0, count: Int(length))
-        try zeroes.withBytes { bytes throws(StoreError) in try write(offsetBytes: offset, bytes) }
+        try zeroes.withBytes { bytes throws(StoreError) in try writeNow(offsetBytes: offset, bytes) }
     }
 
     /// Everything written so far is durable on return.
     public func flush() throws(StoreError) {
+        gate.wait()
+        defer { gate.signal() }
+        try flushNow()
+    }
+
+    private func flushNow() throws(StoreError) {
         if let failure { throw failure }
         if !needsFlush { return }
         let (bytes, offset) = beginFlush()
@@ -257,7 +299,7 @@ public final class ForkVolume: @unchecked Sendable {
     }
 
     private func replay(_ entry: StoredExtent, _ sums: [UInt64]) {
-        if entry.isZero { return map.index.erase(from: entry.startBlock, to: entry.endBlock) }
+        if entry.isZero { return erase(from: entry.startBlock, to: entry.endBlock) }
         open.reserve(Int(entry.segmentBlock) + Int(entry.blockCount))
         for index in 0..<Int(entry.blockCount) { open.set(sums[Int(entry.checksumIndex) + index], segmentBlock: Int(entry.segmentBlock) + index) }
         put(IndexExtent(startBlock: entry.startBlock, blockCount: entry.blockCount, slot: IndexExtent.openSlot, segment: open.segment.id, segmentBlock: entry.segmentBlock, checksumIndex: entry.segmentBlock))
@@ -282,6 +324,114 @@ public final class ForkVolume: @unchecked Sendable {
         try log.cut(at: frame)
         pending = entries
         hasUnsyncedData = true
-        try flush()
+        try flushNow()
+    }
+}
+
+// MARK: Seals
+
+extension ForkVolume {
+    var isClosed: Bool { pin == nil }
+    var hasOwnBlocks: Bool { !own.isEmpty }
+
+    /// Writes the open layer's layer file and makes the files of the next open layer, all of them synced, but not their directories. On the
+    /// sealing thread, while the volume is quiet. When it throws, `sealFailed` follows.
+    func prepareSeal(_ number: Int) throws(StoreError) -> OpenLayerSeal {
+        if let failure { throw failure }
+        guard let pin, let parent = store.read({ $0.forks[id]?.volumes[number].parent }) else { throw .unknownFork(id) }
+        let names = store.shared.withLock { shared in
+            let names = (layer: shared.newFile(), segment: UInt32(shared.newFile()), journal: shared.newFile())
+            // Nothing names them yet: without this they would be taken for garbage.
+            shared.pins[pin]!.layers.insert(names.layer)
+            shared.pins[pin]!.segments.insert(names.segment)
+            shared.pins[pin]!.journals.insert(names.journal)
+            return names
+        }
+        preparing = names
+        let file = open.segment.file
+        let endBytes = UInt64(nextBlock) * UInt64(pageBytes)
+        do throws(StoreError) {
+            if try file.size() > endBytes {
+                try file.truncate(to: endBytes)
+                reservedBytes = endBytes
+            }
+            if store.options.deliberateFault != .dataNotSynced { try file.dataSync() }
+        } catch {
+            // As after a flush that failed.
+            if case .full = error {} else { sealFailure = error }
+            throw error
+        }
+        // Below the lowest layer everything is zero anyway.
+        let extents = own.extents.lazy.filter { parent != 0 || !$0.isZero }.map { StoredExtent($0) }
+        var layer: LayerFile.Written?
+        if !extents.isEmpty {
+            let identity = LayerIdentity(
+                id: names.layer, parent: parent, volumeIndex: UInt32(number), sizeBytes: geometry.sizeBytes,
+                cut: Cut(epoch: EpochNumber(0), kind: .exact, timeNanoseconds: store.options.now(), blockCount: 0), consistency: .crash)
+            layer = try LayerFile.write(
+                store.storage, store: store.uuid, identity: identity, extents: Array(extents), sums: UnsafeBufferPointer(start: open.base(0), count: Int(nextBlock)),
+                isSynced: store.options.deliberateFault != .layerNotSynced)
+        }
+        let (segment, log) = try store.createOpenLayer(segment: names.segment, journal: names.journal)
+        return OpenLayerSeal(number: number, volume: self, layer: layer, segment: segment, journal: names.journal, log: log)
+    }
+
+    /// On the sealing thread. When nobody knows whether the record reached the disk nothing more can be promised here: the next start may
+    /// find the old open layer or the new one.
+    func sealFailed(_ error: StoreError, isUnknown: Bool) {
+        guard let names = preparing else { return }
+        preparing = nil
+        if isUnknown {
+            sealFailure = error
+            return
+        }
+        for path in [LayerFile.path(names.layer), SegmentFile.path(names.segment), ForkJournal.path(names.journal)] { try? store.storage.remove(path) }
+        store.shared.withLock { shared in
+            guard let pin, shared.pins[pin] != nil else { return }
+            shared.pins[pin]!.layers.remove(names.layer)
+            shared.pins[pin]!.segments.remove(names.segment)
+            shared.pins[pin]!.journals.remove(names.journal)
+        }
+    }
+
+    /// Ends a seal in one step; nothing may be in flight. Without a seal only notes what failed.
+    func goOn(_ seal: OpenLayerSeal?) {
+        if let seal {
+            turn(beginTurn(seal)[...])
+            endTurn(seal)
+        } else if let sealFailure, failure == nil {
+            failure = sealFailure
+        }
+    }
+
+    /// The layer joins the table; its extents are still those of the open one. `turn` turns them, in parts if need be, `endTurn` lets the
+    /// old open layer go. Nothing is written in between; reads may go on until the end.
+    func beginTurn(_ seal: OpenLayerSeal) -> [StoredExtent] {
+        guard let layer = seal.layer else { return [] }
+        turningSlot = map.add(layer.checksums, open.segment)
+        return layer.extents
+    }
+
+    func turn(_ extents: ArraySlice<StoredExtent>) {
+        for extent in extents where !extent.isZero { map.index.apply(extent.indexed(slot: turningSlot)) }
+    }
+
+    /// No read may be in flight.
+    func endTurn(_ seal: OpenLayerSeal) {
+        let old = open.segment.id
+        open = OpenLayerData(segment: seal.segment)
+        map.open = open
+        log = seal.log
+        own = ExtentIndex()
+        pending.removeAll(keepingCapacity: true)
+        hasUnsyncedData = false
+        nextBlock = 1
+        reservedBytes = UInt64(pageBytes)
+        preparing = nil
+        store.shared.withLock { shared in
+            guard let pin, shared.pins[pin] != nil else { return }
+            shared.pins[pin]!.journals = [seal.journal]
+            if seal.layer == nil { shared.pins[pin]!.segments.remove(old) }
+        }
     }
 }

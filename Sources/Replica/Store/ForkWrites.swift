@@ -45,7 +45,9 @@ final class ForkWrites: IOHandler {
     private var active: [UInt32] = []
     private var partialCount = 0
     private var waitingCount = 0
-    /// For slots: all were taken.
+    /// Nothing new is begun.
+    private var isHeld = false
+    /// For slots: all were taken, or writes are held.
     private var line: [BlockRequestPointer] = []
     private var bounces: [UnsafeMutableRawPointer] = []
     private var needRead: [(slot: UInt32, block: UInt64, memory: UnsafeMutableRawPointer)] = []
@@ -86,7 +88,7 @@ final class ForkWrites: IOHandler {
 
     func submit(_ request: BlockRequestPointer) {
         if fork.failure != nil { return request.complete(error: EIO) }
-        guard let number = free.popLast() else { return line.append(request) }
+        guard !isHeld, let number = free.popLast() else { return line.append(request) }
         let offset = request.pointee.offsetBytes
         let end = offset + UInt64(request.pointee.lengthBytes)
         let unit = UInt64(blockBytes)
@@ -106,6 +108,18 @@ final class ForkWrites: IOHandler {
         } else {
             advance(number)
         }
+    }
+
+    /// Begins none of the writes that come from now on, until `goOn`; those that are here go on, and `ForkIO.writesEnded` is called when the
+    /// last has been answered or handed to the flush.
+    func hold() {
+        isHeld = true
+        if active.isEmpty { io.writesEnded() }
+    }
+
+    func goOn() {
+        isHeld = false
+        wakeWaiting()
     }
 
     /// Whether one of the first `count` requests must end before this one begins.
@@ -278,11 +292,12 @@ final class ForkWrites: IOHandler {
         slot.pointee.bounce = nil
         active.remove(at: active.firstIndex(of: number)!)
         free.append(number)
+        if isHeld, active.isEmpty { io.writesEnded() }
     }
 
     /// Somebody ended: begins those whose turn has come.
     private func wakeWaiting() {
-        while !line.isEmpty && !free.isEmpty { submit(line.removeFirst()) }
+        while !isHeld && !line.isEmpty && !free.isEmpty { submit(line.removeFirst()) }
         var index = 0
         while waitingCount > 0 && index < active.count {
             let number = active[index]

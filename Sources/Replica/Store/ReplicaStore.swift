@@ -71,6 +71,7 @@ public final class ReplicaStore: @unchecked Sendable {
     let segments: SegmentCache
     let indexes: IndexCache
     let upkeep = Upkeep()
+    let forkLocks = ForkLocks()
 
     /// What several threads look at.
     struct Shared {
@@ -80,7 +81,8 @@ public final class ReplicaStore: @unchecked Sendable {
         var nextPin: UInt64 = 1
         /// Something was dropped while it was pinned: look again when a pin goes.
         var hasGarbage = false
-        var openForks: Set<String> = []
+        /// By "fork/volume".
+        var openForks: [String: OpenForkVolume] = [:]
         var statistics = StoreStatistics()
         var isClosed = false
 

@@ -39,6 +39,8 @@ struct SegmentTable: Sendable {
     private var first: UInt32 = 0
     private var files: [UInt32: SegmentFile] = [:]
 
+    mutating func add(_ opened: [SegmentFile]) { self = SegmentTable(files.values.filter { file in !opened.contains { $0.id == file.id } } + opened) }
+
     init(_ opened: [SegmentFile]) {
         guard let low = opened.map(\.id).min(), let high = opened.map(\.id).max() else { return }
         first = low

@@ -71,8 +71,10 @@ public struct ForkInfo: Sendable, Hashable {
     public var purpose: String
     public var createdTimeNanoseconds: UInt64
     public var volumes: [VolumeSpec]
-    /// Size of the fork's own data and journals as files, in bytes.
+    /// Its own data and journals, in bytes: files of its open layers, and the data of layers that no group needs.
     public var ownBytes: UInt64
+    /// The fork that it was made of; nil = of the recovery point.
+    public var parentFork: ForkID?
 }
 
 public struct StoreStatistics: Sendable, Hashable {
@@ -87,6 +89,7 @@ public struct StoreStatistics: Sendable, Hashable {
     public var capacityBytes: UInt64 = 0
     /// Since the store was opened.
     public var sealedEpochCount: UInt64 = 0
+    public var sealedForkCount: UInt64 = 0
     public var abandonedEpochCount: UInt64 = 0
     public var appendedBytes: UInt64 = 0
     public var badBlockCount: UInt64 = 0
