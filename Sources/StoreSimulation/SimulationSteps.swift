@@ -102,11 +102,13 @@ extension Simulation {
     // MARK: Epochs
 
     private func begin(_ name: String) throws {
+        // An epoch whose seal failed is nothing to go on top of.
+        try collect()
         let group = state.groups[name]!
         let base = sealing.last { $0.group == name }
         let cut = Cut(epoch: EpochNumber(nextEpoch), kind: random.oneIn(4) ? .fuzzy : .exact, timeNanoseconds: nextEpoch, blockCount: 0)
         let writer = try attempt("begin an epoch") { () throws(StoreError) in
-            try store.beginEpoch(GroupID(name), generation: Generation(group.generation), cut: cut, instance: "a")
+            try store.beginEpoch(GroupID(name), generation: Generation(group.generation), cut: cut, instance: "a", after: base?.writer.positionWhenSealed ?? store.group(GroupID(name))?.lastDurable)
         }
         guard let writer else { return }
         incoming[name] = Incoming(group: name, writer: writer, epoch: nextEpoch, isExact: cut.kind == .exact, images: base?.images ?? group.images, base: base)

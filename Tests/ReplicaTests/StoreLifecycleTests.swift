@@ -67,7 +67,7 @@ import Testing
         #expect(try store.raiseGeneration(webGroup) == Generation(2))
         expect(.fenced(webGroup, current: Generation(2))) { _ = try writer.seal() }
         expect(.fenced(webGroup, current: Generation(2))) {
-            _ = try store.beginEpoch(webGroup, generation: Generation(1), cut: Cut(epoch: EpochNumber(2), kind: .exact, timeNanoseconds: 0, blockCount: 0), instance: "a")
+            _ = try store.beginEpoch(webGroup, generation: Generation(1), cut: Cut(epoch: EpochNumber(2), kind: .exact, timeNanoseconds: 0, blockCount: 0), instance: "a", after: nil)
         }
         store.close()
         store = try openStore(directory)

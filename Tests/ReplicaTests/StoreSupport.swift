@@ -97,8 +97,14 @@ extension EpochWriter {
 }
 
 extension ReplicaStore {
+    /// On top of the epoch whose seal has been asked for last, or of the last durable one.
     func begin(_ epoch: UInt64, _ kind: EpochKind = .exact, instance: String = "a", group id: GroupID = webGroup) throws -> EpochWriter {
-        try beginEpoch(id, generation: self.group(id)!.generation, cut: Cut(epoch: EpochNumber(epoch), kind: kind, timeNanoseconds: epoch * 1_000_000_000, blockCount: 0), instance: instance)
+        try begin(epoch, kind, instance: instance, group: id, after: shared.withLock { $0.receivers[id] }?.sealing?.positionWhenSealed ?? group(id)!.lastDurable)
+    }
+
+    func begin(_ epoch: UInt64, _ kind: EpochKind = .exact, instance: String = "a", group id: GroupID = webGroup, after parent: DurablePosition?) throws -> EpochWriter {
+        try beginEpoch(
+            id, generation: self.group(id)!.generation, cut: Cut(epoch: EpochNumber(epoch), kind: kind, timeNanoseconds: epoch * 1_000_000_000, blockCount: 0), instance: instance, after: parent)
     }
 
     func image(_ point: RecoveryPointID, volume: Int, group id: GroupID = webGroup) throws -> [UInt8] {

@@ -9,9 +9,9 @@ import NIOCore
 /// Rules
 /// - A block is appended only after it matched its checksum.
 /// - ACK is sent from the store's seal callback and from nowhere else.
-/// - An epoch is sealed only after the one before it was: were both handed to a store that fails the first (full) and then
-///   takes the second, the replica would miss the first one's blocks. So a SEAL that comes early waits in `waitingSeal`; the
-///   sender, which never has more than two unacknowledged epochs, sends no other before the ACK.
+/// - An epoch is sealed only after the one before it was: a SEAL that comes early waits in `waitingSeal`; the sender, which never
+///   has more than two unacknowledged epochs, sends no other before the ACK. The store holds to that by itself: each epoch says what
+///   it goes on top of (`parent`), first of all on the position that WELCOME told the sender.
 /// - Credits: what was received minus what the store wrote stays below the window. An epoch that ends returns what it
 ///   still held.
 final class Receiver {
@@ -50,6 +50,8 @@ final class Receiver {
     private var sealing: OpenEpoch?
     private var waitingSeal: (epoch: OpenEpoch, consistency: Consistency)?
     private var lastEpoch: EpochNumber = .none
+    /// What the next epoch goes on top of.
+    private var parent: DurablePosition?
     private var receivedBytes: UInt64 = 0
     private var creditedBytes: UInt64 = 0
     private var announcedCreditBytes: UInt64 = 0
@@ -57,10 +59,12 @@ final class Receiver {
     private var idlePromise: EventLoopPromise<Void>?
     private var unpacked = UnsafeMutableRawBufferPointer(start: nil, count: 0)
 
-    init(store: ReplicaStore, hello: DataHello, handler: FrameHandler, logger: Logger) {
+    /// `position`: what WELCOME said.
+    init(store: ReplicaStore, hello: DataHello, position: DurablePosition?, handler: FrameHandler, logger: Logger) {
         windowBytes = Self.windowBytes(store)
         self.store = store
         self.hello = hello
+        parent = position
         self.handler = handler
         self.logger = logger
     }
@@ -104,7 +108,7 @@ final class Receiver {
         guard cut.epoch > lastEpoch else { throw .unexpected(.epochBegin, "\(cut.epoch) after \(lastEpoch)") }
         lastEpoch = cut.epoch
         do throws(StoreError) {
-            let writer = try store.beginEpoch(hello.group, generation: hello.generation, cut: cut, instance: hello.instance)
+            let writer = try store.beginEpoch(hello.group, generation: hello.generation, cut: cut, instance: hello.instance, after: parent)
             let epoch = OpenEpoch(cut: cut, writer: writer)
             let bound = NIOLoopBound((self, epoch.account), eventLoop: handler.eventLoop)
             writer.onWritten = { count in
@@ -238,6 +242,7 @@ final class Receiver {
             throw .malformed(.epochSeal, "\(meta.epoch) is not what was sent (\(epoch.account.dataBytes) of \(meta.dataBytes) bytes of data)")
         }
         current = nil
+        parent = epoch.writer.positionWhenSealed
         if sealing == nil {
             start(epoch, meta.consistency)
         } else {

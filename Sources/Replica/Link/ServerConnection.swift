@@ -135,7 +135,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         guard hello.generation >= group.generation else { return await fence(group.generation, hello) }
         var welcome = Welcome(windowBytes: Receiver.windowBytes(server.store))
         welcome.position = group.lastDurable.map { .init(instance: $0.instance, epoch: $0.epoch, kind: $0.kind) }
-        await welcomeData(welcome, hello)
+        await welcomeData(welcome, hello, group.lastDurable)
     }
 
     private func greetControl(_ hello: AgentHello, _ id: ServerID) async {
@@ -178,12 +178,12 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         }
     }
 
-    private func welcomeData(_ welcome: Welcome, _ hello: DataHello) async {
+    private func welcomeData(_ welcome: Welcome, _ hello: DataHello, _ position: DurablePosition?) async {
         await onLoop { [self] in
             guard case .greeting(let handler) = state else { return }
             handler.send(.welcome) { $0.putJSON(welcome) }
             handler.greeted()
-            state = .data(handler, Receiver(store: server.store, hello: hello, handler: handler, logger: logger))
+            state = .data(handler, Receiver(store: server.store, hello: hello, position: position, handler: handler, logger: logger))
             logger.info("data stream of group \(hello.group), \(hello.generation), from \(welcome.position.map { "\($0.epoch)" } ?? "nothing")")
         }
     }

@@ -27,6 +27,8 @@ public final class EpochWriter: @unchecked Sendable {
     let generation: Generation
     let cut: Cut
     let instance: String
+    /// What it goes on top of; the seal is refused when the group is anywhere else by then.
+    let parent: DurablePosition?
     let store: ReplicaStore
     let receiver: GroupReceiver
     /// The epoch before, when it had not ended when this one began.
@@ -43,13 +45,14 @@ public final class EpochWriter: @unchecked Sendable {
     private var bufferPayload = 0
     private var bufferLimit = 0
 
-    init(store: ReplicaStore, receiver: GroupReceiver, group: GroupID, generation: Generation, cut: Cut, instance: String, specs: [VolumeSpec], start: SegmentPosition?, predecessor: EpochWriter?) {
+    init(store: ReplicaStore, receiver: GroupReceiver, group: GroupID, generation: Generation, cut: Cut, instance: String, parent: DurablePosition?, specs: [VolumeSpec], start: SegmentPosition?, predecessor: EpochWriter?) {
         self.store = store
         self.receiver = receiver
         self.group = group
         self.generation = generation
         self.cut = cut
         self.instance = instance
+        self.parent = parent
         self.predecessor = Mutex(predecessor)
         position = start
         volumes = specs.map { PendingLayer(spec: $0) }
@@ -106,6 +109,9 @@ public final class EpochWriter: @unchecked Sendable {
         let accepted = store.thread.enqueue { done(self.store.seal(self, consistency: consistency)) }
         if !accepted { done(.failure(.closed)) }
     }
+
+    /// What the group's `lastDurable` is once this epoch has been sealed: the parent of the next.
+    public var positionWhenSealed: DurablePosition { DurablePosition(instance: instance, epoch: cut.epoch, kind: cut.kind) }
 
     /// Throws the epoch away and gives its space back. Nothing happens when it has been sealed.
     public func abandon() {

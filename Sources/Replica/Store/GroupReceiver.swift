@@ -40,14 +40,16 @@ final class GroupReceiver: Sendable {
 
     // MARK: Any thread
 
-    /// Begins an epoch behind those still being sealed; one still being received is abandoned.
-    func begin(_ make: (_ start: SegmentPosition?, _ predecessor: EpochWriter?) -> EpochWriter) -> EpochWriter {
+    /// The newest epoch whose seal has been asked for and not been answered.
+    var sealing: EpochWriter? { state.withLock { $0.sealing } }
+
+    /// Begins an epoch behind the one that was `sealing`; one still being received is abandoned.
+    func begin(predecessor: EpochWriter?, _ make: (_ start: SegmentPosition?) -> EpochWriter) -> EpochWriter {
         abandonCurrent("a newer epoch of the group began")
         return state.withLock { state in
-            // One that failed takes this one with it as long as its seal has not been answered.
-            let predecessor = state.sealing
+            // One that failed takes this one with it.
             let start = predecessor?.failure == nil ? predecessor?.position ?? state.sealedEnd : state.sealedEnd
-            let writer = make(start, predecessor)
+            let writer = make(start)
             state.current = writer
             return writer
         }

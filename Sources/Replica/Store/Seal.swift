@@ -1,9 +1,13 @@
 import BlockTap
 
 extension ReplicaStore {
-    /// Begins receiving one epoch of a group; one that is still being received is abandoned. The one before may still be being
-    /// sealed: then this one is good only if that one is. Throws `.fenced` when `generation` is not the group's.
-    public func beginEpoch(_ id: GroupID, generation: Generation, cut: Cut, instance: String) throws(StoreError) -> EpochWriter {
+    /// Begins receiving one epoch of a group; one that is still being received is abandoned.
+    ///
+    /// `parent` is what the epoch goes on top of, as the caller knows it: the group's `lastDurable`, or the epoch whose seal was asked
+    /// for last and has not been answered; nil = nothing. An epoch holds only what changed since, so it is worth something on top of
+    /// exactly that: `.abandoned` is thrown here, or by the seal, when the group is or comes to be anywhere else. Throws `.fenced` when
+    /// `generation` is not the group's.
+    public func beginEpoch(_ id: GroupID, generation: Generation, cut: Cut, instance: String, after parent: DurablePosition?) throws(StoreError) -> EpochWriter {
         let (group, receiver) = try shared.withLock { shared throws(StoreError) -> (GroupRecord, GroupReceiver) in
             if shared.isClosed { throw .closed }
             guard let group = shared.state.groups[id] else { throw .unknownGroup(id) }
@@ -14,11 +18,20 @@ extension ReplicaStore {
             if shared.receivers[id] == nil { shared.receivers[id] = GroupReceiver(store: self) }
             return (group, shared.receivers[id]!)
         }
-        return receiver.begin { start, predecessor in
+        let predecessor = receiver.sealing
+        // Looked at after `sealing`: what is not in there any more has been published, or will never be.
+        try checkParent(parent, of: cut, id, last: predecessor?.positionWhenSealed ?? read { $0.groups[id]?.lastDurable })
+        return receiver.begin(predecessor: predecessor) { start in
             EpochWriter(
-                store: self, receiver: receiver, group: id, generation: generation, cut: cut, instance: instance,
+                store: self, receiver: receiver, group: id, generation: generation, cut: cut, instance: instance, parent: parent,
                 specs: group.volumes.map(\.spec), start: start, predecessor: predecessor)
         }
+    }
+
+    private func checkParent(_ parent: DurablePosition?, of cut: Cut, _ id: GroupID, last: DurablePosition?) throws(StoreError) {
+        if parent == last { return }
+        func words(_ position: DurablePosition?) -> String { position.map { "\($0.epoch) of \($0.instance)" } ?? "nothing" }
+        throw .abandoned("\(cut.epoch) of group \(id) goes on top of \(words(parent)), but the newest here is \(words(last))")
     }
 
     private func checkGeneration(_ group: GroupRecord, _ id: GroupID, _ generation: Generation) throws(StoreError) {
@@ -40,6 +53,7 @@ extension ReplicaStore {
                 throw .unknownGroup(writer.group)
             }
             try checkGeneration(group, writer.group, writer.generation)
+            try checkParent(writer.parent, of: writer.cut, writer.group, last: group.lastDurable)
             try writer.receiver.sync(writer.segmentsUsed)
 
             var changed: [Int] = []
@@ -65,8 +79,7 @@ extension ReplicaStore {
                     cutTimeNanoseconds: writer.cut.timeNanoseconds, consistency: consistency, receivedTimeNanoseconds: options.now(),
                     dataBytes: records.reduce(0) { $0 + $1.dataBytes })
             }
-            let position = DurablePosition(instance: writer.instance, epoch: writer.cut.epoch, kind: writer.cut.kind)
-            try change(.epochSealed(writer.group, position, volumes: changed, layers: records, point: point))
+            try change(.epochSealed(writer.group, writer.positionWhenSealed, volumes: changed, layers: records, point: point))
             writer.receiver.sealed(writer)
             shared.withLock { $0.statistics.sealedEpochCount += 1 }
             spaceFound()
