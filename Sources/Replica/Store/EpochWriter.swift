@@ -34,6 +34,8 @@ public final class EpochWriter: @unchecked Sendable {
     /// The epoch before, when it had not ended when this one began.
     private let predecessor: Mutex<EpochWriter?>
     let fate = Mutex<Fate>(.receiving)
+    /// Its buffers on their way.
+    let writes = EpochWrites()
 
     // Owned by the caller's thread until `seal`, by the store's thread after.
     private(set) var volumes: [PendingLayer]
@@ -121,20 +123,24 @@ public final class EpochWriter: @unchecked Sendable {
 
     /// Any thread.
     func giveUp(_ why: String) {
+        receiver.willGiveBack()
         let isFirst = fate.withLock { fate -> Bool in
             guard case .receiving = fate else { return false }
             fate = .failed(.abandoned(why))
             return true
         }
-        if isFirst {
-            store.shared.withLock { $0.statistics.abandonedEpochCount += 1 }
-            store.thread.enqueue { self.receiver.giveBack() }
+        if !isFirst { return receiver.didGiveBack() }
+        store.shared.withLock { $0.statistics.abandonedEpochCount += 1 }
+        store.thread.enqueue {
+            self.receiver.giveBack()
+            self.receiver.didGiveBack()
         }
     }
 
     /// What ended this epoch, or the one that it goes on top of.
     var failure: StoreError? {
         if let own = fate.withLock({ fate -> StoreError? in if case .failed(let error) = fate { error } else { nil } }) { return own }
+        if let failed = writes.error { return failed }
         return predecessor.withLock({ $0 })?.failure.map { _ in .abandoned("the epoch before it failed") }
     }
 
@@ -184,18 +190,7 @@ public final class EpochWriter: @unchecked Sendable {
         position = SegmentPosition(segment: bufferStart.segment, block: bufferStart.block + UInt32(bufferFill / pageBytes))
         let (start, fill, payload) = (bufferStart, bufferFill, bufferPayload)
         bufferFill = 0
-        receiver.writesQueued.add(1, ordering: .relaxed)
-        let accepted = store.thread.enqueue {
-            self.receiver.write(full, byteCount: fill, at: start, for: self)
-            self.receiver.writesQueued.subtract(1, ordering: .relaxed)
-            self.receiver.pool.give(full)
-            self.onWritten?(payload)
-        }
-        if !accepted {
-            receiver.writesQueued.subtract(1, ordering: .relaxed)
-            receiver.pool.give(full)
-            onWritten?(payload)
-        }
+        receiver.write(full, byteCount: fill, payloadBytes: payload, at: start, for: self)
     }
 
     private func dropBuffer() {

@@ -114,6 +114,10 @@ public final class FileStorage: Storage, @unchecked Sendable {
         if fsync(descriptor) != 0 { throw storageError(errno, "cannot sync \(full(path))") }
     }
 
+    public func makeWriteQueue() -> any StorageWriteQueue {
+        do throws(SystemError) { return try RingWrites() } catch { return OneByOneWrites() }
+    }
+
     public func space() -> (freeBytes: UInt64, capacityBytes: UInt64) {
         var figures = statvfs()
         guard statvfs(location, &figures) == 0 else { return (0, 0) }

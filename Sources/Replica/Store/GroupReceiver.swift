@@ -2,11 +2,19 @@ import Synchronization
 
 /// Where the epochs of one group go: its buffers and the segment that it appends to. Groups have segments of their own, so that
 /// an epoch that fails gives back exactly its space, and a dropped group leaves nothing of itself in others' files.
+///
+/// A full buffer goes to the storage's write queue at once, from the thread that filled it, while its segment is open and has space
+/// reserved; so the next epoch's data flows while the store's thread syncs this one's. Else the store's thread readies the segment first.
+/// Space is given back by the store's thread alone, when nothing of the group is under way: from before an epoch is seen to have failed until
+/// its space is given back (`willGiveBack`, `didGiveBack`) nothing is started from elsewhere, since the next epoch begins at the same place.
 final class GroupReceiver: Sendable {
     unowned let store: ReplicaStore
     let pool: BufferPool
+    private let writes: any StorageWriteQueue
     /// Buffers on their way to the disk.
     let writesQueued = Atomic<Int>(0)
+    /// Those of them that the write queue has.
+    private let underway = Underway()
 
     private struct State {
         /// Where the last sealed epoch ended; nil = the next epoch begins a new segment.
@@ -22,18 +30,26 @@ final class GroupReceiver: Sendable {
 
     private let state = Mutex(State())
 
-    /// On the store's thread only.
-    private final class Files {
+    /// Changed on the store's thread, but for `givingBack`.
+    private struct Files {
         var open: [UInt32: (file: SegmentFile, reservedBytes: UInt64)] = [:]
         /// A file was created and its name is not durable yet.
         var hasNewNames = false
+        /// Epochs that have failed, or are about to, and whose space has not been given back.
+        var givingBack = 0
+        /// A write failed for other reasons than space.
+        var hadIOError = false
     }
-    nonisolated(unsafe) private let files = Files()
+    private let files = Mutex(Files())
 
-    init(store: ReplicaStore) {
+    init(store: ReplicaStore, writes: any StorageWriteQueue) {
         self.store = store
+        self.writes = writes
         pool = BufferPool(count: store.options.writeBufferCount, bufferBytes: store.options.writeBufferBytes)
+        writes.add(pool.memory)
     }
+
+    deinit { writes.remove(pool.memory) }
 
     /// Segments that must not be removed although no layer refers to them.
     var heldSegments: Set<UInt32> { state.withLock { $0.held } }
@@ -77,44 +93,100 @@ final class GroupReceiver: Sendable {
         return UInt32(number)
     }
 
-    // MARK: The store's thread
+    func willGiveBack() { files.withLock { $0.givingBack += 1 } }
+    func didGiveBack() { files.withLock { $0.givingBack -= 1 } }
 
-    /// Writes one buffer; a failure becomes the writer's fate.
-    func write(_ buffer: PoolBuffer, byteCount: Int, at position: SegmentPosition, for writer: EpochWriter) {
-        guard writer.failure == nil else { return }
-        do throws(StoreError) {
-            let file = try segment(position.segment, upTo: UInt64(position.block) * UInt64(pageBytes) + UInt64(byteCount))
-            try file.file.write(UnsafeRawBufferPointer(start: buffer.memory, count: byteCount), at: UInt64(position.block) * UInt64(pageBytes))
-            store.shared.withLock { $0.statistics.appendedBytes += UInt64(byteCount) }
-        } catch {
-            fail(writer, error)
+    // MARK: Writing
+
+    /// Writes one buffer and gives it back to the pool; a failure becomes the writer's fate.
+    func write(_ buffer: PoolBuffer, byteCount: Int, payloadBytes: Int, at position: SegmentPosition, for writer: EpochWriter) {
+        writesQueued.add(1, ordering: .relaxed)
+        let write = BufferWrite(buffer: buffer, byteCount: byteCount, payloadBytes: payloadBytes, position: position, onWritten: writer.onWritten)
+        if startAtOnce(write, for: writer) { return }
+        let accepted = store.thread.enqueue { self.startOnThread(write, for: writer) }
+        if !accepted { ended(write) }
+    }
+
+    private func startAtOnce(_ write: BufferWrite, for writer: EpochWriter) -> Bool {
+        guard writes.isConcurrent else { return false }
+        return files.withLock { files in
+            guard files.givingBack == 0, let (file, reserved) = files.open[write.position.segment], write.endBytes <= reserved, writer.failure == nil else { return false }
+            return start(write, to: file, for: writer)
         }
     }
 
-    private func segment(_ id: UInt32, upTo endBytes: UInt64) throws(StoreError) -> SegmentFile {
-        if files.open[id] == nil {
-            files.hasNewNames = true
-            files.open[id] = (try SegmentFile.create(store.storage, store: store.uuid, id: id), UInt64(pageBytes))
+    private func startOnThread(_ write: BufferWrite, for writer: EpochWriter) {
+        guard writer.failure == nil else { return ended(write) }
+        let file: SegmentFile
+        do throws(StoreError) { file = try segment(write.position.segment, upTo: write.endBytes) } catch {
+            ended(write)
+            return fail(writer, error)
         }
-        let (file, reserved) = files.open[id]!
+        if !start(write, to: file, for: writer) { return ended(write) }
+        if let error = writer.writes.error { fail(writer, error) }
+    }
+
+    private func start(_ write: BufferWrite, to file: SegmentFile, for writer: EpochWriter) -> Bool {
+        let fate = writer.writes
+        underway.begin()
+        fate.underway.begin()
+        let bytes = UnsafeRawBufferPointer(start: write.buffer.memory, count: write.byteCount)
+        let accepted = writes.write(bytes, to: file.file, at: write.startBytes) { [self, weak writer] error in
+            if let error {
+                fate.failed(error)
+                if case .io = error { files.withLock { $0.hadIOError = true } }
+                // One-by-one writes are on the store's thread, which looks when they return.
+                if writes.isConcurrent, let writer { writer.store.thread.enqueue { writer.receiver.fail(writer, error) } }
+            }
+            ended(write)
+            fate.underway.end()
+            underway.end()
+        }
+        if accepted {
+            store.shared.withLock { $0.statistics.appendedBytes += UInt64(write.byteCount) }
+        } else {
+            fate.underway.end()
+            underway.end()
+        }
+        return accepted
+    }
+
+    /// Written, or not to be written.
+    private func ended(_ write: BufferWrite) {
+        writesQueued.subtract(1, ordering: .relaxed)
+        pool.give(write.buffer)
+        write.onWritten?(write.payloadBytes)
+    }
+
+    // MARK: The store's thread
+
+    private func segment(_ id: UInt32, upTo endBytes: UInt64) throws(StoreError) -> SegmentFile {
+        var (file, reserved): (SegmentFile, UInt64)
+        if let open = files.withLock({ $0.open[id] }) {
+            (file, reserved) = open
+        } else {
+            files.withLock { $0.hasNewNames = true }
+            (file, reserved) = (try SegmentFile.create(store.storage, store: store.uuid, id: id), UInt64(pageBytes))
+        }
         if endBytes > reserved {
             let wanted = max(store.preallocationStep, endBytes - reserved)
             let step = min(wanted, max(store.options.segmentBytes, endBytes) - reserved)
             // Without a reservation the write itself finds out whether there is space.
             _ = file.file.preallocate(offsetBytes: reserved, lengthBytes: step)
-            files.open[id]!.reservedBytes = reserved + step
+            reserved += step
         }
+        files.withLock { $0.open[id] = (file, reserved) }
         return file
     }
 
     /// Makes the data of an epoch durable.
     func sync(_ segments: Set<UInt32>) throws(StoreError) {
         if store.options.deliberateFault != .dataNotSynced {
-            for id in segments.sorted() { try files.open[id]?.file.file.dataSync() }
+            for id in segments.sorted() { try files.withLock({ $0.open[id] })?.file.file.dataSync() }
         }
-        if files.hasNewNames {
+        if files.withLock({ $0.hasNewNames }) {
             try store.storage.syncDirectory("segments")
-            files.hasNewNames = false
+            files.withLock { $0.hasNewNames = false }
         }
     }
 
@@ -132,11 +204,13 @@ final class GroupReceiver: Sendable {
             if let current = writer.position?.segment { state.held = state.held.filter { $0 >= current } }
         }
         writer.end(.sealed)
-        for id in files.open.keys where id < writer.position?.segment ?? 0 { files.open[id] = nil }
+        files.withLock { files in files.open = files.open.filter { $0.key >= writer.position?.segment ?? 0 } }
     }
 
     /// Ends an epoch that cannot be sealed. After an I/O error nothing more goes into the segment that had it.
     func fail(_ writer: EpochWriter, _ error: StoreError) {
+        willGiveBack()
+        defer { didGiveBack() }
         let isFirst = writer.fate.withLock { if case .failed = $0 { false } else { true } }
         guard isFirst else { return }
         writer.end(.failed(error))
@@ -150,16 +224,19 @@ final class GroupReceiver: Sendable {
     /// Cuts everything off that no sealed epoch owns. What is still queued for failed epochs will not be written, and an epoch
     /// that began behind a failed one fails as well, so nothing that counts lies there.
     func giveBack() {
+        underway.wait()
         // A record that may have reached the disk may name any of it.
         if store.manifest.failure != nil { return }
         let (sealedEnd, sealedSegment) = state.withLock { ($0.sealedEnd, $0.sealedSegment) }
-        for id in files.open.keys.sorted() {
+        let open = files.withLock { $0.open }
+        for (id, (file, _)) in open.sorted(by: { $0.key < $1.key }) {
             do throws(StoreError) {
                 if id == sealedEnd?.segment {
-                    try files.open[id]!.file.file.truncate(to: UInt64(sealedEnd!.block) * UInt64(pageBytes))
-                    files.open[id]!.reservedBytes = UInt64(sealedEnd!.block) * UInt64(pageBytes)
+                    let endBytes = UInt64(sealedEnd!.block) * UInt64(pageBytes)
+                    try file.file.truncate(to: endBytes)
+                    files.withLock { $0.open[id]!.reservedBytes = endBytes }
                 } else if id > sealedSegment {
-                    files.open[id] = nil
+                    files.withLock { $0.open[id] = nil }
                     state.withLock { _ = $0.held.remove(id) }
                     try store.storage.remove(SegmentFile.path(id))
                 }
@@ -167,5 +244,33 @@ final class GroupReceiver: Sendable {
                 store.logger.warning("cannot give back the space of an epoch", metadata: ["segment": "\(id)", "error": "\(error)"])
             }
         }
+        let hadIOError = files.withLock { files in
+            defer { files.hadIOError = false }
+            return files.hadIOError
+        }
+        if hadIOError { state.withLock { $0.sealedEnd = nil } }
     }
+}
+
+/// One buffer on its way, and who hears of it.
+private struct BufferWrite {
+    let buffer: PoolBuffer
+    let byteCount: Int
+    let payloadBytes: Int
+    let position: SegmentPosition
+    let onWritten: (@Sendable (Int) -> Void)?
+
+    var startBytes: UInt64 { UInt64(position.block) * UInt64(pageBytes) }
+    var endBytes: UInt64 { startBytes + UInt64(byteCount) }
+}
+
+/// What becomes of an epoch's buffers. Apart from the writer so that a write under way does not keep that alive.
+final class EpochWrites: Sendable {
+    let underway = Underway()
+    private let first = Mutex<StoreError?>(nil)
+
+    /// Of the first that failed.
+    var error: StoreError? { first.withLock { $0 } }
+
+    func failed(_ error: StoreError) { first.withLock { $0 = $0 ?? error } }
 }

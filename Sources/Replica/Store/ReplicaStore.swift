@@ -9,9 +9,9 @@ struct StoreOptions: Sendable {
     var segmentBytes: UInt64 = 1 << 30
     /// Segments are reserved on the file system in steps of this, or of 1/16 of what is free when that is less.
     var preallocationBytes: UInt64 = 256 << 20
-    var writeBufferBytes = 4 << 20
+    var writeBufferBytes = 2 << 20
     /// Per group that receives.
-    var writeBufferCount = 4
+    var writeBufferCount = 16
     /// A buffer that is not full is written too when it holds this much and the disk has nothing else of the group to do.
     var writeBytesMin = 1 << 20
     /// The MANIFEST is rewritten at open when it is longer; by upkeep when it is also four times as long as the state alone.
@@ -77,6 +77,8 @@ public final class ReplicaStore: @unchecked Sendable {
     struct Shared {
         var state: StoreState
         var receivers: [GroupID: GroupReceiver] = [:]
+        /// Of all receivers; made for the first.
+        var writes: (any StorageWriteQueue)?
         var pins: [UInt64: Pin] = [:]
         var nextPin: UInt64 = 1
         /// Something was dropped while it was pinned: look again when a pin goes.
@@ -151,6 +153,7 @@ public final class ReplicaStore: @unchecked Sendable {
         stopUpkeep()
         for receiver in receivers { receiver.abandonCurrent("the store closes") }
         thread.stop()
+        shared.withLock { $0.writes }?.close()
         segments.removeAll()
         storage.unlock()
     }

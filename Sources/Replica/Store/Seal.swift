@@ -15,8 +15,12 @@ extension ReplicaStore {
             if let last = group.lastDurable, last.instance == instance, cut.epoch <= last.epoch {
                 throw .invalid("\(cut.epoch) of group \(id) is durable already (up to \(last.epoch))")
             }
-            if shared.receivers[id] == nil { shared.receivers[id] = GroupReceiver(store: self) }
-            return (group, shared.receivers[id]!)
+            if let receiver = shared.receivers[id] { return (group, receiver) }
+            let writes = shared.writes ?? storage.makeWriteQueue()
+            shared.writes = writes
+            let receiver = GroupReceiver(store: self, writes: writes)
+            shared.receivers[id] = receiver
+            return (group, receiver)
         }
         let predecessor = receiver.sealing
         // Looked at after `sealing`: what is not in there any more has been published, or will never be.
@@ -39,9 +43,10 @@ extension ReplicaStore {
         if generation > group.generation { throw .invalid("group \(id) is at \(group.generation), \(generation) is not known here") }
     }
 
-    /// On the store's thread, after all of the epoch's buffers. Data, then layers, then names, then the record: only then
-    /// is it acknowledged.
+    /// On the store's thread, after all of the epoch's buffers have been handed over. Data, then layers, then names, then the record: only
+    /// then is it acknowledged.
     func seal(_ writer: EpochWriter, consistency: Consistency) -> Result<RecoveryPoint?, StoreError> {
+        writer.writes.underway.wait()
         if let failure = writer.failure {
             writer.receiver.fail(writer, failure)
             writer.receiver.unsealed(writer)

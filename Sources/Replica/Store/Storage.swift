@@ -17,8 +17,15 @@ public protocol Storage: AnyObject, Sendable {
     func list(_ directory: String) throws(StoreError) -> [String]
     /// Makes created, renamed and removed names of the directory durable.
     func syncDirectory(_ path: String) throws(StoreError)
+    /// For the writes of one store, which closes it.
+    func makeWriteQueue() -> any StorageWriteQueue
     /// Bytes of the file system: (free for us, in all).
     func space() -> (freeBytes: UInt64, capacityBytes: UInt64)
+}
+
+extension Storage {
+    /// One write at a time, on the thread that asks for it: simulated files stay deterministic, and failing ones fail where they are told to.
+    public func makeWriteQueue() -> any StorageWriteQueue { OneByOneWrites() }
 }
 
 public enum StorageOpenMode: Sendable {

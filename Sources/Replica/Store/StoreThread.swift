@@ -119,6 +119,32 @@ final class StoreThread: @unchecked Sendable {
     }
 }
 
+/// Counts what is under way; one thread may wait until nothing is.
+final class Underway: Sendable {
+    private let state = Mutex((count: 0, waiter: Semaphore?.none))
+
+    func begin() { state.withLock { $0.count += 1 } }
+
+    func end() {
+        let waiter = state.withLock { state -> Semaphore? in
+            state.count -= 1
+            guard state.count == 0 else { return nil }
+            defer { state.waiter = nil }
+            return state.waiter
+        }
+        waiter?.signal()
+    }
+
+    func wait() {
+        let waiter = state.withLock { state -> Semaphore? in
+            if state.count == 0 { return nil }
+            state.waiter = Semaphore()
+            return state.waiter
+        }
+        waiter?.wait()
+    }
+}
+
 /// Counts; `wait` blocks the calling thread while the count is zero.
 final class Semaphore: @unchecked Sendable {
     private let handle = UnsafeMutablePointer<sem_t>.allocate(capacity: 1)
@@ -134,25 +160,33 @@ final class Semaphore: @unchecked Sendable {
 /// A page-aligned buffer of a fixed pool.
 final class PoolBuffer: @unchecked Sendable {
     let memory: UnsafeMutableRawPointer
-    init(byteCount: Int) { memory = .allocate(byteCount: byteCount, alignment: pageBytes) }
-    deinit { memory.deallocate() }
+    private let owner: WriteMemory
+
+    init(_ owner: WriteMemory, at offset: Int) {
+        self.owner = owner
+        memory = owner.bytes.baseAddress! + offset
+    }
 }
 
-/// A fixed number of buffers, made when first needed. `take` blocks until one is free: the back-pressure of the apply path.
+/// A fixed number of buffers in one piece of memory. `take` blocks until one is free: the back-pressure of the apply path.
 final class BufferPool: @unchecked Sendable {
     let bufferBytes: Int
+    let memory: WriteMemory
     private let free: Mutex<[PoolBuffer]>
     private let available: Semaphore
+    private let made = Atomic<Int>(0)
 
     init(count: Int, bufferBytes: Int) {
         self.bufferBytes = bufferBytes
+        memory = WriteMemory(byteCount: count * bufferBytes)
         free = Mutex([])
         available = Semaphore(count: UInt32(count))
     }
 
     func take() -> PoolBuffer {
         available.wait()
-        return free.withLock { $0.popLast() } ?? PoolBuffer(byteCount: bufferBytes)
+        if let buffer = free.withLock({ $0.popLast() }) { return buffer }
+        return PoolBuffer(memory, at: made.wrappingAdd(1, ordering: .relaxed).oldValue * bufferBytes)
     }
 
     func give(_ buffer: PoolBuffer) {
