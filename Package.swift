@@ -83,6 +83,14 @@ let package = Package(
         // The store on simulated files against a model: the tool `simulate` and the tests share it.
         .target(name: "StoreSimulation", dependencies: ["BlockTap", "Replica", .product(name: "Logging", package: "swift-log")], swiftSettings: settings),
         .executableTarget(name: "simulate", dependencies: ["StoreSimulation", .product(name: "ArgumentParser", package: "swift-argument-parser")]),
+        // Loads for `tools/bench`.
+        .executableTarget(
+            name: "store-bench",
+            dependencies: [
+                "BlockTap", "Replica",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(name: "Logging", package: "swift-log"),
+            ]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap"]),
         .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
         .testTarget(

@@ -9,13 +9,14 @@ import statistics
 import sys
 
 import measure
+import store
 from measure import Failed
 
 
 class Row:
     """One comparison. `ours` and each of `peers` (name -> function) measure once; the best peer counts. `bigger` says which way
     is better; the ratio is always "above 1 is better for us". `limit` gives the target from the peer's median, for rows whose
-    target is no ratio."""
+    target is no ratio; those may have no peer. `ours` may return its figure with a dict of others, which go into the JSON."""
 
     def __init__(self, name, unit, ours, peers, target=None, bigger=True, limit=None, prepare=None, rounds=None):
         self.name, self.unit, self.ours, self.peers = name, unit, ours, peers
@@ -26,21 +27,33 @@ class Row:
             self.prepare()
         contestants = {"ours": self.ours, **self.peers}
         figures = {name: [] for name in contestants}
+        more = {}
         for number in range(min(rounds, self.rounds or rounds)):
             names = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
             for name in names:
-                figures[name].append(contestants[name]())
+                figure = contestants[name]()
+                if isinstance(figure, tuple):
+                    figure, more = figure
+                figures[name].append(figure)
                 note(f"{self.name}: round {number + 1}, {name} {figures[name][-1]:,.2f} {self.unit}")
         medians = {name: statistics.median(values) for name, values in figures.items()}
         ours = medians.pop("ours")
-        peer_name = (max if self.bigger else min)(medians, key=medians.get)
-        peer = medians[peer_name]
-        ratio = ours / peer if self.bigger else peer / ours
+        peer_name = (max if self.bigger else min)(medians, key=medians.get) if medians else None
+        peer = medians.get(peer_name)
+        ratio = None if peer is None else ours / peer if self.bigger else peer / ours
         target = self.limit(peer) if self.limit else self.target
         met = None if target is None else (ours <= target if self.limit else ratio >= target)
-        return {"name": self.name, "unit": self.unit, "ours": round(ours, 3), "peer": round(peer, 3), "peerName": peer_name,
-                "ratio": round(ratio, 3), "target": None if target is None else round(target, 3), "met": met,
-                "spread": {name: spread(values) for name, values in figures.items()}}
+        result = {"name": self.name, "unit": self.unit, "ours": round(ours, 3), "peer": rounded(peer), "peerName": peer_name,
+                  "ratio": rounded(ratio), "target": rounded(target), "met": met, "spread": {name: spread(values) for name, values in figures.items()}}
+        if len(medians) > 1:
+            result["peers"] = {name: round(median, 3) for name, median in medians.items()}
+        if more:
+            result["figures"] = {name: round(figure, 3) for name, figure in more.items()}
+        return result
+
+
+def rounded(figure):
+    return None if figure is None else round(figure, 3)
 
 
 def spread(values):
@@ -86,7 +99,7 @@ def rows(quick):
                     prepare=lambda: measure.fill(f"{measure.RUN}/sync.img", megabytes), rounds=3))
     made.append(Row("rto", "s", lambda: measure.script("failover.sh"), {"plain QEMU boot": lambda: measure.script("plain-boot.sh")},
                     bigger=False, limit=lambda peer: peer + 2.0, rounds=3))
-    return made
+    return made + store.rows(Row, quick)
 
 
 def main():
@@ -126,9 +139,16 @@ def main():
         if sys.stderr.isatty():
             print("\r", end="")
         failed += result["met"] is False
-        target = "" if result["target"] is None else f"{result['target']:.2f}{'' if row.limit is None else ' s'} {'met' if result['met'] else 'MISSED'}"
-        print(f"{row.name:<28} {result['ours']:>12,.1f} {result['spread']['ours']:>6.0f}%   {result['peer']:>12,.1f} "
-              f"{result['spread'][result['peerName']]:>6.0f}% {result['ratio']:>6.2f}  {target:<12} {row.unit}, {result['peerName']}", flush=True)
+        target = "" if result["target"] is None else f"{result['target']:.2f}{' s' if row.unit == 's' else ''} {'met' if result['met'] else 'MISSED'}"
+        line = f"{row.name:<28} {result['ours']:>12,.1f} {result['spread']['ours']:>6.0f}%   "
+        if result["peer"] is None:
+            line += f"{'':>12} {'':>7} {'':>6}  {target:<12} {row.unit}"
+        else:
+            line += (f"{result['peer']:>12,.1f} {result['spread'][result['peerName']]:>6.0f}% {result['ratio']:>6.2f}  {target:<12} "
+                     f"{row.unit}, {result['peerName']}")
+        print(line, flush=True)
+        for name, figure in {**result.get("peers", {}), **result.get("figures", {})}.items():
+            print(f"{'':<28} {figure:>12,.1f} {name}", flush=True)
         results.append(result)
     if asked.json:
         with open(asked.json, "w") as out:
