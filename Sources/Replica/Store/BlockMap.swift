@@ -37,12 +37,17 @@ final class BlockMap: @unchecked Sendable {
         extent.slot == IndexExtent.openSlot ? open!.segment.file.descriptor : segments.descriptor(extent.segment)
     }
 
+    /// The checksums of an extent, when they are in memory as a whole. Valid while nothing is written to the open layer.
+    @inline(__always)
+    func residentSums(_ extent: IndexExtent) -> UnsafePointer<UInt64>? {
+        if extent.slot == IndexExtent.openSlot { return open!.base(extent.checksumIndex) }
+        return layers[Int(extent.slot)].resident.map { UnsafePointer($0 + Int(extent.checksumIndex)) }
+    }
+
     /// The index (within the extent) of the first block that does not match, or nil. What lies behind the end of the volume becomes zero.
     @inline(__always)
-    func firstBadBlock(_ extent: IndexExtent, _ bytes: UnsafeMutableRawPointer) -> Int? {
-        let isOpen = extent.slot == IndexExtent.openSlot
-        let sums = isOpen ? open!.base(extent.checksumIndex) : UnsafePointer(layers[Int(extent.slot)].sums + Int(extent.checksumIndex))
-        let hashedBytes = isOpen ? sizeBytes : layers[Int(extent.slot)].sizeBytes
+    func firstBadBlock(_ extent: IndexExtent, _ bytes: UnsafeMutableRawPointer, _ sums: UnsafePointer<UInt64>) -> Int? {
+        let hashedBytes = extent.slot == IndexExtent.openSlot ? sizeBytes : layers[Int(extent.slot)].sizeBytes
         for index in 0..<Int(extent.blockCount) {
             let block = extent.startBlock &+ UInt64(index)
             let length = blockLength(block, sizeBytes: hashedBytes)
@@ -61,38 +66,121 @@ final class BlockMap: @unchecked Sendable {
         return error
     }
 
+    // MARK: Synchronous
+
+    static let runBytesMax = 1 << 20
+
+    /// Extents that follow each other in one segment are read together.
     func read(offsetBytes: UInt64, into buffer: UnsafeMutableRawBufferPointer) throws(StoreError) {
         if buffer.count == 0 { return }
-        let bounceBytes = 1 << 20
-        let bounce = UnsafeMutableRawPointer.allocate(byteCount: bounceBytes, alignment: pageBytes)
-        defer { bounce.deallocate() }
+        let endBlock = (offsetBytes + UInt64(buffer.count) + UInt64(blockBytes) - 1) / UInt64(blockBytes)
+        let blocksMax = min(Self.runBytesMax / blockBytes, max(ClusterPart.blocksMax, Int(endBlock - offsetBytes / UInt64(blockBytes))))
+        let scratch = ReadScratch(blockCount: blocksMax)
+        var run: [IndexExtent] = []
         var done = 0
         while done < buffer.count {
             let offset = offsetBytes + UInt64(done)
-            let block = offset / UInt64(blockBytes)
-            let skip = Int(offset % UInt64(blockBytes))
-            let end = min((offsetBytes + UInt64(buffer.count) + UInt64(blockBytes) - 1) / UInt64(blockBytes), block + UInt64(bounceBytes / blockBytes))
-            let (extent, pieceEnd) = index.piece(at: block, end: end)
-            let count = min(Int(pieceEnd - block) * blockBytes - skip, buffer.count - done)
-            if let extent {
-                try read(extent, into: bounce)
-                memcpyBytes(buffer.baseAddress! + done, bounce + skip, count)
-            } else {
-                memset(buffer.baseAddress! + done, 0, count)
+            var block = offset / UInt64(blockBytes)
+            run.removeAll(keepingCapacity: true)
+            var stored = 0
+            var gapEnd: UInt64?
+            while block < endBlock, stored < blocksMax {
+                let (extent, pieceEnd) = index.piece(at: block, end: min(endBlock, block + UInt64(blocksMax - stored)))
+                guard let extent else {
+                    // As far as it goes, not only as far as the memory would.
+                    if run.isEmpty { gapEnd = index.piece(at: block, end: endBlock).endBlock }
+                    break
+                }
+                guard stored + extent.storedBlockCount <= blocksMax, run.last.map({ $0.isFollowedInSegment(by: extent) }) ?? true else { break }
+                run.append(extent)
+                stored += extent.storedBlockCount
+                block = pieceEnd
             }
-            done += count
+            var skip = Int(offset % UInt64(blockBytes))
+            if let gapEnd {
+                let count = min(Int(gapEnd - block) * blockBytes - skip, buffer.count - done)
+                memset(buffer.baseAddress! + done, 0, count)
+                done += count
+                continue
+            }
+            try fetch(run[0], blockCount: stored, into: scratch.memory)
+            var memory = scratch.memory
+            for extent in run {
+                let bytes = try verified(extent, memory, scratch)
+                let count = min(Int(extent.blockCount) * blockBytes - skip, buffer.count - done)
+                memcpyBytes(buffer.baseAddress! + done, bytes + skip, count)
+                done += count
+                skip = 0
+                memory += extent.storedBlockCount * blockBytes
+            }
         }
     }
 
-    /// A whole extent, verified, into aligned memory.
+    /// A whole extent of at most a cluster's length, verified.
     func read(_ extent: IndexExtent, into memory: UnsafeMutableRawPointer) throws(StoreError) {
+        let scratch = ReadScratch(blockCount: extent.storedBlockCount)
+        try fetch(extent, blockCount: extent.storedBlockCount, into: scratch.memory)
+        memcpyBytes(memory, try verified(extent, scratch.memory, scratch), Int(extent.blockCount) * blockBytes)
+    }
+
+    /// What is stored from the beginning of an extent's place on, as it is.
+    private func fetch(_ extent: IndexExtent, blockCount: Int, into memory: UnsafeMutableRawPointer) throws(StoreError) {
         guard let file = extent.slot == IndexExtent.openSlot ? open?.segment : segments.file(extent.segment) else {
             throw .io(errno: ENOENT, what: "segment \(extent.segment) of disk \(volume) is not open")
         }
-        let length = Int(extent.blockCount) * blockBytes
+        let length = blockCount * blockBytes
         let count = try file.file.read(into: UnsafeMutableRawBufferPointer(start: memory, count: length), at: UInt64(extent.segmentBlock) * UInt64(blockBytes))
-        if count < length { throw badBlock(extent, count / blockBytes) }
-        if let index = firstBadBlock(extent, memory), report.store?.options.deliberateFault != .blocksNotChecked { throw badBlock(extent, index) }
+        // Nothing is there: which block that is, its checksum tells.
+        if count < length { memset(memory + count, 0, length - count) }
+        if count == 0 { throw badBlock(extent, 0) }
+    }
+
+    /// The blocks of an extent, out of what is stored for it.
+    private func verified(_ extent: IndexExtent, _ stored: UnsafeMutableRawPointer, _ scratch: ReadScratch) throws(StoreError) -> UnsafeMutableRawPointer {
+        var bytes = stored
+        if extent.cluster.isCompressed {
+            let part = extent.cluster
+            guard ClusterCodec.decode(stored, part, neededBlocks: part.skip + Int(extent.blockCount), into: scratch.cluster) else { throw badBlock(extent, 0) }
+            bytes = scratch.cluster + part.skip * blockBytes
+        }
+        var sums = residentSums(extent)
+        if sums == nil {
+            try layers[Int(extent.slot)].copy(extent.checksumIndex, Int(extent.blockCount), into: scratch.sums)
+            sums = UnsafePointer(scratch.sums)
+        }
+        if let index = firstBadBlock(extent, bytes, sums!), report.store?.options.deliberateFault != .blocksNotChecked { throw badBlock(extent, index) }
+        return bytes
+    }
+}
+
+/// Memory of one synchronous read.
+private final class ReadScratch {
+    let memory: UnsafeMutableRawPointer
+    let sums: UnsafeMutablePointer<UInt64>
+    /// Of a decompressed cluster. Untouched it is only an address range.
+    let cluster = UnsafeMutableRawPointer.allocate(byteCount: ClusterCodec.bytesMax, alignment: pageBytes)
+
+    init(blockCount: Int) {
+        memory = .allocate(byteCount: blockCount * blockBytes, alignment: pageBytes)
+        sums = .allocate(capacity: max(blockCount, ClusterPart.blocksMax))
+    }
+
+    deinit {
+        memory.deallocate()
+        sums.deallocate()
+        cluster.deallocate()
+    }
+}
+
+extension IndexExtent {
+    /// Blocks that it takes in its segment; all of its cluster's when it is compressed.
+    @inline(__always)
+    var storedBlockCount: Int { cluster.isCompressed ? cluster.storedBlocks : Int(blockCount) }
+
+    /// Whether what is stored for `next` goes on where this ends.
+    @inline(__always)
+    func isFollowedInSegment(by next: IndexExtent) -> Bool {
+        segment == next.segment && (slot == IndexExtent.openSlot) == (next.slot == IndexExtent.openSlot) && Int(segmentBlock) + storedBlockCount == Int(next.segmentBlock)
     }
 }
 

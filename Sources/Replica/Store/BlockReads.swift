@@ -12,32 +12,47 @@ class BlockReadOwner {
 /// Reads of one `BlockMap` through a ring, every block verified before anybody sees it. On-loop.
 ///
 /// A request is cut into pieces, one per extent that it touches; a piece lives in a fixed slot from its submission to its
-/// completion. Whole blocks go straight into the request's buffer; pieces that begin or end within a block go through a bounce
-/// buffer. When slots or bounce buffers run out the request waits in line.
+/// completion. Whole blocks go straight into the request's buffer; pieces that begin or end within a block, and those of compressed
+/// clusters, go through a bounce buffer. When slots or bounce buffers run out the request waits in line.
+///
+/// A piece has one or two parts: its data, and the pages of block checksums that are not in memory; both are read at the same time, and
+/// the piece ends with the later one. Layer files that are not open are opened and read on another thread.
 ///
 /// While a request is here its scratch holds: 0 pieces in flight (+1 while pieces are being made), 1 errno, 2 bytes turned into
 /// pieces so far, 3 the request behind it in the line.
 final class BlockReads: IOHandler {
     static let pieceCount = 512
-    static let pieceBytesMax = 512 << 10
-    static let bounceCount = 16
+    static let pieceBlocksMax = 128
+    static let pieceBytesMax = pieceBlocksMax * blockBytes
+    static let bounceCount = 64
     static let bounceBytes = 64 << 10
+    /// Pages that the checksums of one piece can lie in.
+    static let sumsBytesMax = 2 * pageBytes
 
     private struct Piece {
         var extent: IndexExtent
-        /// Aligned; where the extent's blocks go.
+        /// Aligned; where what is stored for the extent goes.
         var memory: UnsafeMutableRawPointer
+        var storedBytes = 0
         var doneBytes = 0
+        var partsLeft = 0
+        var error: Int32 = 0
         /// Nil for a block that `owner` asked for.
         var request: BlockRequestPointer?
         var ownerToken: UInt32 = 0
-        /// -1 = none. Then `count` bytes from `skip` in it go to `target`.
+        /// -1 = none. Then `count` bytes from `skip` in the extent go to `target`.
         var bounce: Int32 = -1
         var skip = 0
         var count = 0
         var target: UnsafeMutableRawPointer?
+        /// Pages of checksums on their way, and how much of them is there.
+        var sumsMemory: UnsafeMutableRawPointer?
+        var sumsDoneBytes = 0
         var nextFree: UInt32 = 0
     }
+
+    /// In a completion's token: the checksums of the piece, not its data.
+    private static let sumsToken: UInt32 = 1 << 31
 
     private let map: BlockMap
     private let loop: EventLoop
@@ -48,6 +63,13 @@ final class BlockReads: IOHandler {
     private var freeCount = BlockReads.pieceCount
     private let bounceMemory: UnsafeMutableRawPointer
     private var freeBounces: [Int32] = []
+    /// Of pieces whose layer does not have them in memory as a whole.
+    private let sums: UnsafeMutablePointer<UInt64>
+    private var freeSumsMemory: [UnsafeMutableRawPointer] = []
+    /// Keeps layer files open while they are read, by piece.
+    private var sumsFiles = ContiguousArray<(any StorageFile)?>(repeating: nil, count: BlockReads.pieceCount)
+    /// For one decompressed cluster.
+    private let cluster: UnsafeMutableRawPointer
     private var lineHead: BlockRequestPointer?
     private var lineTail: BlockRequestPointer?
     private var ownerWaits = false
@@ -60,6 +82,8 @@ final class BlockReads: IOHandler {
         self.owner = owner
         pieces = .allocate(capacity: Self.pieceCount)
         bounceMemory = .allocate(byteCount: Self.bounceCount * Self.bounceBytes, alignment: pageBytes)
+        sums = .allocate(capacity: Self.pieceCount * Self.pieceBlocksMax)
+        cluster = .allocate(byteCount: ClusterCodec.bytesMax, alignment: pageBytes)
         for index in 0..<Self.pieceCount {
             (pieces + index).initialize(to: Piece(extent: IndexExtent(startBlock: 0, blockCount: 0, slot: 0, segment: 0, segmentBlock: 0, checksumIndex: 0), memory: bounceMemory, nextFree: UInt32(index + 1)))
         }
@@ -70,6 +94,9 @@ final class BlockReads: IOHandler {
     deinit {
         pieces.deallocate()
         bounceMemory.deallocate()
+        sums.deallocate()
+        cluster.deallocate()
+        for memory in freeSumsMemory { memory.deallocate() }
     }
 
     /// Registers with the loop; `end` undoes it.
@@ -99,20 +126,25 @@ final class BlockReads: IOHandler {
     /// Nil when no slot is free.
     func readBlock(_ block: UInt64, into memory: UnsafeMutableRawPointer, token: UInt32) -> Bool? {
         guard let extent = map.index.piece(at: block, end: block + 1).extent else { return false }
-        guard freeCount > 0, drained == nil else {
+        guard freeCount > 0, drained == nil, !extent.cluster.isCompressed || !freeBounces.isEmpty else {
             ownerWaits = true
             return nil
         }
         let slot = takePiece()
-        pieces[Int(slot)].extent = extent
-        pieces[Int(slot)].memory = memory
-        pieces[Int(slot)].request = nil
-        pieces[Int(slot)].ownerToken = token
-        pieces[Int(slot)].bounce = -1
-        pieces[Int(slot)].doneBytes = 0
-        start(slot)
+        let piece = pieces + Int(slot)
+        piece.pointee.extent = extent
+        piece.pointee.request = nil
+        piece.pointee.ownerToken = token
+        piece.pointee.bounce = extent.cluster.isCompressed ? freeBounces.removeLast() : -1
+        piece.pointee.memory = extent.cluster.isCompressed ? bounce(piece.pointee.bounce) : memory
+        piece.pointee.skip = 0
+        piece.pointee.count = blockBytes
+        piece.pointee.target = memory
+        begin(slot)
         return true
     }
+
+    private func bounce(_ number: Int32) -> UnsafeMutableRawPointer { bounceMemory + Int(number) * Self.bounceBytes }
 
     /// Turns what is left of a request into pieces. False when it has to wait for slots.
     private func makePieces(_ request: BlockRequestPointer) -> Bool {
@@ -134,7 +166,7 @@ final class BlockReads: IOHandler {
                 continue
             }
             guard freeCount > 0 else { return false }
-            let isDirect = skip == 0 && left >= blockBytes && UInt(bitPattern: target) % UInt(pageBytes) == 0
+            let isDirect = !found.cluster.isCompressed && skip == 0 && left >= blockBytes && UInt(bitPattern: target) % UInt(pageBytes) == 0
             let blocksMax = isDirect ? min(left, Self.pieceBytesMax) / blockBytes : Self.bounceBytes / blockBytes
             let extent = found.clipped(from: block, to: min(pieceEnd, block + UInt64(blocksMax)))
             let count = min(Int(extent.blockCount) * blockBytes - skip, left)
@@ -146,8 +178,7 @@ final class BlockReads: IOHandler {
             let slot = takePiece()
             let piece = pieces + Int(slot)
             piece.pointee.extent = extent
-            piece.pointee.memory = isDirect ? target : bounceMemory + Int(bounce) * Self.bounceBytes
-            piece.pointee.doneBytes = 0
+            piece.pointee.memory = isDirect ? target : self.bounce(bounce)
             piece.pointee.request = request
             piece.pointee.bounce = bounce
             piece.pointee.skip = skip
@@ -155,50 +186,142 @@ final class BlockReads: IOHandler {
             piece.pointee.target = target
             request.pointee.scratch.0 += 1
             request.pointee.scratch.2 += UInt64(count)
-            start(slot)
+            begin(slot)
         }
         return true
+    }
+
+    private func begin(_ slot: UInt32) {
+        let piece = pieces + Int(slot)
+        piece.pointee.storedBytes = piece.pointee.extent.storedBlockCount * blockBytes
+        piece.pointee.doneBytes = 0
+        piece.pointee.error = 0
+        piece.pointee.partsLeft = 1
+        let extent = piece.pointee.extent
+        if map.residentSums(extent) == nil, !map.layers[Int(extent.slot)].copyCached(extent.checksumIndex, Int(extent.blockCount), into: ownSums(slot)) {
+            piece.pointee.partsLeft = 2
+            beginSums(slot)
+        }
+        start(slot)
     }
 
     private func start(_ slot: UInt32) {
         let piece = pieces + Int(slot)
         let done = piece.pointee.doneBytes
         loop.submitRead(
-            fd: map.descriptor(piece.pointee.extent), into: piece.pointee.memory + done, count: Int(piece.pointee.extent.blockCount) * blockBytes - done,
+            fd: map.descriptor(piece.pointee.extent), into: piece.pointee.memory + done, count: piece.pointee.storedBytes - done,
             offset: UInt64(piece.pointee.extent.segmentBlock) * UInt64(blockBytes) + UInt64(done), handler: handler, token: slot)
     }
 
     override func ioCompleted(token: UInt32, result: Int32) {
+        if token & Self.sumsToken != 0 { return sumsRead(token & ~Self.sumsToken, result) }
         let piece = pieces + Int(token)
         if result == -EAGAIN || result == -EINTR { return start(token) }
-        var error: Int32 = 0
         if result < 0 {
-            error = -result
-            map.report.found(.io(errno: error, what: "cannot read segment \(piece.pointee.extent.segment) for block \(piece.pointee.extent.startBlock) of disk \(map.volume)"))
+            piece.pointee.error = -result
+            map.report.found(.io(errno: -result, what: "cannot read segment \(piece.pointee.extent.segment) for block \(piece.pointee.extent.startBlock) of disk \(map.volume)"))
         } else {
             piece.pointee.doneBytes += Int(result)
-            let isWhole = piece.pointee.doneBytes == Int(piece.pointee.extent.blockCount) * blockBytes
+            let isWhole = piece.pointee.doneBytes == piece.pointee.storedBytes
             // Less than asked for off a block boundary is the end of the file: the segment is too short.
             if !isWhole && result > 0 && Int(result) % blockBytes == 0 { return start(token) }
-            let bad = isWhole ? map.firstBadBlock(piece.pointee.extent, piece.pointee.memory) : piece.pointee.doneBytes / blockBytes
-            if let bad {
-                _ = map.badBlock(piece.pointee.extent, bad)
-                error = EIO
+            if !isWhole {
+                _ = map.badBlock(piece.pointee.extent, piece.pointee.extent.cluster.isCompressed ? 0 : piece.pointee.doneBytes / blockBytes)
+                piece.pointee.error = EIO
             }
         }
-        let ended = piece.pointee
-        pieces[Int(token)].nextFree = freePiece
-        freePiece = token
-        freeCount += 1
-        if let request = ended.request {
-            if ended.bounce >= 0 {
-                if error == 0 { memcpy(ended.target!, ended.memory + ended.skip, ended.count) }
-                freeBounces.append(ended.bounce)
+        partEnded(token)
+    }
+
+    // MARK: Checksums that are not in memory
+
+    private func ownSums(_ slot: UInt32) -> UnsafeMutablePointer<UInt64> { sums + Int(slot) * Self.pieceBlocksMax }
+
+    private func beginSums(_ slot: UInt32) {
+        let piece = pieces + Int(slot)
+        let extent = piece.pointee.extent
+        let layer = map.layers[Int(extent.slot)]
+        if let file = layer.openFile, file.descriptor >= 0 {
+            piece.pointee.sumsMemory = freeSumsMemory.popLast() ?? .allocate(byteCount: Self.sumsBytesMax, alignment: pageBytes)
+            piece.pointee.sumsDoneBytes = 0
+            sumsFiles[Int(slot)] = file
+            return startSums(slot)
+        }
+        nonisolated(unsafe) let this = self
+        let loop = loop
+        nonisolated(unsafe) let target = ownSums(slot)
+        layer.later {
+            var failure: StoreError?
+            do throws(StoreError) { try layer.copy(extent.checksumIndex, Int(extent.blockCount), into: target) } catch { failure = error }
+            loop.execute { [failure] in this.sumsEnded(slot, failure) }
+        }
+    }
+
+    private func startSums(_ slot: UInt32) {
+        let piece = pieces + Int(slot)
+        let (layer, range) = sumsPlace(piece.pointee.extent)
+        let done = piece.pointee.sumsDoneBytes
+        loop.submitRead(
+            fd: sumsFiles[Int(slot)]!.descriptor, into: piece.pointee.sumsMemory! + done, count: range.count * pageBytes - done,
+            offset: layer.pages!.offset(range.lowerBound) + UInt64(done), handler: handler, token: slot | Self.sumsToken)
+    }
+
+    private func sumsPlace(_ extent: IndexExtent) -> (LayerChecksums, Range<Int>) {
+        let layer = map.layers[Int(extent.slot)]
+        return (layer, layer.pageRange(extent.checksumIndex, Int(extent.blockCount)))
+    }
+
+    private func sumsRead(_ slot: UInt32, _ result: Int32) {
+        if result == -EAGAIN || result == -EINTR { return startSums(slot) }
+        let piece = pieces + Int(slot)
+        let extent = piece.pointee.extent
+        let (layer, range) = sumsPlace(extent)
+        let path = sumsFiles[Int(slot)]!.path
+        var failure: StoreError?
+        if result < 0 {
+            failure = storageError(-result, "cannot read \(path) at byte \(layer.pages!.offset(range.lowerBound))")
+        } else {
+            piece.pointee.sumsDoneBytes += Int(result)
+            if piece.pointee.sumsDoneBytes < range.count * pageBytes {
+                if result > 0 { return startSums(slot) }
+                failure = .damaged(path: path, offsetBytes: layer.pages!.offset(range.lowerBound), what: "the file ends early")
+            } else {
+                do throws(StoreError) {
+                    try layer.take(piece.pointee.sumsMemory!, range, path: path)
+                    layer.copy(extent.checksumIndex, Int(extent.blockCount), from: piece.pointee.sumsMemory!, into: ownSums(slot))
+                } catch { failure = error }
             }
-            if error != 0 { request.pointee.scratch.1 = UInt64(error) }
+        }
+        freeSumsMemory.append(piece.pointee.sumsMemory!)
+        piece.pointee.sumsMemory = nil
+        sumsFiles[Int(slot)] = nil
+        sumsEnded(slot, failure)
+    }
+
+    private func sumsEnded(_ slot: UInt32, _ failure: StoreError?) {
+        if let failure {
+            map.report.found(failure)
+            pieces[Int(slot)].error = EIO
+        }
+        partEnded(slot)
+    }
+
+    // MARK: Ends
+
+    private func partEnded(_ slot: UInt32) {
+        pieces[Int(slot)].partsLeft -= 1
+        if pieces[Int(slot)].partsLeft > 0 { return }
+        if pieces[Int(slot)].error == 0, !deliver(slot) { pieces[Int(slot)].error = EIO }
+        let ended = pieces[Int(slot)]
+        pieces[Int(slot)].nextFree = freePiece
+        freePiece = slot
+        freeCount += 1
+        if ended.bounce >= 0 { freeBounces.append(ended.bounce) }
+        if let request = ended.request {
+            if ended.error != 0 { request.pointee.scratch.1 = UInt64(ended.error) }
             pieceEnded(request)
         } else {
-            owner!.blockRead(token: ended.ownerToken, error: error)
+            owner!.blockRead(token: ended.ownerToken, error: ended.error)
         }
         if drained != nil {
             if freeCount == Self.pieceCount { endDrain() }
@@ -227,6 +350,31 @@ final class BlockReads: IOHandler {
             owner?.readSlotFree()
         }
         serveLine()
+    }
+
+    /// Verifies what was read and brings it to where it is wanted. False when it is not what it must be.
+    private func deliver(_ slot: UInt32) -> Bool {
+        let piece = pieces + Int(slot)
+        let extent = piece.pointee.extent
+        let sums = map.residentSums(extent) ?? UnsafePointer(ownSums(slot))
+        var bytes = piece.pointee.memory
+        if extent.cluster.isCompressed {
+            let part = extent.cluster
+            // All of a cluster is decompressed where it is wanted.
+            let isWhole = part.skip == 0 && piece.pointee.skip == 0 && piece.pointee.count == part.blockCount * blockBytes
+            let target = isWhole ? piece.pointee.target! : cluster
+            guard ClusterCodec.decode(bytes, part, neededBlocks: part.skip + Int(extent.blockCount), into: target) else {
+                _ = map.badBlock(extent, 0)
+                return false
+            }
+            bytes = target + part.skip * blockBytes
+        }
+        if let bad = map.firstBadBlock(extent, bytes, sums) {
+            _ = map.badBlock(extent, bad)
+            return false
+        }
+        if piece.pointee.bounce >= 0, bytes != piece.pointee.target! { memcpy(piece.pointee.target!, bytes + piece.pointee.skip, piece.pointee.count) }
+        return true
     }
 
     @inline(__always)

@@ -46,6 +46,7 @@ public final class EpochWriter: @unchecked Sendable {
     private var bufferFill = 0
     private var bufferPayload = 0
     private var bufferLimit = 0
+    private var encoder: ClusterEncoder?
 
     init(store: ReplicaStore, receiver: GroupReceiver, group: GroupID, generation: Generation, cut: Cut, instance: String, parent: DurablePosition?, specs: [VolumeSpec], start: SegmentPosition?, predecessor: EpochWriter?) {
         self.store = store
@@ -70,24 +71,104 @@ public final class EpochWriter: @unchecked Sendable {
         try check(volume, offsetBytes, UInt64(bytes.count))
         let blockCount = (bytes.count + blockBytes - 1) / blockBytes
         guard checksums.count == blockCount else { throw .invalid("\(checksums.count) checksums for \(blockCount) blocks") }
-        var block = offsetBytes / UInt64(blockBytes)
-        var done = 0
-        while done < bytes.count {
+        let first = offsetBytes / UInt64(blockBytes)
+        // Blocks before `plain` are stored, those up to `next` will be as they are.
+        var plain = 0
+        var next = 0
+        while next < blockCount {
+            let zeroes = zeroRun(bytes, checksums, from: next, first: first)
+            if zeroes > 0 {
+                appendPlain(volume, first, bytes, checksums, plain..<next)
+                volumes[volume].addZero(startBlock: first + UInt64(next), blockCount: UInt32(zeroes))
+                bufferPayload += min(bytes.count, (next + zeroes) * blockBytes) - next * blockBytes
+                next += zeroes
+                plain = next
+                continue
+            }
+            // Clusters end at multiples of their size on the volume, so that blocks written again together lie in few.
+            let limit = min(blockCount, next + ClusterPart.blocksMax - Int(truncatingIfNeeded: first + UInt64(next)) % ClusterPart.blocksMax)
+            var end = next + 1
+            while end < limit, !isZero(bytes, end) { end += 1 }
+            let whole = min(end, bytes.count / blockBytes)
+            if let encoded = encode(volume, bytes, next..<whole) {
+                appendPlain(volume, first, bytes, checksums, plain..<next)
+                plain = next
+                // A cluster lies in one segment.
+                if encoded.count / blockBytes <= segmentRoom {
+                    appendCluster(volume, first + UInt64(next), encoded, UnsafeBufferPointer(rebasing: checksums[next..<whole]))
+                    end = whole
+                    plain = whole
+                }
+            }
+            next = end
+        }
+        appendPlain(volume, first, bytes, checksums, plain..<blockCount)
+        if buffer == nil {
+            // Nothing but zeroes since the last buffer went.
+            if bufferPayload > 0 { onWritten?(bufferPayload) }
+            bufferPayload = 0
+        } else if bufferPayload >= receiver.pool.bufferBytes || (bufferPayload >= store.options.writeBytesMin && receiver.writesQueued.load(ordering: .relaxed) == 0) {
+            // Compressed, what the sender waits to hear of may fill little of a buffer.
+            submitBuffer()
+        }
+    }
+
+    private func isZero(_ bytes: UnsafeRawBufferPointer, _ block: Int) -> Bool {
+        let count = min(blockBytes, bytes.count - block * blockBytes)
+        return count % 8 == 0 && count >= 16 && isAllZero(bytes.baseAddress! + block * blockBytes, count: count)
+    }
+
+    /// How many blocks from this one on are zero, and were so when they were hashed.
+    private func zeroRun(_ bytes: UnsafeRawBufferPointer, _ checksums: UnsafeBufferPointer<UInt64>, from start: Int, first: UInt64) -> Int {
+        var block = start
+        while block < checksums.count, isZero(bytes, block),
+            BlockChecksum.of(bytes.baseAddress! + block * blockBytes, count: min(blockBytes, bytes.count - block * blockBytes), blockIndex: first + UInt64(block)) == checksums[block]
+        {
+            block += 1
+        }
+        return block - start
+    }
+
+    /// Blocks `range` of `bytes` as they are; a last one that the disk ends in is padded.
+    private func appendPlain(_ volume: Int, _ first: UInt64, _ bytes: UnsafeRawBufferPointer, _ checksums: UnsafeBufferPointer<UInt64>, _ range: Range<Int>) {
+        var done = range.lowerBound * blockBytes
+        let end = min(bytes.count, range.upperBound * blockBytes)
+        while done < end {
             if buffer == nil { startBuffer() }
-            let count = min(bufferLimit - bufferFill, bytes.count - done)
+            let count = min(bufferLimit - bufferFill, end - done)
             memcpyBytes(buffer!.memory + bufferFill, bytes.baseAddress! + done, count)
             let padded = roundUp(count, to: blockBytes)
             if padded > count { (buffer!.memory + bufferFill + count).initializeMemory(as: UInt8.self, repeating: 0, count: padded - count) }
-            let blocks = padded / blockBytes
-            let at = SegmentPosition(segment: bufferStart.segment, block: bufferStart.block + UInt32(bufferFill / blockBytes))
-            volumes[volume].add(startBlock: block, checksums: UnsafeBufferPointer(rebasing: checksums[(done / blockBytes)..<(done / blockBytes + blocks)]), at: at)
+            let block = done / blockBytes
+            volumes[volume].add(startBlock: first + UInt64(block), checksums: UnsafeBufferPointer(rebasing: checksums[block..<block + padded / blockBytes]), at: bufferPosition)
             bufferFill += padded
             bufferPayload += count
-            block += UInt64(blocks)
             done += count
             if bufferFill == bufferLimit { submitBuffer() }
         }
-        if bufferFill >= store.options.writeBytesMin, receiver.writesQueued.load(ordering: .relaxed) == 0 { submitBuffer() }
+    }
+
+    /// Blocks `range` compressed, when that pays.
+    private func encode(_ volume: Int, _ bytes: UnsafeRawBufferPointer, _ range: Range<Int>) -> UnsafeRawBufferPointer? {
+        guard store.options.compression != .none, range.count >= 2 else { return nil }
+        if encoder == nil { encoder = ClusterEncoder(store.options.compression, volumeCount: volumes.count) }
+        return encoder!.encode(bytes.baseAddress! + range.lowerBound * blockBytes, blockCount: range.count, volume: volume)
+    }
+
+    private func appendCluster(_ volume: Int, _ block: UInt64, _ encoded: UnsafeRawBufferPointer, _ checksums: UnsafeBufferPointer<UInt64>) {
+        if buffer == nil { startBuffer() }
+        volumes[volume].addCluster(startBlock: block, checksums: checksums, at: bufferPosition, storedBlocks: encoded.count / blockBytes)
+        var done = 0
+        while done < encoded.count {
+            // Goes on in the next buffer, which goes on in the same segment.
+            if buffer == nil { startBuffer() }
+            let count = min(bufferLimit - bufferFill, encoded.count - done)
+            memcpyBytes(buffer!.memory + bufferFill, encoded.baseAddress! + done, count)
+            bufferFill += count
+            done += count
+            if done == encoded.count { bufferPayload += checksums.count * blockBytes }
+            if bufferFill == bufferLimit { submitBuffer() }
+        }
     }
 
     /// These blocks are zero at the cut.
@@ -169,6 +250,17 @@ public final class EpochWriter: @unchecked Sendable {
 
     // MARK: Buffers
 
+    /// Where the next byte goes; there is a buffer.
+    private var bufferPosition: SegmentPosition { SegmentPosition(segment: bufferStart.segment, block: bufferStart.block + UInt32(bufferFill / blockBytes)) }
+
+    /// Blocks that the segment being filled still has room for.
+    private var segmentRoom: Int {
+        let end = Int(store.options.segmentBytes / UInt64(pageBytes))
+        if buffer != nil { return end - Int(bufferPosition.block) }
+        guard let position, Int(position.block) < end else { return end - 1 }
+        return end - Int(position.block)
+    }
+
     private func startBuffer() {
         let pool = receiver.pool
         buffer = pool.take()
@@ -179,7 +271,6 @@ public final class EpochWriter: @unchecked Sendable {
         }
         bufferStart = position!
         bufferFill = 0
-        bufferPayload = 0
         bufferLimit = min(pool.bufferBytes, Int(segmentBlocks - bufferStart.block) * pageBytes)
         segmentsUsed.insert(bufferStart.segment)
     }
@@ -190,15 +281,18 @@ public final class EpochWriter: @unchecked Sendable {
         position = SegmentPosition(segment: bufferStart.segment, block: bufferStart.block + UInt32(bufferFill / pageBytes))
         let (start, fill, payload) = (bufferStart, bufferFill, bufferPayload)
         bufferFill = 0
+        bufferPayload = 0
         receiver.write(full, byteCount: fill, payloadBytes: payload, at: start, for: self)
     }
 
     private func dropBuffer() {
         guard let dropped = buffer else { return }
+        let payload = bufferPayload
         buffer = nil
         bufferFill = 0
+        bufferPayload = 0
         receiver.pool.give(dropped)
-        onWritten?(bufferPayload)
+        onWritten?(payload)
     }
 }
 
@@ -217,6 +311,15 @@ struct PendingLayer {
 
     mutating func add(startBlock: UInt64, checksums: UnsafeBufferPointer<UInt64>, at position: SegmentPosition) {
         let extent = IndexExtent(startBlock: startBlock, blockCount: UInt32(checksums.count), slot: 0, segment: position.segment, segmentBlock: position.block, checksumIndex: UInt32(sums.count))
+        sums.append(contentsOf: checksums)
+        dataBytes += UInt64(checksums.count) * UInt64(blockBytes)
+        put(extent)
+    }
+
+    mutating func addCluster(startBlock: UInt64, checksums: UnsafeBufferPointer<UInt64>, at position: SegmentPosition, storedBlocks: Int) {
+        let extent = IndexExtent(
+            startBlock: startBlock, blockCount: UInt32(checksums.count), slot: 0, segment: position.segment, segmentBlock: position.block, checksumIndex: UInt32(sums.count),
+            cluster: ClusterPart(storedBlocks: storedBlocks, blockCount: checksums.count, skip: 0))
         sums.append(contentsOf: checksums)
         dataBytes += UInt64(checksums.count) * UInt64(blockBytes)
         put(extent)

@@ -25,8 +25,9 @@ enum LayerFile {
         var extents: [StoredExtent]
     }
 
-    /// `extents` are sorted and do not overlap; their `checksumIndex` points into `sums`. Written and synced; its directory is not.
-    static func write(_ storage: any Storage, store: StoreUUID, identity: LayerIdentity, extents: [StoredExtent], sums: UnsafeBufferPointer<UInt64>, isSynced: Bool = true) throws(StoreError) -> Written {
+    /// `extents` are sorted and do not overlap; their `checksumIndex` points into `sums`. Written and synced; its directory is not. With a
+    /// cache, that says which checksums stay in memory.
+    static func write(_ storage: any Storage, store: StoreUUID, identity: LayerIdentity, extents: [StoredExtent], sums: UnsafeBufferPointer<UInt64>, isSynced: Bool = true, cache: ChecksumCache? = nil) throws(StoreError) -> Written {
         var extents = extents
         var checksumCount = 0
         for extent in extents where !extent.isZero { checksumCount += Int(extent.blockCount) }
@@ -69,8 +70,10 @@ enum LayerFile {
             let fence = LayerFence(firstBlock: extents[page * (pageBytes / 32)].startBlock, checksum: XXH3_64bits(start, pageBytes))
             bytes.storeBytes(of: fence, toByteOffset: fencesOffset + page * 16, as: LayerFence.self)
         }
+        var pageSums: [UInt64] = []
         for page in 0..<checksumBytes / pageBytes {
             let sum = XXH3_64bits(base + checksumsOffset + page * pageBytes, pageBytes)
+            pageSums.append(sum)
             bytes.storeBytes(of: sum, toByteOffset: fencesOffset + fenceCount * 16 + page * 8, as: UInt64.self)
         }
         var trailer = LayerTrailer(magic: LayerTrailer.magicNow, headerChecksum: header.checksum, fencesChecksum: XXH3_64bits(base + fencesOffset, fenceBytes), checksum: 0)
@@ -81,9 +84,11 @@ enum LayerFile {
         try file.write(UnsafeRawBufferPointer(bytes), at: 0)
         if isSynced { try file.dataSync() }
         let kept = UnsafeBufferPointer(start: UnsafePointer<UInt64>(OpaquePointer(base + checksumsOffset)), count: checksumCount)
+        let checksums = cache?.written(
+            layer: identity.id, digest: trailer.checksum, sizeBytes: identity.sizeBytes, sums: kept, sectionOffset: UInt64(checksumsOffset), pageSums: pageSums)
         return Written(
             fileBytes: UInt64(fileBytes), digest: trailer.checksum,
-            checksums: LayerChecksums(layer: identity.id, sizeBytes: identity.sizeBytes, copying: kept), extents: extents)
+            checksums: checksums ?? LayerChecksums(layer: identity.id, sizeBytes: identity.sizeBytes, copying: kept, digest: trailer.checksum), extents: extents)
     }
 
     struct Loaded {
@@ -92,49 +97,18 @@ enum LayerFile {
         var checksums: LayerChecksums
     }
 
-    /// Reads and verifies a whole layer file. `digest` is what the MANIFEST says.
-    static func load(_ storage: any Storage, store: StoreUUID, record: LayerRecord) throws(StoreError) -> Loaded {
-        let file = try storage.open(path(record.id), .read, direct: false)
-        let size = try file.size()
-        guard size == record.fileBytes else {
-            throw .damaged(path: file.path, offsetBytes: min(size, record.fileBytes), what: "the file has \(size) bytes, the MANIFEST says \(record.fileBytes)")
-        }
-        let bytes = try readWhole(file, size: size)
-        defer { bytes.deallocate() }
-        let base = bytes.baseAddress!
-        func damaged(_ offset: Int, _ what: String) -> StoreError { .damaged(path: file.path, offsetBytes: UInt64(offset), what: what) }
-
-        _ = try FileHeader.verify(UnsafeRawBufferPointer(bytes), path: file.path, kind: .layer, id: record.id, store: store)
-        guard bytes.count >= pageBytes + 32 else { throw damaged(bytes.count, "the file ends early") }
-        let header = bytes.load(fromByteOffset: 64, as: LayerHeader.self)
-        guard header.checksum == XXH3_64bits(base, 184) else { throw damaged(64, "the layer header does not match its checksum") }
-        guard header.blockBytes == UInt32(blockBytes), header.fileBytes == size else { throw damaged(64, "the layer header contradicts the file") }
-
-        let trailer = bytes.loadUnaligned(fromByteOffset: bytes.count - 32, as: LayerTrailer.self)
-        guard trailer.magic == LayerTrailer.magicNow, trailer.checksum == XXH3_64bits(base + bytes.count - 32, 24), trailer.checksum == record.digest,
-            trailer.headerChecksum == header.checksum
-        else { throw damaged(bytes.count - 32, "the trailer does not match the MANIFEST") }
-
-        let extentsOffset = Int(header.extentsOffset)
-        let checksumsOffset = Int(header.checksumsOffset)
-        let fencesOffset = Int(header.fencesOffset)
-        let fenceCount = (checksumsOffset - extentsOffset) / pageBytes
-        let fenceBytes = bytes.count - 32 - fencesOffset
-        guard trailer.fencesChecksum == XXH3_64bits(base + fencesOffset, fenceBytes) else { throw damaged(fencesOffset, "the fences do not match their checksum") }
-        for page in 0..<fenceCount {
-            let fence = bytes.loadUnaligned(fromByteOffset: fencesOffset + page * 16, as: LayerFence.self)
-            let offset = extentsOffset + page * pageBytes
-            guard fence.checksum == XXH3_64bits(base + offset, pageBytes) else { throw damaged(offset, "a page of extents does not match its checksum") }
-        }
-        for page in 0..<(fencesOffset - checksumsOffset) / pageBytes {
-            let sum = bytes.loadUnaligned(fromByteOffset: fencesOffset + fenceCount * 16 + page * 8, as: UInt64.self)
-            let offset = checksumsOffset + page * pageBytes
-            guard sum == XXH3_64bits(base + offset, pageBytes) else { throw damaged(offset, "a page of block checksums does not match its own checksum") }
-        }
-        // Padding of the first page is the only part that no sum covers, and nothing reads it.
-        let extents = [StoredExtent](UnsafeRawBufferPointer(start: base + extentsOffset, count: Int(header.extentCount) * 32).bindMemory(to: StoredExtent.self))
-        let sums = UnsafeRawBufferPointer(start: base + checksumsOffset, count: Int(header.checksumCount) * 8).bindMemory(to: UInt64.self)
-        return Loaded(header: header, extents: extents, checksums: LayerChecksums(layer: record.id, sizeBytes: header.sizeBytes, copying: sums))
+    /// Reads and verifies all extents of a layer file. With a cache, checksums of a large layer stay in the file; without, all are read.
+    static func load(_ storage: any Storage, store: StoreUUID, record: LayerRecord, cache: ChecksumCache? = nil) throws(StoreError) -> Loaded {
+        let reader = try LayerReader(storage, store: store, record: record)
+        var extents: [StoredExtent] = []
+        extents.reserveCapacity(reader.extentCount)
+        try reader.forEachExtents { extents.append(contentsOf: $0) }
+        if let cache { return Loaded(header: reader.header, extents: extents, checksums: try cache.checksums(of: reader)) }
+        let sums = UnsafeMutableBufferPointer<UInt64>.allocate(capacity: max(1, reader.checksumCount))
+        defer { sums.deallocate() }
+        try reader.readChecksums(0..<reader.checksumCount, into: sums.baseAddress!)
+        let all = UnsafeBufferPointer(start: UnsafePointer(sums.baseAddress!), count: reader.checksumCount)
+        return Loaded(header: reader.header, extents: extents, checksums: LayerChecksums(layer: record.id, sizeBytes: reader.header.sizeBytes, copying: all, digest: record.digest))
     }
 }
 

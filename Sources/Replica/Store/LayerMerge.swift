@@ -34,7 +34,7 @@ enum LayerMerge {
             stored.checksumIndex = extent.isZero ? 0 : UInt32(sums.count)
             if !extent.isZero {
                 let from = loaded[Int(extent.slot)].checksums
-                sums.append(contentsOf: UnsafeBufferPointer(start: from.sums + Int(extent.checksumIndex), count: Int(extent.blockCount)))
+                sums.append(contentsOf: UnsafeBufferPointer(start: from.resident! + Int(extent.checksumIndex), count: Int(extent.blockCount)))
             }
             extents.append(stored)
         }

@@ -11,7 +11,7 @@ final class LayerReader: Sendable {
     private let file: any StorageFile
     /// Checksums of the pages of extents, and of the pages of checksums.
     private let extentPages: [UInt64]
-    private let checksumPages: [UInt64]
+    let checksumPages: [UInt64]
 
     /// Verifies header, trailer and fences.
     init(_ storage: any Storage, store: StoreUUID, record: LayerRecord) throws(StoreError) {
@@ -65,7 +65,11 @@ final class LayerReader: Sendable {
             let pages = min(Self.batchBytes / pageBytes, extentPages.count - page)
             try readPages(page..<page + pages, of: extentPages, from: header.extentsOffset, "extents", into: memory.baseAddress!)
             let count = min(pages * perPage, extentCount - page * perPage)
-            try body(UnsafeRawBufferPointer(start: memory.baseAddress!, count: count * MemoryLayout<StoredExtent>.size).withMemoryRebound(to: StoredExtent.self) { $0 })
+            let extents = UnsafeRawBufferPointer(start: memory.baseAddress!, count: count * MemoryLayout<StoredExtent>.size).withMemoryRebound(to: StoredExtent.self) { $0 }
+            for (index, extent) in extents.enumerated() where !extent.isSound(checksumCount: checksumCount) {
+                throw .damaged(path: file.path, offsetBytes: header.extentsOffset + UInt64((page * perPage + index) * 32), what: "an extent contradicts itself")
+            }
+            try body(extents)
             page += pages
         }
     }
@@ -95,6 +99,23 @@ final class LayerReader: Sendable {
         }
         for (index, page) in pages.enumerated() where XXH3_64bits(memory + index * pageBytes, pageBytes) != expected[page] {
             throw .damaged(path: file.path, offsetBytes: offset + UInt64(index * pageBytes), what: "a page of \(what) does not match its checksum")
+        }
+    }
+}
+
+extension StoredExtent {
+    /// Whether its fields can be reckoned with. They are as they were written; this is for files that somebody else wrote.
+    func isSound(checksumCount: Int) -> Bool {
+        guard blockCount > 0, startBlock < 1 << 40, UInt64(blockCount) <= 1 << 40 - startBlock else { return false }
+        switch ExtentEncoding(rawValue: encoding) {
+        case .zero: return true
+        case .plain:
+            return blockCount <= IndexExtent.blockCountMax && segmentBlock > 0 && storedBytes == blockCount * 4096 && UInt64(checksumIndex) + UInt64(blockCount) <= UInt64(checksumCount)
+        case .cluster:
+            return clusterBlocks <= ClusterPart.blocksMax && UInt32(clusterSkip) + blockCount <= UInt32(clusterBlocks) && segmentBlock > 0
+                && storedBytes % 4096 == 0 && storedBytes >= 4096 && storedBytes < UInt32(clusterBlocks) * 4096
+                && UInt64(checksumIndex) + UInt64(blockCount) <= UInt64(checksumCount)
+        case nil: return false
         }
     }
 }

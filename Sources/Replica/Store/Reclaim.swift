@@ -16,6 +16,13 @@ struct Pin {
     }
 }
 
+/// Tells the store that files may have become garbage, as long as there is a store.
+final class GarbageBell: @unchecked Sendable {
+    /// Set once, before anything rings.
+    weak var store: ReplicaStore?
+    @Sendable func ring() { store?.lookForGarbage() }
+}
+
 extension ReplicaStore {
     static let reservePath = "RESERVE"
     static let reserveBytes: UInt64 = 1 << 20
@@ -28,6 +35,14 @@ extension ReplicaStore {
             return shared.hasGarbage && !shared.isClosed
         }
         if look { thread.enqueue { [weak self] in self?.collectGarbage() } }
+    }
+
+    /// Somebody stopped reading; any thread.
+    func lookForGarbage() {
+        thread.enqueue { [weak self] in
+            guard let self, self.shared.withLock({ $0.hasGarbage && !$0.isClosed }) else { return }
+            self.collectGarbage()
+        }
     }
 
     /// On the store's thread. A failure only leaks until the next time. Returns how many files went.
@@ -46,6 +61,7 @@ extension ReplicaStore {
     /// On the store's thread. Returns how many.
     @discardableResult
     func removeUnreferencedFiles() throws(StoreError) -> Int {
+        let readLayers = checksums.layersInUse
         let ignoresPins = options.deliberateFault == .pinsIgnored
         let (layers, segments, journals) = shared.withLock { shared -> (Set<UInt64>, Set<UInt64>, Set<UInt64>) in
             var layers = Set(shared.state.layers.keys)
@@ -65,6 +81,8 @@ extension ReplicaStore {
                 for record in pin.records { segments.formUnion(record.segments.lazy.map { UInt64($0.segment) }) }
                 journals.formUnion(pin.journals)
             }
+            // Read by indexes that were merged before these layers were; files of what is gone stay while somebody reads their checksums.
+            layers.formUnion(readLayers)
             shared.hasGarbage = before != (layers.count, segments.count, journals.count)
             for receiver in shared.receivers.values { segments.formUnion(receiver.heldSegments.lazy.map { UInt64($0) }) }
             return (layers, segments, journals)

@@ -22,6 +22,14 @@ struct StoreOptions: Sendable {
     /// Space is low when less than the larger of these is free; see `lowSpaceMark`.
     var lowSpaceBytes: UInt64 = 2 << 30
     var lowSpacePercent: UInt64 = 5
+    /// How data that arrives is stored.
+    var compression = StoreCompression.lz4
+    /// Memory for checksums of blocks, of all readers together.
+    var checksumCacheBytes = 64 << 20
+    /// A layer with more checksums is never held in memory as a whole.
+    var residentChecksumCountMax = 64 << 10
+    /// Layer files that are kept open for their checksums.
+    var layerFilesOpenMax = 128
     /// A fork's journal is flushed when this many writes wait, even when nobody asks.
     var journalEntriesMax = 4096
     /// No thread of its own: see `StoreThread`. For simulations, like the next two.
@@ -72,6 +80,7 @@ public final class ReplicaStore: @unchecked Sendable {
     let indexes: IndexCache
     let upkeep = Upkeep()
     let forkLocks = ForkLocks()
+    let checksums: ChecksumCache
 
     /// What several threads look at.
     struct Shared {
@@ -127,6 +136,9 @@ public final class ReplicaStore: @unchecked Sendable {
         shared = Mutex(Shared(state: state))
         segments = SegmentCache(storage: storage, store: state.uuid)
         indexes = IndexCache()
+        let garbage = GarbageBell()
+        checksums = ChecksumCache(storage: storage, store: state.uuid, options: options, unused: garbage.ring)
+        garbage.store = self
         opened = true
         if tornBytes > 0 { logger.notice("cut a torn record off the MANIFEST", metadata: ["bytes": "\(tornBytes)", "store": "\(storage.location)"]) }
         do throws(StoreError) {
@@ -155,6 +167,7 @@ public final class ReplicaStore: @unchecked Sendable {
         thread.stop()
         shared.withLock { $0.writes }?.close()
         segments.removeAll()
+        checksums.close()
         storage.unlock()
     }
 

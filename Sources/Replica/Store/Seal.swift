@@ -69,7 +69,7 @@ extension ReplicaStore {
                     sizeBytes: pending.spec.geometry.sizeBytes, cut: writer.cut, consistency: consistency)
                 let (extents, sums) = pending.layer()
                 let layer = try sums.withUnsafeBufferPointer { sums throws(StoreError) in
-                    try LayerFile.write(storage, store: uuid, identity: identity, extents: extents, sums: sums, isSynced: options.deliberateFault != .layerNotSynced)
+                    try LayerFile.write(storage, store: uuid, identity: identity, extents: extents, sums: sums, isSynced: options.deliberateFault != .layerNotSynced, cache: checksums)
                 }
                 written.append(layer)
                 changed.append(volume)
@@ -122,7 +122,7 @@ extension ReplicaStore {
     func merge(_ group: GroupID, _ volume: Int, chain: [LayerRecord]) throws(StoreError) -> IndexSnapshot {
         var (snapshot, covered) = indexes.nearest(group, volume, chain: chain)
         while covered < chain.count {
-            let loaded = try LayerFile.load(storage, store: uuid, record: chain[covered])
+            let loaded = try LayerFile.load(storage, store: uuid, record: chain[covered], cache: checksums)
             // Its header names the parent of the time; a merge may have taken that one's place.
             snapshot.apply(loaded.extents, loaded.checksums)
             covered += 1
