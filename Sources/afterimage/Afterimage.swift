@@ -16,6 +16,6 @@ struct Afterimage: AsyncParsableCommand {
         subcommands: [
             StatusCommand.self, SitePairCommand.self, ServerCommand.self, ReplicationCommand.self, RecoveryPointCommand.self,
             DrillCommand.self, FailoverCommand.self, TaskCommand.self, EventCommand.self, ApplianceCommand.self, AgentCommand.self,
-            TapCommand.self,
+            TapCommand.self, StoreCommand.self,
         ])
 }

@@ -71,6 +71,7 @@ struct FileHeader {
             throw .versionTooNew(path: path, found: header.version, supported: versionNow)
         }
         guard sum == header.checksum else { throw .damaged(path: path, offsetBytes: 0, what: "the header does not match its checksum") }
+        if header.version < versionNow { throw .versionTooOld(path: path, found: header.version, supported: versionNow) }
         if let id, header.id != id { throw .damaged(path: path, offsetBytes: 32, what: "the file says that it is number \(header.id)") }
         if let store, header.storeHigh != store.high || header.storeLow != store.low {
             throw .damaged(path: path, offsetBytes: 16, what: "the file belongs to another store")

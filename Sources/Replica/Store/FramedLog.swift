@@ -102,7 +102,7 @@ final class FramedLog {
     }
 
     /// The end of a valid frame at `offset`, or nil. Without `sequence` any sequence is taken.
-    private static func validFrame(_ bytes: UnsafeMutableRawBufferPointer, at offset: Int, sequence: UInt64?) -> Int? {
+    static func validFrame(_ bytes: UnsafeMutableRawBufferPointer, at offset: Int, sequence: UInt64?) -> Int? {
         guard offset + frameHeaderBytes <= bytes.count,
             bytes.loadUnaligned(fromByteOffset: offset, as: UInt32.self) == frameMagic
         else { return nil }

@@ -14,6 +14,8 @@ public enum StoreError: Error, Sendable, Equatable, CustomStringConvertible {
     /// Held by somebody else: a second process on the store, a second writer of a fork.
     case busy(String)
     case versionTooNew(path: String, found: UInt32, supported: UInt32)
+    /// Written by a version before the first that was released in this form.
+    case versionTooOld(path: String, found: UInt32, supported: UInt32)
     /// A file of the store is not what was written; `offsetBytes` is where this was noticed.
     case damaged(path: String, offsetBytes: UInt64, what: String)
     /// A block does not match the checksum that its layer keeps for it.
@@ -38,6 +40,8 @@ public enum StoreError: Error, Sendable, Equatable, CustomStringConvertible {
         case .busy(let what): what
         case .versionTooNew(let path, let found, let supported):
             "\(path) has format version \(found), this program knows up to \(supported): use a newer afterimage"
+        case .versionTooOld(let path, let found, let supported):
+            "\(path) has format version \(found), this program reads \(supported) only: use the afterimage that wrote it, or begin a new store in an empty directory"
         case .damaged(let path, let offset, let what): "\(path) is damaged at byte \(offset): \(what)"
         case .badBlock(let volume, let block, let segment, let layer):
             "disk \(volume): block \(block) does not match its checksum (segment \(segment), layer \(layer))"
