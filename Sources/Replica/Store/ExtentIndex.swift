@@ -1,12 +1,6 @@
-/// Where the blocks of a volume are, merged over its layers: a sorted list of extents that do not overlap, cut into chunks.
-///
-/// A value: copies share chunks, and a change copies only the chunks it touches, so that every opened recovery point keeps its
-/// own index while newer epochs go into theirs. 24 bytes per extent. A block in no extent is zero (or, in the
-/// index of a single layer, not of this layer).
-///
-/// 24 bytes, packed: first block 40 bits, count 24; segment 32; place in the segment 32; first checksum 32; slot 20; where in a
+/// One extent of an index. 24 bytes, packed: first block 40 bits, count 24; segment 32; place in the segment 32; first checksum 32; slot 20; where in a
 /// compressed cluster 12.
-struct IndexExtent: Equatable {
+struct IndexExtent: Equatable, BitwiseCopyable {
     private var place: UInt64
     var segment: UInt32
     /// Where the data is, in blocks of the segment file; of a compressed extent: where its cluster is.
@@ -15,7 +9,7 @@ struct IndexExtent: Equatable {
     private var slotAndCluster: UInt32
 
     init(startBlock: UInt64, blockCount: UInt32, slot: UInt32, segment: UInt32, segmentBlock: UInt32, checksumIndex: UInt32, cluster: ClusterPart = .plain) {
-        assert(startBlock < 1 << 40 && blockCount <= Self.blockCountMax && slot <= Self.zeroSlot)
+        assert(startBlock < Self.blockLimit && blockCount <= Self.blockCountMax && slot <= Self.zeroSlot)
         place = startBlock << 24 | UInt64(blockCount)
         self.segment = segment
         self.segmentBlock = segmentBlock
@@ -41,8 +35,10 @@ struct IndexExtent: Equatable {
         set { slotAndCluster = slotAndCluster & ~0xFFF | UInt32(newValue.bits) }
     }
 
-    /// Their bytes have to fit 32 bits.
-    static let blockCountMax: UInt32 = 1 << 20 - 1
+    /// 2 GiB: as bytes it fits the 32 bits that a layer file has for them.
+    static let blockCountMax: UInt32 = 1 << 19
+    /// First block that an index has no room for: volumes have 4 PiB at most.
+    static let blockLimit: UInt64 = 1 << 40
     static let zeroSlot: UInt32 = 0xF_FFFF
     /// The open layer of a fork.
     static let openSlot: UInt32 = 0xF_FFFE
@@ -94,10 +90,19 @@ struct ClusterPart: Equatable {
     }
 }
 
+/// Where the blocks of a volume are, merged over its layers: a sorted list of extents that do not overlap, cut into chunks.
+///
+/// A value: copies share chunks, and a change copies only the chunks it touches, so that every opened recovery point keeps its
+/// own index while newer epochs go into theirs. 24 bytes per extent and at most a few for room: chunks are filled when
+/// extents come in order, and one that is changed grows by steps. A block in no extent is zero (or, in the index of a
+/// single layer, not of this layer).
 struct ExtentIndex {
+    typealias Chunk = ContiguousArray<IndexExtent>
     static let chunkExtentsMax = 256
+    /// Room that a chunk gets beyond its need.
+    private static let chunkRoom = 24
 
-    private var chunks: ContiguousArray<ContiguousArray<IndexExtent>> = []
+    private var chunks: ContiguousArray<Chunk> = []
     /// First block of each chunk: searched without touching the chunks.
     private var firstBlocks: ContiguousArray<UInt64> = []
     private(set) var count = 0
@@ -110,6 +115,23 @@ struct ExtentIndex {
         all.reserveCapacity(count)
         for chunk in chunks { all.append(contentsOf: chunk) }
         return all
+    }
+
+    var chunkCount: Int { chunks.count }
+    func chunk(_ index: Int) -> Chunk { chunks[index] }
+
+    /// Puts extents behind all others; they must be in order and not more than a chunk takes.
+    mutating func append(_ extents: UnsafeBufferPointer<IndexExtent>) {
+        if extents.isEmpty { return }
+        precondition(extents.count <= Self.chunkExtentsMax && (chunks.last.map { $0[$0.count - 1].endBlock <= extents[0].startBlock } ?? true))
+        chunks.append(Chunk(extents))
+        firstBlocks.append(extents[0].startBlock)
+        count += extents.count
+    }
+
+    mutating func reserve(chunks number: Int) {
+        chunks.reserveCapacity(number)
+        firstBlocks.reserveCapacity(number)
     }
 
     /// The chunk in which an extent that contains or follows `block` is to be looked for first.
@@ -186,16 +208,16 @@ struct ExtentIndex {
                 chunks[first][low - 1].blockCount += new.blockCount
                 return
             }
-            chunks[first].append(new)
             count += 1
             // A full last chunk is left as it is, so that bulk loads fill chunks.
-            if chunks[first].count > Self.chunkExtentsMax {
-                if first + 1 == chunks.count {
-                    let last = chunks[first].removeLast()
-                    chunks.append([last])
-                    firstBlocks.append(last.startBlock)
-                } else { splitChunk(first) }
+            if first + 1 == chunks.count, chunks[first].count == Self.chunkExtentsMax {
+                chunks.append([new])
+                firstBlocks.append(new.startBlock)
+                return
             }
+            makeRoom(first, 1, isLast: first + 1 == chunks.count)
+            chunks[first].append(new)
+            if chunks[first].count > Self.chunkExtentsMax { splitChunk(first) }
             firstBlocks[first] = chunks[first][0].startBlock
             return
         }
@@ -248,9 +270,10 @@ struct ExtentIndex {
                 chunks[first][low - 1].blockCount += added.blockCount
                 joined = nil
             }
-            let replacement = [left, joined, right].compactMap { $0 }
-            chunks[first].replaceSubrange(low..<high, with: replacement)
-            count += replacement.count - (high - low)
+            let added = (left == nil ? 0 : 1) + (joined == nil ? 0 : 1) + (right == nil ? 0 : 1)
+            makeRoom(first, added - (high - low), isLast: false)
+            chunks[first].replaceSubrange(low..<high, with: [left, joined, right].lazy.compactMap { $0 })
+            count += added - (high - low)
         }
         if chunks[first].isEmpty {
             chunks.remove(at: first)
@@ -263,16 +286,74 @@ struct ExtentIndex {
         } else if chunks[first].count < Self.chunkExtentsMax / 8, first + 1 < chunks.count, chunks[first + 1].count < Self.chunkExtentsMax / 2 {
             let moved = chunks.remove(at: first + 1)
             firstBlocks.remove(at: first + 1)
+            makeRoom(first, moved.count, isLast: false)
             chunks[first].append(contentsOf: moved)
         }
     }
 
+    /// An array that is left to itself doubles its room.
+    private mutating func makeRoom(_ chunk: Int, _ more: Int, isLast: Bool) {
+        let needed = chunks[chunk].count + more
+        if needed <= chunks[chunk].capacity { return }
+        chunks[chunk].reserveCapacity(isLast ? min(max(needed, chunks[chunk].count * 2), Self.chunkExtentsMax) : needed + Self.chunkRoom)
+    }
+
     private mutating func splitChunk(_ index: Int) {
-        let half = chunks[index].count / 2
-        let tail = ContiguousArray(chunks[index][half...])
-        chunks[index].removeSubrange(half...)
-        chunks.insert(tail, at: index + 1)
-        firstBlocks.insert(tail[0].startBlock, at: index + 1)
+        let whole = chunks[index]
+        let half = whole.count / 2
+        chunks[index] = Self.chunk(whole[..<half])
+        chunks.insert(Self.chunk(whole[half...]), at: index + 1)
+        firstBlocks.insert(whole[half].startBlock, at: index + 1)
+    }
+
+    private static func chunk(_ extents: Chunk.SubSequence) -> Chunk {
+        var chunk = Chunk()
+        chunk.reserveCapacity(extents.count + chunkRoom)
+        chunk.append(contentsOf: extents)
+        return chunk
+    }
+
+    // MARK: Merged layers
+
+    /// Extents of a layer that took the place of others: whatever of `extent` a slot in `old` holds is turned to it; the rest stays. `hint`
+    /// is where the one before was, for extents that come in order.
+    mutating func repoint(_ extent: IndexExtent, from old: SlotSet, hint: inout Int) {
+        var block = extent.startBlock
+        while block < extent.endBlock, !chunks.isEmpty {
+            if hint >= chunks.count || firstBlocks[hint] > block || (hint + 1 < chunks.count && firstBlocks[hint + 1] <= block) { hint = chunkIndex(block) }
+            var position = position(block, in: hint)
+            if position == chunks[hint].count {
+                hint += 1
+                position = 0
+                if hint == chunks.count { return }
+            }
+            let found = chunks[hint][position]
+            if found.startBlock >= extent.endBlock { return }
+            let start = max(block, found.startBlock)
+            var end = min(found.endBlock, extent.endBlock)
+            block = end
+            if !old.contains(found.slot) { continue }
+            // Neighbours that were of several layers may be one now.
+            var next = position + 1
+            while next < chunks[hint].count, end < extent.endBlock, chunks[hint][next].startBlock == end, old.contains(chunks[hint][next].slot) {
+                end = min(chunks[hint][next].endBlock, extent.endBlock)
+                next += 1
+            }
+            block = end
+            let part = extent.clipped(from: start, to: end)
+            if next == position + 1, start == found.startBlock, end == found.endBlock {
+                chunks[hint][position] = part
+            } else {
+                replace(start, end, with: part)
+            }
+        }
+    }
+
+    /// The slots that extents are of.
+    func usedSlots(below limit: Int) -> SlotSet {
+        var used = SlotSet(count: limit)
+        for chunk in chunks { for extent in chunk where extent.slot < limit { used.insert(extent.slot) } }
+        return used
     }
 
     /// For tests: whether the order and the counts hold.
@@ -288,5 +369,18 @@ struct ExtentIndex {
             total += chunk.count
         }
         return total == count && chunks.count == firstBlocks.count
+    }
+}
+
+/// Slots of a reader's table.
+struct SlotSet {
+    private var members: ContiguousArray<Bool>
+    private(set) var count = 0
+    init(count: Int) { members = ContiguousArray(repeating: false, count: count) }
+    @inline(__always)
+    func contains(_ slot: UInt32) -> Bool { slot < members.count && members[Int(slot)] }
+    mutating func insert(_ slot: UInt32) {
+        if !members[Int(slot)] { count += 1 }
+        members[Int(slot)] = true
     }
 }

@@ -74,6 +74,20 @@ final class LayerReader: Sendable {
         }
     }
 
+    /// Extents `range` (of 0..<extentCount), at once.
+    func withExtents(_ range: Range<Int>, _ body: (UnsafeBufferPointer<StoredExtent>) throws(StoreError) -> Void) throws(StoreError) {
+        precondition(range.lowerBound >= 0 && range.upperBound <= extentCount)
+        if range.isEmpty { return }
+        let perPage = pageBytes / MemoryLayout<StoredExtent>.size
+        let first = range.lowerBound / perPage
+        let end = (range.upperBound + perPage - 1) / perPage
+        let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: (end - first) * pageBytes, alignment: pageBytes)
+        defer { memory.deallocate() }
+        try readPages(first..<end, of: extentPages, from: header.extentsOffset, "extents", into: memory.baseAddress!)
+        let start = (memory.baseAddress! + (range.lowerBound - first * perPage) * MemoryLayout<StoredExtent>.size).assumingMemoryBound(to: StoredExtent.self)
+        try body(UnsafeBufferPointer(start: start, count: range.count))
+    }
+
     /// Block checksums `range` (of 0..<checksumCount).
     func readChecksums(_ range: Range<Int>, into sums: UnsafeMutablePointer<UInt64>) throws(StoreError) {
         precondition(range.lowerBound >= 0 && range.upperBound <= checksumCount)

@@ -133,19 +133,10 @@ extension ReplicaStore {
 
 extension LayerFile.Written {
     func record(parent: UInt64) -> LayerRecord {
-        var uses: [UInt32: SegmentUse] = [:]
-        var dataBytes: UInt64 = 0
-        var cluster: (segment: UInt32, block: UInt32)?
-        for extent in extents where !extent.isZero {
-            // Parts of one compressed cluster that follow each other need it once.
-            if extent.isCompressed, let last = cluster, last == (extent.segment, extent.segmentBlock) { continue }
-            cluster = extent.isCompressed ? (extent.segment, extent.segmentBlock) : nil
-            uses[extent.segment, default: SegmentUse(segment: extent.segment, endBlock: 0, blocks: 0)].blocks += extent.segmentBlockCount
-            uses[extent.segment]!.endBlock = max(uses[extent.segment]!.endBlock, extent.segmentBlock + extent.segmentBlockCount)
-            dataBytes += UInt64(extent.segmentBlockCount) * UInt64(blockBytes)
-        }
+        var tally = SegmentTally()
+        for extent in extents { tally.add(extent) }
         return LayerRecord(
             id: checksums.layer, parent: parent, sizeBytes: checksums.sizeBytes, fileBytes: fileBytes, digest: digest, extentCount: extents.count,
-            dataBytes: dataBytes, segments: uses.keys.sorted().map { uses[$0]! })
+            dataBytes: tally.dataBytes, segments: tally.segments)
     }
 }
