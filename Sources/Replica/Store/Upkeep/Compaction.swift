@@ -186,7 +186,7 @@ extension ReplicaStore {
                 throw error
             }
             if hasMoved { self.indexes.forget(Set(replaced)) } else { self.indexes.merged(replaced: replaced, by: layer) }
-            self.upkeep.work.hasUnnamedFiles = true
+            self.upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
             return true
         }
     }

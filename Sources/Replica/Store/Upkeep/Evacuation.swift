@@ -35,7 +35,7 @@ extension ReplicaStore {
         guard let (fresh, ids, pin) = pinned else { return nil }
         defer {
             unpin(pin)
-            upkeep.work.hasUnnamedFiles = true
+            upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
         }
         let copier = SegmentCopier(from: plan.segments, to: try SegmentFile.create(disk, store: uuid, id: fresh), disk: disk, store: uuid)
         var rewritten: [(LayerFile.Loaded, [StoredExtent])] = []

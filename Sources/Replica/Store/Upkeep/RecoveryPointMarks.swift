@@ -3,7 +3,13 @@ import BlockTap
 /// What people say about recovery points, and dropping them.
 extension ReplicaStore {
     /// Which recovery points of a group upkeep keeps; nil, as after opening: all. In memory: whoever opens the store says it again.
+    /// A policy that is not valid keeps all.
     public func setRetention(_ group: GroupID, _ policy: RecoveryPointPolicy?) {
+        var policy = policy
+        do throws(StoreError) { try policy?.validated() } catch {
+            logger.error("a policy that makes no sense keeps all recovery points", metadata: ["group": "\(group)", "error": "\(error)"])
+            policy = nil
+        }
         upkeep.settings.withLock { $0.policies[group] = policy }
         upkeep.wake()
     }
@@ -24,6 +30,7 @@ extension ReplicaStore {
             }
             var seen: Set<RecoveryPointID> = []
             try self.change(.pointsDropped(group, ids.filter { seen.insert($0).inserted }))
+            self.upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
         }
         upkeep.wake()
     }

@@ -139,7 +139,10 @@ extension ReplicaStore {
         }
         var bytes: UInt64 = 0
         for segment in chosen.sorted() {
-            bytes += try punch(segment, maps[segment]!, liveBlocks: live[segment]!, disk)
+            do throws(StoreError) { bytes += try punch(segment, maps[segment]!, liveBlocks: live[segment]!, disk) } catch {
+                guard case .damaged = error else { throw error }
+                setAside(segment, because: error)
+            }
             if !upkeep.work.canPunch {
                 logger.notice("the store's file system cannot punch holes: sparse segments are rewritten instead", metadata: ["store": "\(storage.location)"])
                 return nil
@@ -153,9 +156,20 @@ extension ReplicaStore {
     func lookAtSegments(_ disk: any Storage, _ live: [UInt32: UInt64]) throws(StoreError) {
         upkeep.work.segments = upkeep.work.segments.filter { live[$0.key] != nil }
         for segment in live.keys.sorted() where upkeep.work.segments[segment] == nil {
-            let file = try disk.open(SegmentFile.path(segment), .read, direct: false)
-            upkeep.work.segments[segment] = SegmentLook(fileBytes: try file.size(), allocatedBytes: try file.allocatedBytes())
+            do throws(StoreError) {
+                let file = try disk.open(SegmentFile.path(segment), .read, direct: false)
+                upkeep.work.segments[segment] = SegmentLook(fileBytes: try file.size(), allocatedBytes: try file.allocatedBytes())
+            } catch {
+                if case .closed = error { throw error }
+                setAside(segment, because: error)
+            }
         }
+    }
+
+    /// Nothing to be had from it until the store is opened again; the others must not wait for it.
+    private func setAside(_ segment: UInt32, because error: StoreError) {
+        upkeep.work.segments[segment] = SegmentLook(fileBytes: 0, allocatedBytes: 0)
+        logger.error("upkeep leaves a segment alone", metadata: ["segment": "\(segment)", "error": "\(error)"])
     }
 
     private func isWasteful(_ segment: UInt32, liveBlocks: UInt64) -> Bool {

@@ -43,12 +43,10 @@ final class Upkeep: @unchecked Sendable {
         var thread: UpkeepThread?
     }
 
-    /// Used by whoever carries out a step, one at a time; `hasUnnamedFiles` on the store's thread during a step too.
+    /// Used by whoever carries out a step, one at a time.
     struct Work {
         /// Damaged: neither merged nor is anything given back of segments that they use.
         var unreadableLayers: Set<UInt64> = []
-        /// Records took names away since files were looked through.
-        var hasUnnamedFiles = false
         /// There was no space for a merge.
         var isFrugal = false
         var canPunch = true
@@ -61,6 +59,8 @@ final class Upkeep: @unchecked Sendable {
     /// One step at a time.
     let turn = Semaphore(count: 1)
     var work = Work()
+    /// Records took names away since files were looked through.
+    let hasUnnamedFiles = Atomic<Bool>(false)
 
     func count(_ body: (inout UpkeepStatistics) -> Void) { settings.withLock { body(&$0.statistics) } }
 
@@ -136,9 +136,7 @@ extension ReplicaStore {
 
     private func removeUnnamedFiles() throws(StoreError) -> UpkeepAction? {
         let removed = try thread.perform { () throws(StoreError) -> Int in
-            guard self.upkeep.work.hasUnnamedFiles else { return 0 }
-            self.upkeep.work.hasUnnamedFiles = false
-            return self.collectGarbage()
+            self.upkeep.hasUnnamedFiles.exchange(false, ordering: .relaxed) ? self.collectGarbage() : 0
         }
         return removed > 0 ? .removed(files: removed) : nil
     }
