@@ -66,8 +66,10 @@ extension ReplicaStore {
                 id: ids[index], parent: layer.parent, volumeIndex: header.volumeIndex, sizeBytes: header.sizeBytes,
                 cut: Cut(epoch: EpochNumber(header.epoch), kind: EpochKind(rawValue: header.kind) ?? .fuzzy, timeNanoseconds: header.cutTimeNanoseconds, blockCount: 0),
                 consistency: Consistency(formatValue: header.consistency))
-            let sums = UnsafeBufferPointer(start: UnsafePointer(loaded.checksums.sums), count: loaded.checksums.count)
-            let written = try LayerFile.write(disk, store: uuid, identity: identity, extents: extents, sums: sums)
+            let all = UnsafeMutableBufferPointer<UInt64>.allocate(capacity: max(1, loaded.checksums.count))
+            defer { all.deallocate() }
+            try loaded.checksums.copy(0, loaded.checksums.count, into: all.baseAddress!)
+            let written = try LayerFile.write(disk, store: uuid, identity: identity, extents: extents, sums: UnsafeBufferPointer(rebasing: UnsafeBufferPointer(all)[..<loaded.checksums.count]))
             try disk.syncDirectory("layers")
             let record = written.record(parent: layer.parent)
             // One that went meanwhile needs nothing moved.
@@ -182,10 +184,12 @@ private final class SegmentCopier {
     }
 
     private func verify(_ bytes: UnsafeMutableRawBufferPointer, _ extent: StoredExtent, first: UInt32, _ checksums: LayerChecksums) throws(StoreError) {
+        var sums = [UInt64](repeating: 0, count: bytes.count / pageBytes)
+        try sums.withUnsafeMutableBufferPointer { sums throws(StoreError) in try checksums.copy(extent.checksumIndex + first, sums.count, into: sums.baseAddress!) }
         for index in 0..<bytes.count / pageBytes {
             let block = extent.startBlock + UInt64(first) + UInt64(index)
             let sum = BlockChecksum.of(bytes.baseAddress! + index * pageBytes, count: blockLength(block, sizeBytes: checksums.sizeBytes), blockIndex: block)
-            guard sum == checksums.sums[Int(extent.checksumIndex) + Int(first) + index] else {
+            guard sum == sums[index] else {
                 throw .badBlock(volume: "", block: block, segment: extent.segment, layer: checksums.layer)
             }
         }
