@@ -80,23 +80,29 @@ import Testing
 
     /// A reader stands on a point that is dropped, merged away and punched.
     @Test func ignoringPinsIsFoundOut() throws {
-        func isExact(_ fault: DeliberateFault?) throws -> Bool {
+        func isExact(_ fault: DeliberateFault?, seed: UInt64) throws -> Bool {
             var options = smallOptions
             options.deliberateFault = fault
             let directory = TemporaryDirectory()
-            let scene = try UpkeepScene(seed: 3, storage: FileStorage(directory: directory.path), blockCount: 256, options: options)
-            for _ in 0..<20 { try scene.receive(extents: 8, blocksMax: 30) }
-            let point = scene.store.recoveryPoints(webGroup)[5].id
-            let reader = try scene.store.openRecoveryPoint(webGroup, point, volume: 0)
-            try scene.store.dropRecoveryPoints(webGroup, scene.store.recoveryPoints(webGroup).dropLast().map(\.id))
-            for _ in 0..<20 { try scene.receive(extents: 8, blocksMax: 30) }
-            try scene.store.dropRecoveryPoints(webGroup, scene.store.recoveryPoints(webGroup).dropLast().map(\.id))
-            try scene.upkeep()
+            let scene = try UpkeepScene(seed: seed, storage: FileStorage(directory: directory.path), blockCount: 512, options: options)
             defer { scene.store.close() }
-            return try scene.isExact(reader, scene.points[point]!)
+            for _ in 0..<12 { try scene.receive(extents: 8, blocksMax: 30) }
+            let point = scene.store.recoveryPoints(webGroup)[8].id
+            let reader = try scene.store.openRecoveryPoint(webGroup, point, volume: 0)
+            for _ in 0..<4 {
+                for _ in 0..<3 { try scene.receive(extents: 8, blocksMax: 30) }
+                try scene.store.dropRecoveryPoints(webGroup, scene.store.recoveryPoints(webGroup).dropLast().map(\.id))
+                try scene.upkeep()
+            }
+            return (try? scene.isExact(reader, scene.points[point]!)) == true
         }
-        #expect(try isExact(nil))
-        #expect((try? isExact(.pinsIgnored)) != true)
+        // A segment of which nothing is left is removed as a file, and the reader has it open: some of them are punched first.
+        var found = 0
+        for seed in 1...12 as ClosedRange<UInt64> {
+            #expect(try isExact(nil, seed: seed))
+            if try !isExact(.pinsIgnored, seed: seed) { found += 1 }
+        }
+        #expect(found > 0)
     }
 
     @Test func ignoringHoldsIsFoundOut() throws {
