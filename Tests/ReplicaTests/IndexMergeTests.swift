@@ -246,6 +246,7 @@ enum LayerModel {
             let storage = SimulatedStorage(seed: UInt64(operation))
             var options = smallOptions
             options.isStepped = true
+            options.writeBufferCount = 4096
             var store = try ReplicaStore(storage: storage, options: options, logger: quiet)
             try store.createGroup(webGroup, volumes: [spec("vda", bytes: 1 << 20)])
             for epoch in 1...4 as ClosedRange<UInt64> {

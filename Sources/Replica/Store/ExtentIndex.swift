@@ -356,6 +356,9 @@ struct ExtentIndex {
         return used
     }
 
+    /// For tests and figures: extents that there is room for.
+    var room: Int { chunks.reduce(0) { $0 + $1.capacity } }
+
     /// For tests: whether the order and the counts hold.
     var isConsistent: Bool {
         var end: UInt64 = 0

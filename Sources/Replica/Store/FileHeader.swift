@@ -6,6 +6,7 @@ enum FileKind: UInt64 {
     case manifest = 0x5346_494E_414D_4641  // "AFMANIFS"
     case segment = 0x544E_454D_4753_4641  // "AFSGMENT"
     case layer = 0x3152_4559_414C_4641  // "AFLAYER1"
+    case index = 0x3158_4544_4E49_4641  // "AFINDEX1"
     case journal = 0x4C41_4E52_554F_4A46  // "FJOURNAL"
 }
 

@@ -88,6 +88,7 @@ extension ReplicaStore {
             return (layers, segments, journals)
         }
         var removed = try removeFiles(in: "layers", suffix: ".layer", except: layers)
+        removed += try removeFiles(in: "indexes", suffix: ".index", except: layers)
         self.segments.keep(segments)
         removed += try removeFiles(in: "segments", suffix: ".seg", except: segments)
         removed += try removeFiles(in: "journals", suffix: ".journal", except: journals)

@@ -30,6 +30,10 @@ struct StoreOptions: Sendable {
     var residentChecksumCountMax = 64 << 10
     /// Layer files that are kept open for their checksums.
     var layerFilesOpenMax = 128
+    /// A merged index is kept on disk when merging it anew takes as long as this many extents.
+    var indexFileCostMin = 100_000
+    /// Merges of layers with more extents are followed in the background.
+    var rebaseExtentsMax = 200_000
     /// A fork's journal is flushed when this many writes wait, even when nobody asks.
     var journalEntriesMax = 4096
     /// No thread of its own: see `StoreThread`. For simulations, like the next two.
@@ -73,6 +77,8 @@ public final class ReplicaStore: @unchecked Sendable {
     let logger: Logger
     let uuid: StoreUUID
     let thread: StoreThread
+    /// For merged indexes that take long. The same as `thread` when that is stepped.
+    let background: StoreThread
     /// Used on the store's thread only.
     let manifest: Manifest
     let shared: Mutex<Shared>
@@ -128,10 +134,12 @@ public final class ReplicaStore: @unchecked Sendable {
         try storage.createDirectory("segments")
         try storage.createDirectory("layers")
         try storage.createDirectory("journals")
+        try storage.createDirectory("indexes")
         // Also the MANIFEST's own name, when a kill came between its renaming and its sync.
         try storage.syncDirectory("")
         let (manifest, state, tornBytes) = try Manifest.open(storage, rewriteBytes: options.manifestRewriteBytes, newUUID: options.newUUID)
         self.manifest = manifest
+        background = options.isStepped ? thread : StoreThread()
         uuid = state.uuid
         shared = Mutex(Shared(state: state))
         segments = SegmentCache(storage: storage, store: state.uuid)
@@ -140,23 +148,30 @@ public final class ReplicaStore: @unchecked Sendable {
         checksums = ChecksumCache(storage: storage, store: state.uuid, options: options, unused: garbage.ring)
         garbage.store = self
         opened = true
+        indexes.store = self
         if tornBytes > 0 { logger.notice("cut a torn record off the MANIFEST", metadata: ["bytes": "\(tornBytes)", "store": "\(storage.location)"]) }
         do throws(StoreError) {
             try thread.perform { () throws(StoreError) in
                 try self.removeUnreferencedFiles()
                 self.trimSegments()
+                try self.findIndexFiles()
             }
         } catch {
-            close()
+            end()
             throw error
         }
         keepReserve()
     }
 
-    deinit { close() }
+    deinit { end() }
 
     /// Ends unfinished epochs and gives the directory free. Open readers and forks must have been closed. Idempotent.
     public func close() {
+        if !shared.withLock({ $0.isClosed }) { writeLastIndexFiles() }
+        end()
+    }
+
+    private func end() {
         let receivers = shared.withLock { shared -> [GroupReceiver] in
             if shared.isClosed { return [] }
             shared.isClosed = true
@@ -164,6 +179,7 @@ public final class ReplicaStore: @unchecked Sendable {
         }
         stopUpkeep()
         for receiver in receivers { receiver.abandonCurrent("the store closes") }
+        if background !== thread { background.stop() }
         thread.stop()
         shared.withLock { $0.writes }?.close()
         segments.removeAll()

@@ -103,32 +103,6 @@ extension ReplicaStore {
             return .failure(error)
         }
     }
-
-    private func bringIndexesForward(_ group: GroupID, _ volumes: [Int], _ records: [LayerRecord], _ written: [LayerFile.Written]) {
-        for (index, volume) in volumes.enumerated() {
-            if indexes.add(group, volume, parent: records[index].parent, extents: written[index].extents, checksums: written[index].checksums) { continue }
-            // First epoch since the store was opened: merged in the queue, so that the acknowledgement does not wait for it.
-            thread.enqueue { [weak self] in
-                guard let self, let top = self.read({ $0.groups[group]?.volumes[volume].top }), !self.indexes.covers(group, volume, top: top) else { return }
-                let chain = self.read { $0.chain(top) }
-                do throws(StoreError) { self.indexes.offer(group, volume, try self.merge(group, volume, chain: chain)) } catch {
-                    self.logger.error("cannot merge the layers of a disk", metadata: ["group": "\(group)", "volume": "\(volume)", "error": "\(error)"])
-                }
-            }
-        }
-    }
-
-    /// The merged index of a chain, oldest layer first; from the cache as far as that reaches.
-    func merge(_ group: GroupID, _ volume: Int, chain: [LayerRecord]) throws(StoreError) -> IndexSnapshot {
-        var (snapshot, covered) = indexes.nearest(group, volume, chain: chain)
-        while covered < chain.count {
-            let loaded = try LayerFile.load(storage, store: uuid, record: chain[covered], cache: checksums)
-            // Its header names the parent of the time; a merge may have taken that one's place.
-            snapshot.apply(loaded.extents, loaded.checksums)
-            covered += 1
-        }
-        return snapshot
-    }
 }
 
 extension LayerFile.Written {

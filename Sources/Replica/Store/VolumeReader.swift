@@ -60,12 +60,16 @@ extension ReplicaStore {
     func open(_ group: GroupID, _ volume: Int, chain: [LayerRecord]) throws(StoreError) -> (IndexSnapshot, SegmentTable) {
         let snapshot = try merge(group, volume, chain: chain)
         if !indexes.covers(group, volume, top: snapshot.top) {
-            // Offered under the lock, and only when the chain still is what was merged: upkeep, which may replace layers and move data,
-            // tells the cache after it has changed the state.
-            read { state in
-                // A fork outlives its group; one of the same name may have fewer disks.
-                guard let disks = state.groups[group]?.volumes, disks.indices.contains(volume), disks[volume].top == snapshot.top else { return }
-                if state.chain(snapshot.top).map(\.id) == chain.map(\.id) { indexes.offer(group, volume, snapshot) }
+            // Taken when it still is of the volume's newest layers: upkeep may have replaced some meanwhile.
+            thread.enqueue { [weak self] in
+                guard let self else { return }
+                let newest = self.read { state -> [LayerRecord] in
+                    // A fork outlives its group; one of the same name may have fewer disks.
+                    guard let disks = state.groups[group]?.volumes, disks.indices.contains(volume) else { return [] }
+                    return state.chain(disks[volume].top)
+                }
+                // Of an older recovery point it would only be in the way.
+                if let covered = snapshot.covered(of: newest), newest.count - covered <= Self.indexLagMax { self.indexes.offer(group, volume, snapshot, chain: newest) }
             }
         }
         return (snapshot, try segments.open(Set(chain.lazy.flatMap { $0.segments.lazy.map(\.segment) })))

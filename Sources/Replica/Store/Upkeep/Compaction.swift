@@ -173,7 +173,7 @@ extension ReplicaStore {
     }
 
     /// Names `layer` in place of `replaced`, or removes its file when something came in between. The caller has it pinned.
-    func publish(_ replaced: [UInt64], _ layer: LayerRecord, hasMoved: Bool = false) throws(StoreError) -> Bool {
+    func publish(_ replaced: [UInt64], _ layer: LayerRecord) throws(StoreError) -> Bool {
         try thread.perform { () throws(StoreError) -> Bool in
             var layer = layer
             // What lies below may itself have been merged meanwhile.
@@ -185,7 +185,7 @@ extension ReplicaStore {
                 if case .invalid = error { return false }
                 throw error
             }
-            if hasMoved { self.indexes.forget(Set(replaced)) } else { self.indexes.merged(replaced: replaced, by: layer) }
+            self.indexes.merged(replaced: replaced, by: layer)
             self.upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
             return true
         }

@@ -73,7 +73,7 @@ extension ReplicaStore {
             try disk.syncDirectory("layers")
             let record = written.record(parent: layer.parent)
             // One that went meanwhile needs nothing moved.
-            if try publish([layer.id], record, hasMoved: true) { indexBytes += record.fileBytes }
+            if try publish([layer.id], record) { indexBytes += record.fileBytes }
         }
         upkeep.count { statistics in
             statistics.dataBytesMoved += copier.bytesMoved
