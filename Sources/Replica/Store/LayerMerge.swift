@@ -153,7 +153,6 @@ private final class LayerSource: MergeSource {
     private let reader: LayerReader
     private let slot: UInt32
     private var next = 0
-    private var memory: ContiguousArray<StoredExtent> = []
 
     init(_ reader: LayerReader, slot: UInt32) {
         self.reader = reader
