@@ -9,7 +9,7 @@ final class BlockMap: @unchecked Sendable {
     let sizeBytes: UInt64
     var index: ExtentIndex
     private(set) var layers: ContiguousArray<LayerChecksums>
-    private(set) var segments: SegmentTable
+    var segments: SegmentTable
     let report: BadBlockReport
     /// The open layer of a fork.
     var open: OpenLayerData?
@@ -24,11 +24,22 @@ final class BlockMap: @unchecked Sendable {
         self.open = open
     }
 
-    /// A fork's open layer was sealed. Returns the slot for its extents.
-    func add(_ checksums: LayerChecksums, _ segment: SegmentFile) -> UInt32 {
+    /// A layer joins those of a fork. Returns the slot for its extents.
+    func add(_ checksums: LayerChecksums) -> UInt32 {
+        if let slot = layers.firstIndex(where: { $0.layer == 0 }) {
+            layers[slot] = checksums
+            return UInt32(slot)
+        }
         layers.append(checksums)
-        segments.add([segment])
         return UInt32(layers.count - 1)
+    }
+
+    /// Of the layers below a fork's open one only `kept` are used any more, with their data in `segments`; the slots of others are free.
+    func keep(layers kept: Set<UInt64>, _ segments: SegmentTable) {
+        for slot in layers.indices where !kept.contains(layers[slot].layer) {
+            layers[slot] = LayerChecksums(layer: 0, sizeBytes: 0, copying: UnsafeBufferPointer(start: nil, count: 0))
+        }
+        self.segments = segments
     }
 
     /// Descriptor of the segment that an extent lies in; -1 when it is not a local file.

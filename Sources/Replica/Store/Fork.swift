@@ -7,7 +7,7 @@ extension ReplicaStore {
         try checkName(id.rawValue)
         try thread.perform { () throws(StoreError) in
             if let existing = self.read({ $0.forks[id] }) {
-                guard existing.group == group, existing.point == point else { throw .invalid("fork \(id) exists, of group \(existing.group) at \(existing.point)") }
+                guard existing.group == group, existing.point == point, existing.parentFork == nil else { throw .invalid("fork \(id) exists, of group \(existing.group) at \(existing.point)") }
                 return
             }
             guard let record = self.read({ $0.groups[group] }) else { throw .unknownGroup(group) }
@@ -96,7 +96,6 @@ extension ReplicaStore {
             guard let fork = shared.state.forks[id] else { throw .unknownFork(id) }
             guard fork.volumes.indices.contains(volume) else { throw .invalid("fork \(id) has no disk number \(volume)") }
             guard shared.openForks[key] == nil else { throw .busy("disk \(fork.volumes[volume].spec.name) of fork \(id) is open already: one writer at a time") }
-            shared.openForks[key] = OpenForkVolume()
             let record = fork.volumes[volume]
             let chain = shared.state.chain(record.parent)
             var held = Pin(chain)
@@ -105,6 +104,7 @@ extension ReplicaStore {
             let pin = shared.nextPin
             shared.nextPin += 1
             shared.pins[pin] = held
+            shared.openForks[key] = OpenForkVolume(fork: id, pin: isForSealing ? nil : pin)
             return (fork, record, chain, pin)
         }
         do throws(StoreError) {
@@ -115,8 +115,8 @@ extension ReplicaStore {
             let map = BlockMap(
                 spec: record.spec, snapshot: snapshot, segments: table, report: BadBlockReport(store: self, context: "fork \(id)"),
                 open: OpenLayerData(segment: segment))
-            let opened = try ForkVolume(store: self, id: id, spec: record.spec, map: map, log: log, frames: frames, pin: pin, key: key)
-            shared.withLock { $0.openForks[key] = OpenForkVolume(volume: opened) }
+            let opened = try ForkVolume(store: self, id: id, spec: record.spec, chain: isForSealing ? [] : chain, map: map, log: log, frames: frames, pin: pin, journal: record.journal, key: key)
+            shared.withLock { $0.openForks[key] = OpenForkVolume(fork: id, volume: opened, pin: isForSealing ? nil : pin) }
             return opened
         } catch {
             shared.withLock { $0.openForks[key] = nil }

@@ -116,9 +116,14 @@ final class ForkIO {
     func writesEnded() {
         nonisolated(unsafe) let this = self
         loop.execute {
+            guard let done = this.becomesQuiet else { return }
+            // Closed meanwhile: nobody holds anything here any more. From here on closing waits, since it flushes first.
+            if this.isRetired {
+                this.becomesQuiet = nil
+                return done(false)
+            }
             this.flush.hold {
                 this.reads.drain {
-                    let done = this.becomesQuiet!
                     this.becomesQuiet = nil
                     done(true)
                 }

@@ -1,6 +1,7 @@
 import BlockTap
 import Glibc
 import Logging
+import Synchronization
 
 /// One volume of a fork, open for writing: the parent's merged index with the fork's own open layer over it.
 ///
@@ -17,6 +18,8 @@ public final class ForkVolume: @unchecked Sendable {
     let map: BlockMap
     private(set) var open: OpenLayerData
     private(set) var log: FramedLog
+    /// The layers that it reads through, oldest first: those below its open layer.
+    var chain: [LayerRecord]
     /// What the open layer says, tombstones included: what a seal writes.
     private var own = ExtentIndex()
     /// Held during each synchronous call, by whoever changes `io`, and by a seal of a volume that no ring serves.
@@ -25,6 +28,7 @@ public final class ForkVolume: @unchecked Sendable {
     weak var io: ForkIO?
     private let key: String
     private var pin: UInt64?
+    private var journal: UInt64
 
     /// Next free block of the segment.
     private var nextBlock: UInt32 = 1
@@ -42,17 +46,25 @@ public final class ForkVolume: @unchecked Sendable {
     /// What a seal that failed means for the volume; noted by the sealing thread, minded when the volume goes on.
     private var sealFailure: StoreError?
     private var turningSlot: UInt32 = 0
+    /// A bound was reached, and the fork's next seal has not come yet.
+    let isSealAsked = Atomic(false)
+    private var journalBytesMax: UInt64
+    /// Where the segment ended when overwritten blocks were counted last.
+    private var countedBlock: UInt32 = 1
 
-    init(store: ReplicaStore, id: ForkID, spec: VolumeSpec, map: BlockMap, log: FramedLog, frames: [FramedLog.Frame], pin: UInt64, key: String) throws(StoreError) {
+    init(store: ReplicaStore, id: ForkID, spec: VolumeSpec, chain: [LayerRecord], map: BlockMap, log: FramedLog, frames: [FramedLog.Frame], pin: UInt64, journal: UInt64, key: String) throws(StoreError) {
         self.store = store
         self.id = id
         self.key = key
         name = spec.name
         geometry = spec.geometry
+        self.chain = chain
         self.map = map
         open = map.open!
+        journalBytesMax = store.options.forkJournalBytesMax
         self.log = log
         self.pin = pin
+        self.journal = journal
         reservedBytes = try open.segment.file.size()
         try recover(frames)
     }
@@ -164,7 +176,7 @@ public final class ForkVolume: @unchecked Sendable {
     /// A flush that found no space may be tried again; after any other failure nobody knows what is on disk.
     func flushEnded(_ error: StoreError?) {
         defer { flushing.removeAll(keepingCapacity: true) }
-        guard let error else { return }
+        guard let error else { return askForSealWhenDue() }
         if case .full = error {
             log.rewind(to: flushBegan.endBytes, sequence: flushBegan.sequence)
             pending.insert(contentsOf: flushing, at: 0)
@@ -399,8 +411,11 @@ extension ForkVolume {
         if let seal {
             turn(beginTurn(seal)[...])
             endTurn(seal)
-        } else if let sealFailure, failure == nil {
-            failure = sealFailure
+        } else {
+            if let sealFailure, failure == nil { failure = sealFailure }
+            // Asked again when more has been written.
+            journalBytesMax = max(journalBytesMax, log.endBytes + store.options.forkJournalBytesMax / 4)
+            isSealAsked.store(false, ordering: .releasing)
         }
     }
 
@@ -408,7 +423,8 @@ extension ForkVolume {
     /// old open layer go. Nothing is written in between; reads may go on until the end.
     func beginTurn(_ seal: OpenLayerSeal) -> [StoredExtent] {
         guard let layer = seal.layer else { return [] }
-        turningSlot = map.add(layer.checksums, open.segment)
+        turningSlot = map.add(layer.checksums)
+        map.segments.add(SegmentTable([open.segment]))
         return layer.extents
     }
 
@@ -418,7 +434,7 @@ extension ForkVolume {
 
     /// No read may be in flight.
     func endTurn(_ seal: OpenLayerSeal) {
-        let old = open.segment.id
+        if let layer = seal.layer { chain.append(layer.record(parent: chain.last?.id ?? 0)) }
         open = OpenLayerData(segment: seal.segment)
         map.open = open
         log = seal.log
@@ -428,10 +444,38 @@ extension ForkVolume {
         nextBlock = 1
         reservedBytes = UInt64(pageBytes)
         preparing = nil
-        store.shared.withLock { shared in
-            guard let pin, shared.pins[pin] != nil else { return }
-            shared.pins[pin]!.journals = [seal.journal]
-            if seal.layer == nil { shared.pins[pin]!.segments.remove(old) }
+        journal = seal.journal
+        journalBytesMax = store.options.forkJournalBytesMax
+        countedBlock = 1
+        isSealAsked.store(false, ordering: .releasing)
+        repin()
+    }
+
+    /// Holds what is read through now and nothing else.
+    func repin() {
+        var held = Pin(chain)
+        held.segments.insert(open.segment.id)
+        held.journals.insert(journal)
+        let hasGarbage = store.shared.withLock { shared -> Bool in
+            guard let pin, shared.pins[pin] != nil else { return false }
+            shared.pins[pin] = held
+            return shared.hasGarbage && !shared.isClosed
         }
+        if hasGarbage { store.thread.enqueue { [weak store] in store?.collectGarbage() } }
+    }
+
+    /// After each flush: a long journal takes long to open, and overwritten blocks take space that only layers can give back.
+    private func askForSealWhenDue() {
+        if isSealAsked.load(ordering: .relaxed) { return }
+        var isDue = log.endBytes > journalBytesMax
+        let bytesMax = store.options.forkDeadBytesMax
+        if !isDue, UInt64(nextBlock - countedBlock) * UInt64(pageBytes) > bytesMax / 4 {
+            countedBlock = nextBlock
+            let live = own.extents.reduce(0) { $0 + ($1.isZero ? 0 : UInt64($1.blockCount)) } * UInt64(pageBytes)
+            isDue = UInt64(nextBlock - 1) * UInt64(pageBytes) > live + max(bytesMax, live)
+        }
+        guard isDue else { return }
+        isSealAsked.store(true, ordering: .releasing)
+        store.askForSeal(id)
     }
 }

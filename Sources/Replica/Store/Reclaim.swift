@@ -58,12 +58,13 @@ extension ReplicaStore {
         return removed
     }
 
-    /// On the store's thread. Returns how many.
+    /// On the store's thread. Other threads make files meanwhile, pinned from the moment in which they get their numbers: those that come
+    /// after the look at what is pinned have higher ones, and are left alone unless the store is just being opened. Returns how many went.
     @discardableResult
-    func removeUnreferencedFiles() throws(StoreError) -> Int {
+    func removeUnreferencedFiles(isOpening: Bool = false) throws(StoreError) -> Int {
         let readLayers = checksums.layersInUse
         let ignoresPins = options.deliberateFault == .pinsIgnored
-        let (layers, segments, journals) = shared.withLock { shared -> (Set<UInt64>, Set<UInt64>, Set<UInt64>) in
+        let (layers, segments, journals, nextFile) = shared.withLock { shared -> (Set<UInt64>, Set<UInt64>, Set<UInt64>, UInt64) in
             var layers = Set(shared.state.layers.keys)
             var segments: Set<UInt64> = []
             var journals: Set<UInt64> = []
@@ -85,20 +86,20 @@ extension ReplicaStore {
             layers.formUnion(readLayers)
             shared.hasGarbage = before != (layers.count, segments.count, journals.count)
             for receiver in shared.receivers.values { segments.formUnion(receiver.heldSegments.lazy.map { UInt64($0) }) }
-            return (layers, segments, journals)
+            return (layers, segments, journals, isOpening ? .max : shared.state.nextFile)
         }
-        var removed = try removeFiles(in: "layers", suffix: ".layer", except: layers)
-        removed += try removeFiles(in: "indexes", suffix: ".index", except: layers)
+        var removed = try removeFiles(in: "layers", suffix: ".layer", except: layers, before: nextFile)
+        removed += try removeFiles(in: "indexes", suffix: ".index", except: layers, before: nextFile)
         self.segments.keep(segments)
-        removed += try removeFiles(in: "segments", suffix: ".seg", except: segments)
-        removed += try removeFiles(in: "journals", suffix: ".journal", except: journals)
+        removed += try removeFiles(in: "segments", suffix: ".seg", except: segments, before: nextFile)
+        removed += try removeFiles(in: "journals", suffix: ".journal", except: journals, before: nextFile)
         return removed
     }
 
-    private func removeFiles(in directory: String, suffix: String, except kept: Set<UInt64>) throws(StoreError) -> Int {
+    private func removeFiles(in directory: String, suffix: String, except kept: Set<UInt64>, before nextFile: UInt64) throws(StoreError) -> Int {
         var removed = 0
         for name in try storage.list(directory) {
-            if name.hasSuffix(suffix), let number = UInt64(name.dropLast(suffix.count)), kept.contains(number) { continue }
+            if name.hasSuffix(suffix), let number = UInt64(name.dropLast(suffix.count)), kept.contains(number) || number >= nextFile { continue }
             try storage.remove(directory + "/" + name)
             removed += 1
         }

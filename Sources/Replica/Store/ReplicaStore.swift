@@ -36,6 +36,10 @@ struct StoreOptions: Sendable {
     var rebaseExtentsMax = 200_000
     /// A fork's journal is flushed when this many writes wait, even when nobody asks.
     var journalEntriesMax = 4096
+    /// A fork is sealed when a disk's journal is longer than this, or when more of its open segment was overwritten than this and than what
+    /// was not.
+    var forkJournalBytesMax: UInt64 = 64 << 20
+    var forkDeadBytesMax: UInt64 = 256 << 20
     /// No thread of its own: see `StoreThread`. For simulations, like the next two.
     var isStepped = false
     var newUUID: @Sendable () -> StoreUUID = { .random() }
@@ -87,6 +91,8 @@ public final class ReplicaStore: @unchecked Sendable {
     let upkeep = Upkeep()
     let forkLocks = ForkLocks()
     let checksums: ChecksumCache
+    /// For what forks need while they are open; it may wait for the store's thread.
+    let forkThread: StoreThread
 
     /// What several threads look at.
     struct Shared {
@@ -100,6 +106,8 @@ public final class ReplicaStore: @unchecked Sendable {
         var hasGarbage = false
         /// By "fork/volume".
         var openForks: [String: OpenForkVolume] = [:]
+        /// Layers that they read through were merged, and they have not been told yet.
+        var forksToFollow: Set<ForkID> = []
         var statistics = StoreStatistics()
         var isClosed = false
 
@@ -128,6 +136,7 @@ public final class ReplicaStore: @unchecked Sendable {
         self.options = options
         self.logger = logger
         thread = StoreThread(isStepped: options.isStepped)
+        forkThread = StoreThread(isStepped: options.isStepped)
         var opened = false
         try storage.lock()
         defer { if !opened { storage.unlock() } }
@@ -152,7 +161,7 @@ public final class ReplicaStore: @unchecked Sendable {
         if tornBytes > 0 { logger.notice("cut a torn record off the MANIFEST", metadata: ["bytes": "\(tornBytes)", "store": "\(storage.location)"]) }
         do throws(StoreError) {
             try thread.perform { () throws(StoreError) in
-                try self.removeUnreferencedFiles()
+                try self.removeUnreferencedFiles(isOpening: true)
                 self.trimSegments()
                 try self.findIndexFiles()
             }
@@ -179,6 +188,7 @@ public final class ReplicaStore: @unchecked Sendable {
         }
         stopUpkeep()
         for receiver in receivers { receiver.abandonCurrent("the store closes") }
+        forkThread.stop()
         if background !== thread { background.stop() }
         thread.stop()
         shared.withLock { $0.writes }?.close()
@@ -294,6 +304,7 @@ public final class ReplicaStore: @unchecked Sendable {
             try manifest.append(record)
         }
         shared.withLock { $0.state.apply(record) }
+        if case .layersMerged(let replaced, _) = record { forksFollow(replaced) }
     }
 
     func checkName(_ name: String) throws(StoreError) {

@@ -39,7 +39,7 @@ struct SegmentTable: Sendable {
     private var first: UInt32 = 0
     private var files: [UInt32: SegmentFile] = [:]
 
-    mutating func add(_ opened: [SegmentFile]) { self = SegmentTable(files.values.filter { file in !opened.contains { $0.id == file.id } } + opened) }
+    mutating func add(_ other: SegmentTable) { self = SegmentTable(Array(files.merging(other.files) { $1 }.values)) }
 
     init(_ opened: [SegmentFile]) {
         guard let low = opened.map(\.id).min(), let high = opened.map(\.id).max() else { return }

@@ -160,7 +160,11 @@ extension StoreState {
         case .forkCommitted(let id):
             guard let fork = forks[id] else { return "fork \(id) does not exist" }
             guard let group = groups[fork.group] else { return "group \(fork.group) does not exist" }
-            return group.volumes.count >= fork.volumes.count ? nil : "group \(fork.group) has fewer disks than fork \(id)"
+            guard group.volumes.count >= fork.volumes.count else { return "group \(fork.group) has fewer disks than fork \(id)" }
+            for (disk, own) in zip(group.volumes, fork.volumes) where disk.spec.name != own.spec.name || disk.spec.geometry.sizeBytes < own.spec.geometry.sizeBytes {
+                return "disk \(disk.spec.name) of group \(fork.group) cannot become disk \(own.spec.name) of fork \(id)"
+            }
+            return nil
         }
     }
 

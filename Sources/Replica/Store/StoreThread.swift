@@ -54,6 +54,13 @@ final class StoreThread: @unchecked Sendable {
         return !queue.isEmpty
     }
 
+    /// Of a stepped one: runs one task when there is one.
+    func runOne() -> Bool {
+        if queue.isEmpty { return false }
+        runQueued(1)
+        return true
+    }
+
     private func run() {
         var batch: [() -> Void] = []
         while true {

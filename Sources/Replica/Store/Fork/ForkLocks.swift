@@ -35,5 +35,7 @@ final class ForkLocks: @unchecked Sendable {
 
 /// A volume of a fork that somebody has open. Nil while it is being opened or let go.
 struct OpenForkVolume {
+    let fork: ForkID
     weak var volume: ForkVolume?
+    var pin: UInt64?
 }

@@ -75,7 +75,8 @@ extension ReplicaStore {
 
     // MARK: Steps
 
-    private func sealLocked(_ id: ForkID) throws(StoreError) {
+    /// The caller holds the fork's lock.
+    func sealLocked(_ id: ForkID) throws(StoreError) {
         let cut = try quiet(id)
         var seals: [OpenLayerSeal] = []
         var isUnknown = false
