@@ -147,7 +147,8 @@ private final class StampChain: BlockRequestOwner, @unchecked Sendable {
         options.forkJournalBytesMax = 16 << 10
         options.forkDeadBytesMax = 256 << 10
         let size = 300 * 4096 + 1024
-        let store = try openStore(directory, options)
+        let log = LogCapture()
+        let store = try ReplicaStore(storage: FileStorage(directory: directory.path), options: options, logger: log.logger)
         try store.createGroup(webGroup, volumes: [spec("vda", bytes: UInt64(size))])
         var parent = [UInt8](repeating: 0, count: size)
         var points: [(RecoveryPointID, [UInt8])] = []
@@ -171,7 +172,7 @@ private final class StampChain: BlockRequestOwner, @unchecked Sendable {
 
         final class Load: @unchecked Sendable {
             var model: [UInt8]
-            var bad = 0
+            var bad: [String] = []
             var rounds = 0
             let isStopping = Atomic(false)
             let ended = Replica.Semaphore()
@@ -200,9 +201,10 @@ private final class StampChain: BlockRequestOwner, @unchecked Sendable {
                 if random.below(4) == 0 { items.append(.init(operation: .flush)) }
                 for (item, result) in zip(items, batch.run(target, items)) {
                     let range = item.offset..<item.offset + item.count
-                    if result.0 != 0 { load.bad += 1 }
+                    if result.0 != 0 { load.bad.append("round \(load.rounds): \(item.operation) at \(item.offset): errno \(result.0)") }
                     switch item.operation {
-                    case .read: if result.1 != Array(load.model[range]) { load.bad += 1 }
+                    case .read:
+                        if result.0 == 0, result.1 != Array(load.model[range]) { load.bad.append("round \(load.rounds): \(item.offset)+\(item.count) differs") }
                     case .write: load.model.replaceSubrange(range, with: item.bytes)
                     case .trim: load.model.replaceSubrange(range, with: repeatElement(0, count: item.count))
                     default: break
@@ -231,7 +233,7 @@ private final class StampChain: BlockRequestOwner, @unchecked Sendable {
         }
         load.isStopping.store(true, ordering: .relaxed)
         load.ended.wait()
-        #expect(load.bad == 0)
+        #expect(load.bad.isEmpty, "\(load.bad.prefix(5)), \(log.text.split(separator: "\n").filter { $0.hasPrefix("error") || $0.hasPrefix("warning") }.prefix(5))")
         #expect(load.rounds > 10 && merges > 50, "\(load.rounds) rounds, \(merges) merges, \(store.statistics().sealedForkCount) seals")
         #expect(store.statistics().sealedForkCount > 2)
         for (point, image) in points { #expect(try store.image(point, volume: 0) == image, "seed \(seed)") }

@@ -115,7 +115,7 @@ extension ReplicaStore {
             let map = BlockMap(
                 spec: record.spec, snapshot: snapshot, segments: table, report: BadBlockReport(store: self, context: "fork \(id)"),
                 open: OpenLayerData(segment: segment))
-            let opened = try ForkVolume(store: self, id: id, spec: record.spec, chain: isForSealing ? [] : chain, map: map, log: log, frames: frames, pin: pin, journal: record.journal, key: key)
+            let opened = try ForkVolume(store: self, id: id, spec: record.spec, chain: isForSealing ? nil : chain, map: map, log: log, frames: frames, pin: pin, journal: record.journal, key: key)
             shared.withLock { $0.openForks[key] = OpenForkVolume(fork: id, volume: opened, pin: isForSealing ? nil : pin) }
             return opened
         } catch {

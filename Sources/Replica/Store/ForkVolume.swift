@@ -20,6 +20,8 @@ public final class ForkVolume: @unchecked Sendable {
     private(set) var log: FramedLog
     /// The layers that it reads through, oldest first: those below its open layer.
     var chain: [LayerRecord]
+    /// Opened by a seal for itself: it knows no layers below its open one and cannot be read.
+    let isForSealing: Bool
     /// What the open layer says, tombstones included: what a seal writes.
     private var own = ExtentIndex()
     /// Held during each synchronous call, by whoever changes `io`, and by a seal of a volume that no ring serves.
@@ -52,13 +54,14 @@ public final class ForkVolume: @unchecked Sendable {
     /// Where the segment ended when overwritten blocks were counted last.
     private var countedBlock: UInt32 = 1
 
-    init(store: ReplicaStore, id: ForkID, spec: VolumeSpec, chain: [LayerRecord], map: BlockMap, log: FramedLog, frames: [FramedLog.Frame], pin: UInt64, journal: UInt64, key: String) throws(StoreError) {
+    init(store: ReplicaStore, id: ForkID, spec: VolumeSpec, chain: [LayerRecord]?, map: BlockMap, log: FramedLog, frames: [FramedLog.Frame], pin: UInt64, journal: UInt64, key: String) throws(StoreError) {
         self.store = store
         self.id = id
         self.key = key
         name = spec.name
         geometry = spec.geometry
-        self.chain = chain
+        self.chain = chain ?? []
+        isForSealing = chain == nil
         self.map = map
         open = map.open!
         journalBytesMax = store.options.forkJournalBytesMax
@@ -79,7 +82,7 @@ public final class ForkVolume: @unchecked Sendable {
         if pin != nil, failure == nil { try flushNow() }
     }
 
-    private func release() {
+    func release() {
         guard let pin else { return }
         self.pin = nil
         store.shared.withLock { $0.openForks[key] = nil }

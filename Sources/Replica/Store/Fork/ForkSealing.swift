@@ -124,13 +124,14 @@ extension ReplicaStore {
 
     /// All disks of a fork with nothing in flight but reads.
     struct QuietFork {
-        /// `io` is the ring that serves the disk; without one this thread holds its gate.
+        /// `io` is the ring that serves the disk; without one this thread holds its gate. One that was opened for the seal is closed after it.
         var disks: [(volume: ForkVolume, io: ForkIO?)] = []
 
         /// The disks turn to what was sealed, if anything was, and go on. Those without a ring first: a loop may wait for their gate.
         func goOn(_ seals: [OpenLayerSeal]) {
             for (number, disk) in disks.enumerated() where disk.io == nil {
                 disk.volume.goOn(seals.first { $0.number == number })
+                if disk.volume.isForSealing { disk.volume.release() }
                 disk.volume.gate.signal()
             }
             let left = Semaphore()
