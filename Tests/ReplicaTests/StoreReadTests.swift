@@ -275,5 +275,89 @@ import Testing
         store.close()
     }
 
+    /// Clients that read on and on, several at once, in pieces that fit neither blocks nor clusters.
+    @Test(arguments: StoreCompression.allCases)
+    func whatIsReadAheadIsWhatIsThere(compression: StoreCompression) async throws {
+        var random = SeededRandom(seed: 6)
+        let directory = TemporaryDirectory()
+        var options = smallOptions
+        options.compression = compression
+        options.writeBufferBytes = 1 << 20
+        options.segmentBytes = 64 << 20
+        let size = 2000 * 4096 + 1024
+        let store = try openStore(directory, options)
+        try store.createGroup(webGroup, volumes: [spec("vda", bytes: UInt64(size))])
+        var image = Self.mixture(size, &random)
+        var writer = try store.begin(1)
+        try writer.append(volume: 0, offsetBytes: 0, image)
+        _ = try writer.seal()
+        writer = try store.begin(2)
+        for _ in 0..<40 {
+            let start = random.below(1900)
+            let bytes = Self.mixture(4096 * (1 + random.below(30)), &random)
+            try writer.append(volume: 0, offsetBytes: UInt64(start * 4096), bytes)
+            image.replaceSubrange(start * 4096..<start * 4096 + bytes.count, with: bytes)
+        }
+        let point = try writer.seal()!
+        let loop = try EventLoop(name: "test")
+        defer { loop.shutdown() }
+        let batch = RequestBatch(loop: loop)
+        let reader = try store.openRecoveryPoint(webGroup, point.id, volume: 0)
+        for _ in 0..<4 {
+            let face = RecoveryPointStore(reader: reader, loop: loop)
+            var cursors = (0..<6).map { _ in random.below(size / 512) * 512 }
+            let lengths = (0..<6).map { _ in 512 * (1 + random.below(random.below(2) == 0 ? 16 : 256)) }
+            for _ in 0..<250 {
+                var items: [RequestBatch.Item] = []
+                for index in cursors.indices where random.below(4) > 0 {
+                    for _ in 0...random.below(3) {
+                        let count = min(lengths[index], size - cursors[index])
+                        items.append(.init(operation: .read, offset: cursors[index], count: count))
+                        cursors[index] = (cursors[index] + count) % (size / 512 * 512)
+                    }
+                }
+                if items.isEmpty { continue }
+                for (item, result) in zip(items, batch.run(face, items)) {
+                    #expect(result.0 == 0 && result.1 == Array(image[item.offset..<item.offset + item.count]), "\(item.offset)+\(item.count)")
+                }
+            }
+            // Goes while something is being read ahead.
+        }
+        #expect(store.statistics().badBlockCount == 0)
+        store.close()
+    }
+
+    /// A block that was put right is served although it was wrong when it was read ahead.
+    @Test func aBadBlockReadAheadIsReadAgainBeforeItIsRefused() async throws {
+        var random = SeededRandom(seed: 7)
+        let directory = TemporaryDirectory()
+        let store = try openStore(directory, StoreOptions())
+        let size = 256 * 4096
+        try store.createGroup(webGroup, volumes: [spec("vda", bytes: UInt64(size))])
+        let image = noise(size, &random)
+        let writer = try store.begin(1)
+        try writer.append(volume: 0, offsetBytes: 0, image)
+        let point = try writer.seal()!
+        let segment = directory.path + "/" + (try #require(try directory.files().first { $0.hasPrefix("segments/") }))
+        let descriptor = open(segment, O_RDWR)
+        defer { close(descriptor) }
+        // Block 60 of the volume is block 61 of the segment.
+        #expect(pwrite(descriptor, "x", 1, 61 * 4096 + 5) == 1)
+        let loop = try EventLoop(name: "test")
+        defer { loop.shutdown() }
+        let batch = RequestBatch(loop: loop)
+        let face = RecoveryPointStore(reader: try store.openRecoveryPoint(webGroup, point.id, volume: 0), loop: loop)
+        func read(_ blocks: Range<Int>) -> [Int32] { blocks.map { batch.run(face, [.init(operation: .read, offset: $0 * 4096, count: 4096)])[0].0 } }
+        #expect(read(0..<40).allSatisfy { $0 == 0 })
+        var byte = image[60 * 4096 + 5]
+        #expect(pwrite(descriptor, &byte, 1, 61 * 4096 + 5) == 1)
+        #expect(read(40..<128).allSatisfy { $0 == 0 })
+        #expect(pwrite(descriptor, "y", 1, 201 * 4096 + 5) == 1)
+        let again = RecoveryPointStore(reader: try store.openRecoveryPoint(webGroup, point.id, volume: 0), loop: loop)
+        #expect((150..<256).map { batch.run(again, [.init(operation: .read, offset: $0 * 4096, count: 4096)])[0].0 }.enumerated().allSatisfy { $1 == ($0 == 50 ? EIO : 0) })
+        #expect(store.statistics().badBlockCount == 1)
+        store.close()
+    }
+
     private func expectedSums(_ bytes: [UInt8]) -> [UInt64] { sums(bytes, offset: 0) }
 }

@@ -18,6 +18,8 @@ class BlockReadOwner {
 /// A piece has one or two parts: its data, and the pages of block checksums that are not in memory; both are read at the same time, and
 /// the piece ends with the later one. Layer files that are not open are opened and read on another thread.
 ///
+/// What a client will ask for next is read ahead (`ReadAhead`) while there are slots for more than twice of what it asks.
+///
 /// While a request is here its scratch holds: 0 pieces in flight (+1 while pieces are being made), 1 errno, 2 bytes turned into
 /// pieces so far, 3 the request behind it in the line.
 final class BlockReads: IOHandler {
@@ -45,6 +47,8 @@ final class BlockReads: IOHandler {
         var skip = 0
         var count = 0
         var target: UnsafeMutableRawPointer?
+        /// The read-ahead buffer that `memory` is in; -1 = none.
+        var ahead: Int32 = -1
         /// Pages of checksums on their way, and how much of them is there.
         var sumsMemory: UnsafeMutableRawPointer?
         var sumsDoneBytes = 0
@@ -53,6 +57,17 @@ final class BlockReads: IOHandler {
 
     /// In a completion's token: the checksums of the piece, not its data.
     private static let sumsToken: UInt32 = 1 << 31
+    /// A read-ahead buffer.
+    private static let aheadToken: UInt32 = 1 << 30
+
+    static let clusterCount = 4
+
+    private struct Decoded {
+        var segment: UInt32 = 0
+        var segmentBlock: UInt32 = 0
+        /// 0 = none.
+        var blockCount = 0
+    }
 
     private let map: BlockMap
     private let loop: EventLoop
@@ -68,8 +83,12 @@ final class BlockReads: IOHandler {
     private var freeSumsMemory: [UnsafeMutableRawPointer] = []
     /// Keeps layer files open while they are read, by piece.
     private var sumsFiles = ContiguousArray<(any StorageFile)?>(repeating: nil, count: BlockReads.pieceCount)
-    /// For one decompressed cluster.
-    private let cluster: UnsafeMutableRawPointer
+    /// Decompressed clusters: sequential reads come back to each several times.
+    private let clusters: UnsafeMutableRawPointer
+    private var decoded = [Decoded](repeating: Decoded(), count: BlockReads.clusterCount)
+    private var nextDecoded = 0
+    private var ahead = ReadAhead()
+    private var isEnding = false
     private var lineHead: BlockRequestPointer?
     private var lineTail: BlockRequestPointer?
     private var ownerWaits = false
@@ -83,7 +102,7 @@ final class BlockReads: IOHandler {
         pieces = .allocate(capacity: Self.pieceCount)
         bounceMemory = .allocate(byteCount: Self.bounceCount * Self.bounceBytes, alignment: pageBytes)
         sums = .allocate(capacity: Self.pieceCount * Self.pieceBlocksMax)
-        cluster = .allocate(byteCount: ClusterCodec.bytesMax, alignment: pageBytes)
+        clusters = .allocate(byteCount: Self.clusterCount * ClusterCodec.bytesMax, alignment: pageBytes)
         for index in 0..<Self.pieceCount {
             (pieces + index).initialize(to: Piece(extent: IndexExtent(startBlock: 0, blockCount: 0, slot: 0, segment: 0, segmentBlock: 0, checksumIndex: 0), memory: bounceMemory, nextFree: UInt32(index + 1)))
         }
@@ -95,7 +114,8 @@ final class BlockReads: IOHandler {
         pieces.deallocate()
         bounceMemory.deallocate()
         sums.deallocate()
-        cluster.deallocate()
+        clusters.deallocate()
+        ahead.deallocate()
         for memory in freeSumsMemory { memory.deallocate() }
     }
 
@@ -112,14 +132,18 @@ final class BlockReads: IOHandler {
     func end() {
         precondition(isIdle, "reads are in flight")
         owner = nil
-        loop.unregister(handler)
+        // What nobody waits for ends first: the loop keeps this object until then.
+        if ahead.inFlight > 0 { isEnding = true } else { loop.unregister(handler) }
     }
 
     /// Completes the request when all of it has been read.
     func submit(_ request: BlockRequestPointer) {
         request.pointee.scratch = (1, 0, 0, 0)
         if lineHead != nil || drained != nil { return wait(request) }
-        if makePieces(request) { pieceEnded(request) } else { wait(request) }
+        let stream = ahead.stream(offsetBytes: request.pointee.offsetBytes, lengthBytes: request.pointee.lengthBytes)
+        guard makePieces(request) else { return wait(request) }
+        if let stream, freeCount > Self.pieceCount / 2 { readAhead(stream) }
+        pieceEnded(request)
     }
 
     /// Reads one block into aligned memory for the owner. False when it is zero: nothing was read then and nobody will be told.
@@ -140,6 +164,7 @@ final class BlockReads: IOHandler {
         piece.pointee.skip = 0
         piece.pointee.count = blockBytes
         piece.pointee.target = memory
+        piece.pointee.ahead = -1
         begin(slot)
         return true
     }
@@ -166,19 +191,26 @@ final class BlockReads: IOHandler {
                 continue
             }
             guard freeCount > 0 else { return false }
-            let isDirect = !found.cluster.isCompressed && skip == 0 && left >= blockBytes && UInt(bitPattern: target) % UInt(pageBytes) == 0
-            let blocksMax = isDirect ? min(left, Self.pieceBytesMax) / blockBytes : Self.bounceBytes / blockBytes
+            let known = ahead.buffer(of: found)
+            let isDirect = known == nil && !found.cluster.isCompressed && skip == 0 && left >= blockBytes && UInt(bitPattern: target) % UInt(pageBytes) == 0
+            let blocksMax = known?.blockCount ?? (isDirect ? min(left, Self.pieceBytesMax) / blockBytes : Self.bounceBytes / blockBytes)
             let extent = found.clipped(from: block, to: min(pieceEnd, block + UInt64(blocksMax)))
             let count = min(Int(extent.blockCount) * blockBytes - skip, left)
             var bounce: Int32 = -1
-            if !isDirect {
+            if !isDirect, known == nil {
                 guard let free = freeBounces.popLast() else { return false }
                 bounce = free
             }
             let slot = takePiece()
             let piece = pieces + Int(slot)
             piece.pointee.extent = extent
-            piece.pointee.memory = isDirect ? target : self.bounce(bounce)
+            if let known {
+                ahead.use(known.buffer)
+                piece.pointee.memory = ahead.memory(known.buffer) + Int(extent.segmentBlock - ahead.buffers[known.buffer].firstBlock) * blockBytes
+            } else {
+                piece.pointee.memory = isDirect ? target : self.bounce(bounce)
+            }
+            piece.pointee.ahead = Int32(known?.buffer ?? -1)
             piece.pointee.request = request
             piece.pointee.bounce = bounce
             piece.pointee.skip = skip
@@ -202,7 +234,11 @@ final class BlockReads: IOHandler {
             piece.pointee.partsLeft = 2
             beginSums(slot)
         }
-        start(slot)
+        if piece.pointee.ahead < 0 { return start(slot) }
+        if ahead.buffers[Int(piece.pointee.ahead)].isInFlight { return ahead.buffers[Int(piece.pointee.ahead)].waiting.append(slot) }
+        piece.pointee.doneBytes = piece.pointee.storedBytes
+        piece.pointee.partsLeft -= 1
+        if piece.pointee.partsLeft == 0 { _ = finish(slot) }
     }
 
     private func start(_ slot: UInt32) {
@@ -215,6 +251,7 @@ final class BlockReads: IOHandler {
 
     override func ioCompleted(token: UInt32, result: Int32) {
         if token & Self.sumsToken != 0 { return sumsRead(token & ~Self.sumsToken, result) }
+        if token & Self.aheadToken != 0 { return aheadRead(Int(token & ~Self.aheadToken), result) }
         let piece = pieces + Int(token)
         if result == -EAGAIN || result == -EINTR { return start(token) }
         if result < 0 {
@@ -231,6 +268,38 @@ final class BlockReads: IOHandler {
             }
         }
         partEnded(token)
+    }
+
+    // MARK: Ahead
+
+    private func readAhead(_ stream: Int) {
+        while let buffer = ahead.next(stream, in: map) { startAhead(buffer) }
+    }
+
+    private func startAhead(_ number: Int) {
+        let buffer = ahead.buffers[number]
+        let descriptor = map.segments.descriptor(buffer.segment)
+        loop.submitRead(
+            fd: descriptor, into: ahead.memory(number) + buffer.doneBytes, count: Int(buffer.blockCount) * blockBytes - buffer.doneBytes,
+            offset: UInt64(buffer.firstBlock) * UInt64(blockBytes) + UInt64(buffer.doneBytes), handler: handler, token: UInt32(number) | Self.aheadToken)
+    }
+
+    private func aheadRead(_ number: Int, _ result: Int32) {
+        if result == -EAGAIN || result == -EINTR { return startAhead(number) }
+        if result > 0 { ahead.buffers[number].doneBytes += Int(result) }
+        let isWhole = ahead.buffers[number].doneBytes == Int(ahead.buffers[number].blockCount) * blockBytes
+        if !isWhole && result > 0 && Int(result) % blockBytes == 0 { return startAhead(number) }
+        for slot in ahead.ended(number, isWhole: isWhole) {
+            // An error is told by who asked for the block: it is read once more, to the same place.
+            if isWhole {
+                pieces[Int(slot)].doneBytes = pieces[Int(slot)].storedBytes
+                partEnded(slot)
+            } else {
+                start(slot)
+            }
+        }
+        if isEnding, ahead.inFlight == 0 { loop.unregister(handler) }
+        endDrainWhenQuiet()
     }
 
     // MARK: Checksums that are not in memory
@@ -311,22 +380,8 @@ final class BlockReads: IOHandler {
     private func partEnded(_ slot: UInt32) {
         pieces[Int(slot)].partsLeft -= 1
         if pieces[Int(slot)].partsLeft > 0 { return }
-        if pieces[Int(slot)].error == 0, !deliver(slot) { pieces[Int(slot)].error = EIO }
-        let ended = pieces[Int(slot)]
-        pieces[Int(slot)].nextFree = freePiece
-        freePiece = slot
-        freeCount += 1
-        if ended.bounce >= 0 { freeBounces.append(ended.bounce) }
-        if let request = ended.request {
-            if ended.error != 0 { request.pointee.scratch.1 = UInt64(ended.error) }
-            pieceEnded(request)
-        } else {
-            owner!.blockRead(token: ended.ownerToken, error: ended.error)
-        }
-        if drained != nil {
-            if freeCount == Self.pieceCount { endDrain() }
-            return
-        }
+        guard finish(slot) else { return }
+        if drained != nil { return endDrainWhenQuiet() }
         goOn()
     }
 
@@ -334,11 +389,12 @@ final class BlockReads: IOHandler {
     func drain(_ body: @escaping () -> Void) {
         precondition(drained == nil)
         drained = body
-        if freeCount == Self.pieceCount { endDrain() }
+        endDrainWhenQuiet()
     }
 
-    private func endDrain() {
-        let body = drained!
+    private func endDrainWhenQuiet() {
+        // Also what nobody waits for: the files that it reads may be closed next.
+        guard freeCount == Self.pieceCount, ahead.inFlight == 0, let body = drained else { return }
         body()
         drained = nil
         goOn()
@@ -352,29 +408,73 @@ final class BlockReads: IOHandler {
         serveLine()
     }
 
-    /// Verifies what was read and brings it to where it is wanted. False when it is not what it must be.
-    private func deliver(_ slot: UInt32) -> Bool {
+    /// All parts of a piece have ended. False when it is being read once more.
+    private func finish(_ slot: UInt32) -> Bool {
+        if pieces[Int(slot)].error == 0, let bad = deliver(slot) {
+            let number = Int(pieces[Int(slot)].ahead)
+            if number >= 0, ahead.buffers[number].blockCount > 0 {
+                // It may have been put right since.
+                ahead.buffers[number].blockCount = 0
+                pieces[Int(slot)].doneBytes = 0
+                pieces[Int(slot)].partsLeft = 1
+                start(slot)
+                return false
+            }
+            _ = map.badBlock(pieces[Int(slot)].extent, bad)
+            pieces[Int(slot)].error = EIO
+        }
+        let ended = pieces[Int(slot)]
+        if ended.ahead >= 0 { ahead.buffers[Int(ended.ahead)].users -= 1 }
+        pieces[Int(slot)].nextFree = freePiece
+        freePiece = slot
+        freeCount += 1
+        if ended.bounce >= 0 { freeBounces.append(ended.bounce) }
+        if let request = ended.request {
+            if ended.error != 0 { request.pointee.scratch.1 = UInt64(ended.error) }
+            pieceEnded(request)
+        } else {
+            owner!.blockRead(token: ended.ownerToken, error: ended.error)
+        }
+        return true
+    }
+
+    /// Verifies what was read and brings it to where it is wanted. Returns the first block of the extent that is not what it must be.
+    private func deliver(_ slot: UInt32) -> Int? {
         let piece = pieces + Int(slot)
         let extent = piece.pointee.extent
         let sums = map.residentSums(extent) ?? UnsafePointer(ownSums(slot))
         var bytes = piece.pointee.memory
         if extent.cluster.isCompressed {
             let part = extent.cluster
+            let needed = part.skip + Int(extent.blockCount)
+            for index in 0..<Self.clusterCount where decoded[index].blockCount >= needed && decoded[index].segment == extent.segment && decoded[index].segmentBlock == extent.segmentBlock {
+                bytes = clusters + index * ClusterCodec.bytesMax + part.skip * blockBytes
+                if map.firstBadBlock(extent, bytes, sums) == nil {
+                    memcpy(piece.pointee.target!, bytes + piece.pointee.skip, piece.pointee.count)
+                    return nil
+                }
+                decoded[index].blockCount = 0
+            }
             // All of a cluster is decompressed where it is wanted.
             let isWhole = part.skip == 0 && piece.pointee.skip == 0 && piece.pointee.count == part.blockCount * blockBytes
-            let target = isWhole ? piece.pointee.target! : cluster
-            guard ClusterCodec.decode(bytes, part, neededBlocks: part.skip + Int(extent.blockCount), into: target) else {
-                _ = map.badBlock(extent, 0)
-                return false
+            // What is read in sequence will be asked for the rest of it.
+            let blockCount = isWhole || piece.pointee.ahead >= 0 ? part.blockCount : needed
+            var target = piece.pointee.target!
+            let index = nextDecoded
+            if !isWhole {
+                target = clusters + index * ClusterCodec.bytesMax
+                decoded[index].blockCount = 0
+            }
+            guard ClusterCodec.decode(piece.pointee.memory, part, neededBlocks: blockCount, into: target) else { return 0 }
+            if !isWhole {
+                decoded[index] = Decoded(segment: extent.segment, segmentBlock: extent.segmentBlock, blockCount: blockCount)
+                nextDecoded = (nextDecoded + 1) % Self.clusterCount
             }
             bytes = target + part.skip * blockBytes
         }
-        if let bad = map.firstBadBlock(extent, bytes, sums) {
-            _ = map.badBlock(extent, bad)
-            return false
-        }
-        if piece.pointee.bounce >= 0, bytes != piece.pointee.target! { memcpy(piece.pointee.target!, bytes + piece.pointee.skip, piece.pointee.count) }
-        return true
+        if let bad = map.firstBadBlock(extent, bytes, sums) { return bad }
+        if bytes + piece.pointee.skip != piece.pointee.target! { memcpy(piece.pointee.target!, bytes + piece.pointee.skip, piece.pointee.count) }
+        return nil
     }
 
     @inline(__always)

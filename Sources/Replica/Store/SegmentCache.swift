@@ -1,3 +1,4 @@
+import Glibc
 import Synchronization
 
 /// Segments open for reading, shared by all readers.
@@ -9,7 +10,16 @@ final class SegmentCache: Sendable {
     init(storage: any Storage, store: StoreUUID) {
         self.storage = storage
         self.store = store
+        Self.allowManyFiles
     }
+
+    /// A reader has every segment of its volume open, one per GiB: more than the 1024 files that a process may have open by default.
+    private static let allowManyFiles: Void = {
+        var limit = rlimit()
+        guard getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0, limit.rlim_cur < limit.rlim_max else { return }
+        limit.rlim_cur = limit.rlim_max
+        _ = setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
+    }()
 
     /// Opens and verifies each at its first use.
     func open(_ ids: Set<UInt32>) throws(StoreError) -> SegmentTable {
