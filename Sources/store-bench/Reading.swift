@@ -14,7 +14,7 @@ struct MakeChain: ParsableCommand {
     @Option(help: "Size of the disk.") var mib = 1024
     @Option(help: "Layers in all; the lowest covers the whole disk.") var layers = 100
     @Option(help: "Data of each further layer.") var layerMib = 8
-    @Option(help: "Size of each write of these.") var extentKib = 16
+    @Option(help: "Size of each write of these.") var extentKib = 64
 
     func run() throws {
         let store = try ReplicaStore.open(directory: directory, logger: quiet)

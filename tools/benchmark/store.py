@@ -68,7 +68,7 @@ class Chain:
     @functools.cached_property
     def writes(self):
         fresh("chain.store")
-        tool([STORE_BENCH, "make-chain", "--directory", self.store, "--raw", self.raw, "--writes", f"{RUN}/chain.writes", "--mib", str(self.megabytes), "--layer-mib", "4"])
+        tool([STORE_BENCH, "make-chain", "--directory", self.store, "--raw", self.raw, "--writes", f"{RUN}/chain.writes", "--mib", str(self.megabytes), "--layer-mib", str(self.megabytes // 128)])
         layers = {}
         for line in open(f"{RUN}/chain.writes"):
             layer, offset, length = map(int, line.split())
