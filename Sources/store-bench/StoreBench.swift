@@ -10,7 +10,7 @@ import Logging
 struct StoreBench: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "store-bench", abstract: "Measures the store.",
-        subcommands: [Apply.self, MakeChain.self, Read.self, ReadFile.self, Serve.self, MakeSynthetic.self, ForkOpen.self, Large.self])
+        subcommands: [Apply.self, Seal.self, MakeChain.self, Read.self, ReadFile.self, Serve.self, MakeSynthetic.self, ForkOpen.self, Large.self])
 }
 
 let benchGroup = GroupID("bench")
@@ -119,6 +119,45 @@ final class Feeder: @unchecked Sendable {
         if isSealing { answered.wait() }
         isSealing = false
         if let failure { throw failure }
+    }
+}
+
+struct Seal: ParsableCommand {
+    static let configuration = CommandConfiguration(abstract: "Milliseconds to seal an epoch of random blocks, and to write and sync the same bytes.")
+    @Option(help: "Where to make the store.") var directory: String
+    @Option(help: "Blocks of an epoch.") var blocks = 1000
+    @Option(help: "Epochs.") var epochs = 100
+    @Option(help: "Size of the disk.") var diskGib = 16
+
+    func run() throws {
+        let store = try ReplicaStore.open(directory: directory, logger: quiet)
+        try store.createGroup(benchGroup, volumes: [VolumeSpec(name: "vda", geometry: BlockGeometry(sizeBytes: UInt64(diskGib) << 30, logicalBlockBytes: 512))])
+        let data = UnsafeRawBufferPointer(randomMemory(blocks * blockBytes, seed: 1))
+        var random = BenchRandom(seed: 2)
+        let feeder = Feeder(store)
+        let bare = try store.storage.open("bare", .create, direct: true)
+        // As the store does with its segments.
+        guard bare.preallocate(offsetBytes: 0, lengthBytes: UInt64(data.count * epochs)) else { throw Failure("no space for \(data.count * epochs) bytes") }
+        try bare.dataSync()
+        var (ours, theirs): ([Double], [Double]) = ([], [])
+        for epoch in 0..<epochs {
+            ours.append(try seconds {
+                try feeder.begin()
+                for block in 0..<blocks {
+                    try feeder.append(UnsafeRawBufferPointer(rebasing: data[block * blockBytes..<(block + 1) * blockBytes]), at: UInt64(random.below((diskGib << 30) / blockBytes) * blockBytes))
+                }
+                try feeder.seal()
+                try feeder.wait()
+            })
+            theirs.append(try seconds {
+                try bare.write(data, at: UInt64(epoch * data.count))
+                try bare.dataSync()
+            })
+        }
+        try store.storage.remove("bare")
+        store.close()
+        say("seal_ms", ours.sorted()[epochs / 2] * 1e3)
+        say("bare_ms", theirs.sorted()[epochs / 2] * 1e3)
     }
 }
 

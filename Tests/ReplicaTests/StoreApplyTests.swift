@@ -244,6 +244,14 @@ final class HeldWrites: StorageWriteQueue {
         return true
     }
 
+    func sync(_ file: any StorageFile, done: @escaping @Sendable (StoreError?) -> Void) -> Bool {
+        do throws(StoreError) {
+            try file.dataSync()
+            done(nil)
+        } catch { done(error) }
+        return true
+    }
+
     /// Until so many have been held, from the beginning on.
     func waitFor(_ count: Int) { for _ in 0..<count { arrived.wait() } }
 

@@ -57,6 +57,14 @@ def fio_apply(megabytes, engine, depth):
         fresh("apply.fio")
 
 
+def seal(figure):
+    path = fresh("seal")
+    try:
+        return ours("seal", "--directory", path)[figure]
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class Chain:
     """The same disk after the same writes: 100 layers of a store, a plain file, a qcow2 chain of 100, a qcow2 with 100 snapshots."""
 
@@ -166,6 +174,8 @@ def rows(Row, quick):
     for name, kib, target in (("64k", 64, 0.9), ("4k", 4, 0.8)):
         made.append(Row(f"store-apply-{name}", "MiB/s", lambda k=kib: apply(megabytes, k),
                         {"fio psync": lambda: fio_apply(megabytes, "psync", 1), "fio io_uring QD8": lambda: fio_apply(megabytes, "io_uring", 8)}, target=target))
+
+    made.append(Row("store-seal-1000", "ms", lambda: seal("seal_ms"), {"write and fdatasync": lambda: seal("bare_ms")}, target=0.5, bigger=False))
 
     loads = (("4k-qd32", "IO/s", "randread", "4k", 32, 0, ["--bytes", 4096, "--depth", 32], "reads_per_second", 4096, 259 * 4096, 50_000),
              ("1m-seq", "MiB/s", "read", "1m", 8, 1, ["--sequential", "--bytes", 1 << 20, "--depth", 8], "mib_per_second", 1 << 20, 1 << 20, 2048))

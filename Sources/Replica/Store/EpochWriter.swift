@@ -189,7 +189,7 @@ public final class EpochWriter: @unchecked Sendable {
         if bufferFill > 0 { submitBuffer() }
         fate.withLock { if case .receiving = $0 { $0 = .sealing } }
         receiver.willSeal(self)
-        let accepted = store.thread.enqueue { done(self.store.seal(self, consistency: consistency)) }
+        let accepted = store.thread.enqueue { self.store.seal(self, consistency: consistency, done: done) }
         if !accepted { done(.failure(.closed)) }
     }
 

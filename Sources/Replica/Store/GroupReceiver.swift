@@ -179,11 +179,28 @@ final class GroupReceiver: Sendable {
         return file
     }
 
-    /// Makes the data of an epoch durable.
-    func sync(_ segments: Set<UInt32>) throws(StoreError) {
-        if store.options.deliberateFault != .dataNotSynced {
-            for id in segments.sorted() { try files.withLock({ $0.open[id] })?.file.file.dataSync() }
+    /// Begins to make the data of an epoch durable; `finish` what it returns.
+    func startSync(_ segments: Set<UInt32>) -> EpochWrites {
+        let syncs = EpochWrites()
+        if store.options.deliberateFault == .dataNotSynced { return syncs }
+        for id in segments.sorted() {
+            guard let file = files.withLock({ $0.open[id] })?.file.file else { continue }
+            syncs.underway.begin()
+            let accepted = writes.sync(file) { error in
+                if let error { syncs.failed(error) }
+                syncs.underway.end()
+            }
+            if !accepted {
+                syncs.failed(.closed)
+                syncs.underway.end()
+            }
         }
+        return syncs
+    }
+
+    func finish(_ syncs: EpochWrites) throws(StoreError) {
+        syncs.underway.wait()
+        if let error = syncs.error { throw error }
         if files.withLock({ $0.hasNewNames }) {
             try store.storage.syncDirectory("segments")
             files.withLock { $0.hasNewNames = false }
@@ -264,7 +281,7 @@ private struct BufferWrite {
     var endBytes: UInt64 { startBytes + UInt64(byteCount) }
 }
 
-/// What becomes of an epoch's buffers. Apart from the writer so that a write under way does not keep that alive.
+/// What becomes of an epoch's buffers, or of its syncs. Apart from the writer so that a write under way does not keep that alive.
 final class EpochWrites: Sendable {
     let underway = Underway()
     private let first = Mutex<StoreError?>(nil)

@@ -43,9 +43,18 @@ extension ReplicaStore {
         if generation > group.generation { throw .invalid("group \(id) is at \(group.generation), \(generation) is not known here") }
     }
 
-    /// On the store's thread, after all of the epoch's buffers have been handed over. Data, then layers, then names, then the record: only
+    /// On the store's thread, after all of the epoch's buffers have been handed over. Data and layers, then names, then the record: only
     /// then is it acknowledged.
-    func seal(_ writer: EpochWriter, consistency: Consistency) -> Result<RecoveryPoint?, StoreError> {
+    func seal(_ writer: EpochWriter, consistency: Consistency, done: (Result<RecoveryPoint?, StoreError>) -> Void) {
+        var added: (volumes: [Int], records: [LayerRecord], written: [LayerFile.Written])?
+        done(publish(writer, consistency, &added))
+        // The acknowledgement does not wait for what only makes opening faster.
+        if let added { bringIndexesForward(writer.group, added.volumes, added.records, added.written) }
+    }
+
+    private func publish(
+        _ writer: EpochWriter, _ consistency: Consistency, _ added: inout (volumes: [Int], records: [LayerRecord], written: [LayerFile.Written])?
+    ) -> Result<RecoveryPoint?, StoreError> {
         writer.writes.underway.wait()
         if let failure = writer.failure {
             writer.receiver.fail(writer, failure)
@@ -53,13 +62,17 @@ extension ReplicaStore {
             return .failure(failure)
         }
         var written: [LayerFile.Written] = []
+        var syncs: EpochWrites?
         do throws(StoreError) {
             guard let group = read({ $0.groups[writer.group] }), shared.withLock({ $0.receivers[writer.group] === writer.receiver }) else {
                 throw .unknownGroup(writer.group)
             }
             try checkGeneration(group, writer.group, writer.generation)
             try checkParent(writer.parent, of: writer.cut, writer.group, last: group.lastDurable)
-            try writer.receiver.sync(writer.segmentsUsed)
+            // While the layers are written and synced; nothing names either before both are durable.
+            let data = writer.receiver.startSync(writer.segmentsUsed)
+            syncs = data
+            if let error = data.error { throw error }
 
             var changed: [Int] = []
             var records: [LayerRecord] = []
@@ -75,6 +88,7 @@ extension ReplicaStore {
                 changed.append(volume)
                 records.append(layer.record(parent: identity.parent))
             }
+            try writer.receiver.finish(data)
             if !written.isEmpty, options.deliberateFault != .namesNotSynced { try storage.syncDirectory("layers") }
 
             var point: RecoveryPoint?
@@ -88,9 +102,10 @@ extension ReplicaStore {
             writer.receiver.sealed(writer)
             shared.withLock { $0.statistics.sealedEpochCount += 1 }
             spaceFound()
-            bringIndexesForward(writer.group, changed, records, written)
+            added = (changed, records, written)
             return .success(point)
         } catch {
+            syncs?.underway.wait()
             // A record that may or may not have reached the disk names these files: then they stay, and the next start decides.
             if manifest.failure == nil {
                 for layer in written { try? storage.remove(LayerFile.path(layer.checksums.layer)) }

@@ -11,6 +11,8 @@ public protocol StorageWriteQueue: AnyObject, Sendable {
     /// Writes all of `bytes`, which stay in place until `done` is called, once, on any thread; it must not block. Writes run in any order. Keeps
     /// `file` open meanwhile. False once the queue is closed: nothing happens then.
     func write(_ bytes: UnsafeRawBufferPointer, to file: any StorageFile, at offsetBytes: UInt64, done: @escaping @Sendable (StoreError?) -> Void) -> Bool
+    /// Makes what was written to `file` before durable (fdatasync); otherwise as `write`, but does not wait behind writes.
+    func sync(_ file: any StorageFile, done: @escaping @Sendable (StoreError?) -> Void) -> Bool
     /// Waits for what is under way. Idempotent.
     func close()
 }
@@ -41,6 +43,14 @@ final class OneByOneWrites: StorageWriteQueue {
         } catch { done(error) }
         return true
     }
+
+    func sync(_ file: any StorageFile, done: @escaping @Sendable (StoreError?) -> Void) -> Bool {
+        do throws(StoreError) {
+            try file.dataSync()
+            done(nil)
+        } catch { done(error) }
+        return true
+    }
 }
 
 /// Through an io_uring on a thread of its own, from memory that the kernel has pinned.
@@ -50,8 +60,9 @@ final class RingWrites: StorageWriteQueue, @unchecked Sendable {
 
     private struct Job {
         var file: any StorageFile
-        var bytes: UnsafeRawBufferPointer
-        var offsetBytes: UInt64
+        /// Nil of a sync.
+        var bytes: UnsafeRawBufferPointer?
+        var offsetBytes: UInt64 = 0
         var doneBytes = 0
         var done: @Sendable (StoreError?) -> Void
     }
@@ -69,15 +80,16 @@ final class RingWrites: StorageWriteQueue, @unchecked Sendable {
         init(loop: EventLoop) { self.loop = loop }
 
         func take(_ job: Job) {
-            guard let slot = free.popLast() else { return line.append(job) }
+            guard let slot = free.popLast() else { return job.bytes == nil ? line.insert(job, at: 0) : line.append(job) }
             jobs[Int(slot)] = job
             submit(slot)
         }
 
         func submit(_ slot: UInt32) {
             let job = jobs[Int(slot)]!
+            guard let bytes = job.bytes else { return loop.submitDataSync(fd: job.file.descriptor, handler: id, token: slot) }
             loop.submitWrite(
-                fd: job.file.descriptor, from: job.bytes.baseAddress! + job.doneBytes, count: job.bytes.count - job.doneBytes,
+                fd: job.file.descriptor, from: bytes.baseAddress! + job.doneBytes, count: bytes.count - job.doneBytes,
                 offset: job.offsetBytes + UInt64(job.doneBytes), dsync: false, handler: id, token: slot)
         }
 
@@ -85,9 +97,9 @@ final class RingWrites: StorageWriteQueue, @unchecked Sendable {
             if result == -EAGAIN || result == -EINTR { return submit(token) }
             let job = jobs[Int(token)]!
             var error: StoreError?
-            if result <= 0 {
-                error = storageError(result == 0 ? EIO : -result, "cannot write \(job.file.path) at byte \(job.offsetBytes)")
-            } else if job.doneBytes + Int(result) < job.bytes.count {
+            if result < 0 || (result == 0 && job.bytes != nil) {
+                error = storageError(result == 0 ? EIO : -result, job.bytes == nil ? "cannot sync \(job.file.path)" : "cannot write \(job.file.path) at byte \(job.offsetBytes)")
+            } else if let bytes = job.bytes, job.doneBytes + Int(result) < bytes.count {
                 jobs[Int(token)]!.doneBytes += Int(result)
                 return submit(token)
             }
@@ -120,6 +132,10 @@ final class RingWrites: StorageWriteQueue, @unchecked Sendable {
     func write(_ bytes: UnsafeRawBufferPointer, to file: any StorageFile, at offsetBytes: UInt64, done: @escaping @Sendable (StoreError?) -> Void) -> Bool {
         nonisolated(unsafe) let bytes = bytes
         return loop.execute { [writer = UncheckedReference(writer)] in writer.value.take(Job(file: file, bytes: bytes, offsetBytes: offsetBytes, done: done)) }
+    }
+
+    func sync(_ file: any StorageFile, done: @escaping @Sendable (StoreError?) -> Void) -> Bool {
+        loop.execute { [writer = UncheckedReference(writer)] in writer.value.take(Job(file: file, bytes: nil, done: done)) }
     }
 
     func close() {
