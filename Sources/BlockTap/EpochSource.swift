@@ -112,6 +112,14 @@ public protocol EpochSource: AnyObject, Sendable {
     /// The caller must have released every buffer that it holds, or release it afterwards.
     func abandonAll() async
     var statistics: SourceStatistics { get async }
+    /// What a disk holds at this moment, past any epoch: for whoever can tell by a checksum whether it is what it wants. Nil when it cannot be
+    /// read. At most 1 MiB.
+    func read(disk: Int, offsetBytes: UInt64, lengthBytes: Int) async -> [UInt8]?
+}
+
+extension EpochSource {
+    /// A source that can only be drained.
+    public func read(disk: Int, offsetBytes: UInt64, lengthBytes: Int) async -> [UInt8]? { nil }
 }
 
 public enum EpochError: Error, Sendable, Equatable {

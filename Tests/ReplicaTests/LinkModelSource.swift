@@ -278,6 +278,10 @@ final class ModelSource: EpochSource, @unchecked Sendable {
         }
     }
 
+    func read(disk: Int, offsetBytes: UInt64, lengthBytes: Int) async -> [UInt8]? {
+        lock.withLock { Array(content[disk][Int(offsetBytes)..<Int(offsetBytes) + lengthBytes]) }
+    }
+
     var statistics: SourceStatistics {
         get async {
             lock.withLock {

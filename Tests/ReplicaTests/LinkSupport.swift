@@ -100,6 +100,7 @@ final class TestAppliance: Sendable {
         timing.alive = .milliseconds(50)
         timing.silence = .seconds(60)
         timing.greeting = .seconds(60)
+        timing.repair = .milliseconds(5)
         return timing
     }
 

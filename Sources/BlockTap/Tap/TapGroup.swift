@@ -1,3 +1,6 @@
+import Dispatch
+import Glibc
+
 /// The taps of one protected server's disks: one consistency group, on one event loop.
 ///
 /// `EpochEngine` is the algorithm and knows no threads; this is its face to the other ones. Live while the loop is.
@@ -59,6 +62,33 @@ public final class TapGroup: EpochSource, @unchecked Sendable {
 
     public func abandonAll() async {
         await loop.runUnlessShutDown { self.engine.abandonAll() }
+    }
+
+    public func read(disk: Int, offsetBytes: UInt64, lengthBytes: Int) async -> [UInt8]? {
+        guard devices.indices.contains(disk), lengthBytes > 0, lengthBytes <= 1 << 20 else { return nil }
+        let device = devices[disk]
+        guard offsetBytes < device.geometry.sizeBytes, UInt64(lengthBytes) <= device.geometry.sizeBytes - offsetBytes else { return nil }
+        // On a thread of its own: a disk that hangs must not stop the tap, nor a thread of Swift's pool.
+        return await withCheckedContinuation { continuation in
+            DispatchQueue.global(qos: .utility).async { continuation.resume(returning: Self.read(device, offsetBytes, lengthBytes)) }
+        }
+    }
+
+    private static func read(_ device: BlockDevice, _ offset: UInt64, _ length: Int) -> [UInt8]? {
+        // The device bypasses the page cache: whole pages, into aligned memory.
+        let start = offset / 4096 * 4096
+        let end = min((offset + UInt64(length) + 4095) / 4096 * 4096, device.geometry.sizeBytes)
+        let memory = UnsafeMutableRawBufferPointer.allocate(byteCount: Int(end - start), alignment: 4096)
+        defer { memory.deallocate() }
+        var done = 0
+        while done < memory.count {
+            let count = pread(device.fd, memory.baseAddress! + done, memory.count - done, off_t(start) + off_t(done))
+            if count < 0, errno == EINTR { continue }
+            if count <= 0 { return nil }
+            done += count
+        }
+        let skip = Int(offset - start)
+        return Array(memory[skip..<skip + length])
     }
 
     public var statistics: SourceStatistics {

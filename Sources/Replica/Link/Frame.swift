@@ -20,18 +20,29 @@ enum FrameType: UInt8, Sendable {
     case control = 12
     /// Sent by both sides every `LinkTiming.aliveSeconds`, so that a half-open connection is noticed.
     case alive = 13
+    /// The appliance lost blocks and asks whether the source still has them.
+    case blocksWanted = 14
+    /// The agent's answer: those that it still has, with their bytes.
+    case blocks = 15
 
     /// Largest meta part in bytes; a longer one is garbage.
     var metaBytesMax: Int {
         switch self {
         case .hello, .welcome, .refused, .extents, .zero: 64 * 1024
+        case .blocksWanted, .blocks: 4096
         case .control: 1024 * 1024
         case .epochBegin, .epochSeal, .epochAbandon, .ack, .credit, .fenced, .alive: 64
         }
     }
 
-    /// Only extents carry a payload.
-    var payloadBytesMax: Int { self == .extents ? FrameLimits.payloadBytesMax : 0 }
+    /// Only extents and blocks carry a payload.
+    var payloadBytesMax: Int {
+        switch self {
+        case .extents: FrameLimits.payloadBytesMax
+        case .blocks: FrameLimits.wantedBlocksMax * 4096
+        default: 0
+        }
+    }
 }
 
 enum FrameLimits {
@@ -43,6 +54,8 @@ enum FrameLimits {
     static let zeroRunsMax = 2048
     /// Together with 1 MiB in 4 KiB blocks this stays below `FrameType.metaBytesMax`.
     static let extentsMax = 1024
+    /// Of one BLOCKS_WANTED, and of the answer.
+    static let wantedBlocksMax = 64
 }
 
 /// The fixed part of every frame: 32 bytes, little-endian.

@@ -33,6 +33,10 @@ public struct LinkTiming: Sendable, Hashable {
     public var retryLast: TimeAmount = .seconds(15)
     /// After an epoch was abandoned because the source's disk could not be read.
     public var readErrorPause: TimeAmount = .seconds(5)
+    /// The appliance looks this often whether it has lost blocks that the source may still have.
+    public var repair: TimeAmount = .seconds(10)
+    /// What an agent reads of its disks for that, at most.
+    public var repairBytesPerSecond: UInt64 = 4 << 20
     public init() {}
 }
 

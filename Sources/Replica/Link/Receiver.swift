@@ -1,6 +1,7 @@
 import BlockTap
 import CLZ4
 import CXXHash
+import Dispatch
 import Logging
 import NIOCore
 
@@ -57,16 +58,26 @@ final class Receiver {
     private var announcedCreditBytes: UInt64 = 0
     private var isEnded = false
     private var idlePromise: EventLoopPromise<Void>?
+    /// The question that the agent has not answered yet.
+    private var asked: (number: UInt64, blocks: [WantedBlock])?
+    private var isAsking = false
+    private var questionCount: UInt64 = 0
+    private var repairTask: RepeatedTask?
     private var unpacked = UnsafeMutableRawBufferPointer(start: nil, count: 0)
 
     /// `position`: what WELCOME said.
-    init(store: ReplicaStore, hello: DataHello, position: DurablePosition?, handler: FrameHandler, logger: Logger) {
+    init(store: ReplicaStore, hello: DataHello, position: DurablePosition?, handler: FrameHandler, timing: LinkTiming, logger: Logger) {
         windowBytes = Self.windowBytes(store)
         self.store = store
         self.hello = hello
         parent = position
         self.handler = handler
         self.logger = logger
+        guard hello.answersWanted == true else { return }
+        let bound = NIOLoopBound(WeakReceiver(self), eventLoop: handler.eventLoop)
+        repairTask = handler.eventLoop.scheduleRepeatedTask(initialDelay: timing.repair, delay: timing.repair) { task in
+            if let receiver = bound.value.receiver { receiver.ask() } else { task.cancel() }
+        }
     }
 
     deinit { if unpacked.baseAddress != nil { unpacked.deallocate() } }
@@ -77,6 +88,8 @@ final class Receiver {
     /// what the store says of the group then is final.
     func end(on eventLoop: any NIOCore.EventLoop) -> EventLoopFuture<Void> {
         isEnded = true
+        repairTask?.cancel()
+        repairTask = nil
         if let current { current.writer.abandon() }
         current = nil
         if let waitingSeal { waitingSeal.epoch.writer.abandon() }
@@ -96,6 +109,7 @@ final class Receiver {
         case .zero: try zero(frame, &reader)
         case .epochSeal: try seal(EpochSealMeta(&reader))
         case .epochAbandon: try abandon(EpochNumber(NumberMeta(&reader).value))
+        case .blocks: try blocks(frame, BlocksMeta(&reader))
         case .alive: break
         default: throw .unexpected(frame.header.type, "not part of a data stream from an agent")
         }
@@ -291,6 +305,64 @@ final class Receiver {
         }
     }
 
+    // MARK: Repair
+
+    /// Asks the source for blocks that the store has lost, when there are any. The store is asked on another thread: what is bad may take some
+    /// time to find out.
+    private func ask() {
+        guard !isEnded, !isAsking, asked == nil, store.scrubber.hasBadBlocks else { return }
+        isAsking = true
+        let bound = NIOLoopBound(self, eventLoop: handler.eventLoop)
+        let (store, group) = (store, hello.group)
+        DispatchQueue.global(qos: .utility).async {
+            var wanted = store.wantedBlocks(group, limit: FrameLimits.wantedBlocksMax)
+            if let volume = wanted.first?.volume { wanted.removeAll { $0.volume != volume } }
+            let blocks = wanted
+            bound.eventLoop.execute { bound.value.ask(blocks) }
+        }
+    }
+
+    private func ask(_ wanted: [WantedBlock]) {
+        isAsking = false
+        guard !isEnded, let first = wanted.first, first.volume < hello.disks.count else { return }
+        questionCount += 1
+        asked = (questionCount, wanted)
+        let meta = BlocksWantedMeta(question: questionCount, volume: first.volume, blocks: wanted.map { .init(block: $0.block, checksum: $0.checksum, byteCount: $0.byteCount) })
+        handler.send(.blocksWanted) { meta.write(&$0) }
+    }
+
+    /// The agent's answer: only what was asked for, and only bytes that match.
+    private func blocks(_ frame: FrameView, _ meta: BlocksMeta) throws(FrameError) {
+        guard let (number, wanted) = asked, number == meta.question else { throw .unexpected(.blocks, "nobody asked") }
+        guard frame.payload.count == meta.places.count * blockBytes, meta.places.last ?? 0 < wanted.count else { throw .malformed(.blocks, "its payload does not fit") }
+        asked = nil
+        var found: [(WantedBlock, [UInt8])] = []
+        for (index, place) in meta.places.enumerated() {
+            let bytes = Array(frame.payload[(index * blockBytes)..<(index * blockBytes + wanted[place].byteCount)])
+            let sum = bytes.withUnsafeBytes { BlockChecksum.of($0.baseAddress!, count: $0.count, blockIndex: wanted[place].block) }
+            guard sum == wanted[place].checksum else { throw .malformed(.blocks, "block \(wanted[place].block) is not the one that was asked for") }
+            found.append((wanted[place], bytes))
+        }
+        isAsking = true
+        let bound = NIOLoopBound(self, eventLoop: handler.eventLoop)
+        let (store, group, logger) = (store, hello.group, logger)
+        let answered = found
+        DispatchQueue.global(qos: .utility).async {
+            let had = Set(answered.map(\.0))
+            store.notRepaired(wanted.filter { !had.contains($0) }, group: group, why: "the source has something else there now")
+            do throws(StoreError) {
+                let repaired = Set(answered.isEmpty ? [] : try store.repair(group, answered))
+                // Part of a cluster that cannot be made whole.
+                store.notRepaired(had.filter { !repaired.contains($0) }, group: group, why: "the compressed cluster that it lies in cannot be made whole")
+            } catch {
+                logger.error("cannot repair blocks with what the source sent: \(error)")
+                // Not to be tried again and again; the next pass finds them anew.
+                store.notRepaired(Array(had), group: group, why: "\(error)")
+            }
+            bound.eventLoop.execute { bound.value.isAsking = false }
+        }
+    }
+
     // MARK: Credits
 
     private func written(_ count: UInt64, of account: Account) {
@@ -315,4 +387,10 @@ final class Receiver {
         announcedCreditBytes = creditedBytes
         handler.send(.credit) { NumberMeta(creditedBytes).write(&$0) }
     }
+}
+
+/// A timer must not keep the receiver of a stream that has ended.
+private final class WeakReceiver {
+    weak var receiver: Receiver?
+    init(_ receiver: Receiver) { self.receiver = receiver }
 }

@@ -22,6 +22,7 @@ extension SenderLoop {
         lastProgress = .now()
         peerReceivedBytes = 0
         isPeerWorking = false
+        isAnswering = false
         nextCut = .now()
     }
 

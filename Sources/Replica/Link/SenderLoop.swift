@@ -85,6 +85,10 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     var lastProgress: NIODeadline = .now()
     var peerReceivedBytes: UInt64 = 0
     var isPeerWorking = false
+    /// A question of the appliance is being answered; one at a time.
+    var isAnswering = false
+    /// When the next one may be.
+    var nextAnswer: NIODeadline = .now()
 
     init(
         source: any EpochSource, endpoint: LinkEndpoint, order: ReplicationOrder, logger: Logger, base: ReplicationBase,
@@ -178,7 +182,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
 
     func opened(_ handler: FrameHandler) {
         let hello = DataHello(
-            group: order.group, generation: order.generation, instance: source.instance, disks: source.disks)
+            group: order.group, generation: order.generation, instance: source.instance, disks: source.disks, answersWanted: true)
         handler.send(.hello) { $0.putJSON(Hello(data: hello)) }
     }
 
@@ -229,6 +233,8 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
             retries = 0
         case (.credit, .streaming):
             try credited(NumberMeta(&reader).value)
+        case (.blocksWanted, .streaming(let handler)):
+            try answer(BlocksWantedMeta(&reader), handler)
         case (.alive, .streaming):
             let alive = try AliveMeta(&reader)
             isPeerWorking = alive.isWorking

@@ -183,7 +183,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
             guard case .greeting(let handler) = state else { return }
             handler.send(.welcome) { $0.putJSON(welcome) }
             handler.greeted()
-            state = .data(handler, Receiver(store: server.store, hello: hello, position: position, handler: handler, logger: logger))
+            state = .data(handler, Receiver(store: server.store, hello: hello, position: position, handler: handler, timing: server.timing, logger: logger))
             logger.info("data stream of group \(hello.group), \(hello.generation), from \(welcome.position.map { "\($0.epoch)" } ?? "nothing")")
         }
     }

@@ -18,6 +18,8 @@ struct DataHello: Codable, Hashable {
     var generation: Generation
     var instance: String
     var disks: [SourceDisk]
+    /// Whether this agent answers BLOCKS_WANTED; an older one does not know the frame.
+    var answersWanted: Bool?
 }
 
 struct Welcome: Codable, Hashable {
@@ -173,6 +175,74 @@ struct ExtentsFront: Hashable {
         for _ in 0..<3 { _ = try r.u8() }
         guard plainBytes <= FrameLimits.payloadBytesMax else { throw r.malformed("\(plainBytes) bytes of data") }
         guard r.remaining == extentCount * WireExtent.bytes + checksumCount * 8 else { throw r.malformed("its tables do not fit") }
+    }
+}
+
+/// BLOCKS_WANTED: question u64, volume u32, count u32; then per block: block u64, checksum u64, bytes u32, 0 u32.
+struct BlocksWantedMeta: Hashable {
+    struct Block: Hashable {
+        var block: UInt64
+        var checksum: UInt64
+        /// 4096, but for the last block of a disk of odd size: as long as it was at the cut.
+        var byteCount: Int
+    }
+    var question: UInt64
+    var volume: Int
+    var blocks: [Block]
+
+    func write(_ b: inout ByteBuffer) {
+        b.put(question)
+        b.put(UInt32(volume), UInt32(blocks.count))
+        for block in blocks {
+            b.put(block.block, block.checksum)
+            b.put(UInt32(block.byteCount), UInt32(0))
+        }
+    }
+    init(question: UInt64, volume: Int, blocks: [Block]) {
+        self.question = question
+        self.volume = volume
+        self.blocks = blocks
+    }
+    init(_ r: inout MetaReader) throws(FrameError) {
+        question = try r.u64()
+        volume = Int(try r.u32())
+        let count = Int(try r.u32())
+        guard (1...FrameLimits.wantedBlocksMax).contains(count), r.remaining == count * 24 else { throw r.malformed("its table does not fit") }
+        blocks = []
+        for _ in 0..<count {
+            let block = try r.u64(), checksum = try r.u64()
+            let bytes = Int(try r.u32())
+            guard (1...blockBytes).contains(bytes), try r.u32() == 0, block < 1 << 52 else { throw r.malformed("no such block") }
+            blocks.append(Block(block: block, checksum: checksum, byteCount: bytes))
+        }
+    }
+}
+
+/// BLOCKS: question u64, count u32, 0 u32; then per block that the source still has its place in the question, u32, ascending. The payload is
+/// their bytes one after the other, each padded with zeroes to 4096.
+struct BlocksMeta: Hashable {
+    var question: UInt64
+    var places: [Int]
+
+    func write(_ b: inout ByteBuffer) {
+        b.put(question)
+        b.put(UInt32(places.count), UInt32(0))
+        for place in places { b.put(UInt32(place)) }
+    }
+    init(question: UInt64, places: [Int]) {
+        self.question = question
+        self.places = places
+    }
+    init(_ r: inout MetaReader) throws(FrameError) {
+        question = try r.u64()
+        let count = Int(try r.u32())
+        guard try r.u32() == 0, count <= FrameLimits.wantedBlocksMax, r.remaining == count * 4 else { throw r.malformed("its table does not fit") }
+        places = []
+        for _ in 0..<count {
+            let place = Int(try r.u32())
+            guard place > places.last ?? -1 else { throw r.malformed("its places are not in order") }
+            places.append(place)
+        }
     }
 }
 

@@ -93,6 +93,7 @@ public final class ReplicaStore: @unchecked Sendable {
     let checksums: ChecksumCache
     /// For what forks need while they are open; it may wait for the store's thread.
     let forkThread: StoreThread
+    let scrubber = Scrubber()
 
     /// What several threads look at.
     struct Shared {
@@ -181,6 +182,7 @@ public final class ReplicaStore: @unchecked Sendable {
     }
 
     private func end() {
+        scrubber.stop()
         let receivers = shared.withLock { shared -> [GroupReceiver] in
             if shared.isClosed { return [] }
             shared.isClosed = true
@@ -282,6 +284,7 @@ public final class ReplicaStore: @unchecked Sendable {
         }
         figures.upkeep = upkeep.settings.withLock { $0.statistics }
         (figures.freeBytes, figures.capacityBytes) = storage.space()
+        figures.scrub = scrubber.statistics
         return figures
     }
 

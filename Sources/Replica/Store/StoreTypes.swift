@@ -94,4 +94,5 @@ public struct StoreStatistics: Sendable, Hashable {
     public var appendedBytes: UInt64 = 0
     public var badBlockCount: UInt64 = 0
     public var upkeep = UpkeepStatistics()
+    public var scrub = ScrubStatistics()
 }

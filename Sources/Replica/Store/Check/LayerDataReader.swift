@@ -18,6 +18,10 @@ struct BadRun: Equatable {
     /// Where the first one (or its cluster) is in the segment.
     var segmentBlock: UInt32
     var cause: Cause
+    /// Where the first block is in a compressed cluster.
+    var cluster = ClusterPart.plain
+    /// What the blocks should hash to, one each.
+    var sums: [UInt64] = []
 }
 
 /// Reads all data of layers and compares every block with its checksum, in the order in which it lies in the segments as far as bounded
@@ -146,7 +150,7 @@ final class LayerDataReader {
                 return
             }
             let cause: BadRun.Cause = if case .io(let errno, _) = error, errno != ENOENT { .unreadable(errno: errno) } else { .missing }
-            found(BadRun(startBlock: piece.startBlock, blockCount: UInt64(piece.blockCount), segment: piece.segment, segmentBlock: piece.segmentBlock, cause: cause))
+            found(self.run(of: piece, 0, Int(piece.blockCount), cause))
             return
         }
         for piece in run {
@@ -154,11 +158,11 @@ final class LayerDataReader {
             if piece.cluster.isCompressed {
                 let stored = UnsafeRawBufferPointer(start: memory.baseAddress! + offset * blockBytes, count: Int(piece.storedBlocks) * blockBytes)
                 guard offset + Int(piece.storedBlocks) <= readable else {
-                    found(BadRun(startBlock: piece.startBlock, blockCount: UInt64(piece.blockCount), segment: piece.segment, segmentBlock: piece.segmentBlock, cause: .missing))
+                    found(self.run(of: piece, 0, Int(piece.blockCount), .missing))
                     continue
                 }
                 guard ClusterAccess.unpack(stored, piece.cluster, into: plain) else {
-                    found(BadRun(startBlock: piece.startBlock, blockCount: UInt64(piece.blockCount), segment: piece.segment, segmentBlock: piece.segmentBlock, cause: .cluster))
+                    found(self.run(of: piece, 0, Int(piece.blockCount), .cluster))
                     continue
                 }
                 compare(piece, plain.baseAddress! + piece.cluster.skip * blockBytes, available: Int(piece.blockCount), sizeBytes: sizeBytes, found: found)
@@ -169,21 +173,29 @@ final class LayerDataReader {
     }
 
     private func compare(_ piece: Piece, _ bytes: UnsafeRawPointer, available: Int, sizeBytes: UInt64, found: (BadRun) -> Void) {
-        var bad: BadRun?
+        var bad: (first: Int, cause: BadRun.Cause)?
+        func end(_ index: Int) {
+            if let run = bad { found(self.run(of: piece, run.first, index - run.first, run.cause)) }
+            bad = nil
+        }
         for index in 0..<Int(piece.blockCount) {
             let block = piece.startBlock + UInt64(index)
             let cause: BadRun.Cause? =
                 index >= available ? .missing
                 : BlockChecksum.of(bytes + index * blockBytes, count: blockLength(block, sizeBytes: sizeBytes), blockIndex: block) != sums[piece.sum + index] ? .checksum : nil
-            if let run = bad, run.cause == cause {
-                bad!.blockCount += 1
-                continue
-            }
-            if let run = bad { found(run) }
-            bad = cause.map {
-                BadRun(startBlock: block, blockCount: 1, segment: piece.segment, segmentBlock: piece.cluster.isCompressed ? piece.segmentBlock : piece.segmentBlock + UInt32(index), cause: $0)
-            }
+            if let bad, bad.cause == cause { continue }
+            end(index)
+            if let cause { bad = (index, cause) }
         }
-        if let run = bad { found(run) }
+        end(Int(piece.blockCount))
+    }
+
+    private func run(of piece: Piece, _ first: Int, _ count: Int, _ cause: BadRun.Cause) -> BadRun {
+        var part = piece.cluster
+        if part.isCompressed { part.skip += first }
+        return BadRun(
+            startBlock: piece.startBlock + UInt64(first), blockCount: UInt64(count), segment: piece.segment,
+            segmentBlock: part.isCompressed ? piece.segmentBlock : piece.segmentBlock + UInt32(first), cause: cause, cluster: part,
+            sums: (first..<first + count).map { sums[piece.sum + $0] })
     }
 }

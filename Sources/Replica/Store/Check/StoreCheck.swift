@@ -355,7 +355,7 @@ public struct StoreCheck {
             if tops.contains(layer) { reached[layer] = (runs, broken) }
         })
 
-        var touched: [BlockRuns.Run: (points: [RecoveryPointID], forks: [ForkID], view: StoreView)] = [:]
+        var seen: [BlockRuns] = []
         for view in views {
             var (runs, brokenLayers) = reached[view.top] ?? (BlockRuns(), [])
             var problems = brokenLayers.prefix(3).map { broken[$0] ?? "layer \($0) cannot be read" }
@@ -375,28 +375,9 @@ public struct StoreCheck {
             report.views.append(View(
                 kind: view.kindWords, name: view.name, group: view.group, volume: view.volume, disk: view.spec.name,
                 state: isBad ? .unreadable : report.readsData ? .exact : .indexed, problems: problems, badBlockCount: runs.blockCount))
-            for run in runs.runs {
-                // As it was found in the layer, whatever of it is seen here.
-                let whole = bad[run.layer]?.runs.first { $0.start <= run.start && run.end <= $0.end } ?? run
-                var entry = touched[whole] ?? ([], [], view)
-                switch view.kind {
-                case .point(let id): if !entry.points.contains(id) { entry.points.append(id) }
-                case .fork(let id): if !entry.forks.contains(id) { entry.forks.append(id) }
-                case .newest: break
-                }
-                touched[whole] = entry
-            }
+            seen.append(runs)
         }
-        for (layer, runs) in bad.sorted(by: { $0.key < $1.key }) {
-            for run in runs.runs {
-                let entry = touched[run]
-                let view = entry?.view ?? views.first { state.chain($0.top).contains { $0.id == layer } }
-                guard let view else { continue }
-                report.badExtents.append(BadExtent(
-                    group: view.group, volume: view.volume, disk: view.spec.name, block: run.start, count: run.count, layers: [layer],
-                    recoveryPoints: entry?.points ?? [], forks: entry?.forks ?? []))
-            }
-        }
+        report.badExtents = state.badExtents(bad, views: views, seen: seen)
         for (key, runs) in forkBad.sorted(by: { $0.key < $1.key }) where !runs.isEmpty {
             guard let view = views.first(where: { if case .fork(let id) = $0.kind { "\(id)/\($0.volume)" == key } else { false } }), case .fork(let id) = view.kind else { continue }
             for run in runs.runs {
