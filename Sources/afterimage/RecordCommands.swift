@@ -4,7 +4,7 @@ import Foundation
 
 struct TaskCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "task", abstract: "What the appliance does and did.", subcommands: [List.self, Show.self])
+        commandName: "task", abstract: "What the appliance does and did.", subcommands: [List.self, Show.self, Cancel.self])
 
     struct List: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "List tasks, newest first.")
@@ -40,6 +40,19 @@ struct TaskCommand: AsyncParsableCommand {
                 TaskFollower.outcome(task) + (task.error.map { ["  error           \($0)"] } ?? [])
                     + (task.log ?? []).map { "  \(Words.time($0.time))  \($0.line)" }
             }
+        }
+    }
+}
+
+extension TaskCommand {
+    struct Cancel: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "End an export, or the making of a recovery point; what is half made is removed.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var id: Int64
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.delete("/v1/tasks/\(id)")
+            try show(task) { ["task \(task.id) (\(task.operation.rawValue)) is cancelled"] }
         }
     }
 }

@@ -62,6 +62,7 @@ struct TaskFollower {
         if let point = result.recoveryPoint {
             lines.append("  recovery point  \(point)" + (result.cutTimeNanoseconds.map { ", cut \(Words.time(nanoseconds: $0))" } ?? ""))
         }
+        if let path = result.path { lines.append("  written to      \(path)" + (result.writtenBytes.map { ", \(Words.bytes($0))" } ?? "")) }
         if let generation = result.generation { lines.append("  generation      \(generation)") }
         if let rto = result.rtoSeconds { lines.append("  RTO             \(String(format: "%.2f", rto)) s") }
         if let line = result.bootLine { lines.append("  boot check      \(line)") }

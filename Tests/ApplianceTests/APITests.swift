@@ -16,7 +16,7 @@ struct APITests {
             var checked = 0
             for route in api.routes {
                 let path = route.path.replacingOccurrences(of: "{server}", with: "web").replacingOccurrences(of: "{point}", with: "p")
-                    .replacingOccurrences(of: "{task}", with: "1")
+                    .replacingOccurrences(of: "{task}", with: "1").replacingOccurrences(of: "{mount}", with: "m")
                 for header in [nil, "Bearer wrong", "Basic YTpi", "Bearer "] {
                     var headers = HTTPFields()
                     if let header { headers[.authorization] = header }
@@ -144,6 +144,7 @@ struct APITests {
             store: store, qemu: QEMUConfiguration(executable: "/nonexistent"), runtimeDirectory: directory.path, stateDirectory: directory.path, logger: logger)
         let lifecycle = Lifecycle(
             catalogue: catalogue, store: store, machines: machines, exports: PointExporter(store: store, runtimeDirectory: directory.path),
+            mounts: PointMounter(store: store, runtimeDirectory: directory.path, logger: logger),
             authority: try CertificateAuthority.create(directory: directory.path + "/ca"),
             settings: LifecycleSettings(apiURL: "https://127.0.0.1:1", linkHost: "127.0.0.1", linkPort: 2, storeDirectory: directory.path), logger: logger)
         let token = try await AccessTokens.administrator(catalogue: catalogue, profilePath: directory.path + "/client.json")

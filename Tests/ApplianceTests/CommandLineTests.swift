@@ -15,7 +15,10 @@ struct CommandLineTests {
         "status", "status --json", "site-pair create p --type region-to-region --primary a --secondary b", "site-pair list",
         "server add a b c --pair p", "server list", "server show a", "server token a", "server remove a --delete-points --stop-machine --wait",
         "replication start a --wait", "replication stop a", "recovery-point list a --json", "recovery-point export a --point latest",
-        "recovery-point unexport a --point p1", "recovery-point exports", "drill start a --wait --network none", "drill clear a --wait",
+        "recovery-point unexport a --point p1", "recovery-point exports", "recovery-point list a --limit 20",
+        "recovery-point export a p1 --to raw --output /x/a.raw --wait", "recovery-point export a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
+        "recovery-point mount a p1 /mnt --disk vda --partition 2", "recovery-point unmount /mnt", "recovery-point mounts", "task cancel 7",
+        "drill start a --wait --network none", "drill clear a --wait",
         "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a",
         "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T",
@@ -27,6 +30,8 @@ struct CommandLineTests {
     @Test("wrong usage is exit code 64", arguments: [
         "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --forward 1:2:3",
         "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "task show twelve", "fly",
+        "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
+        "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",
     ])
     func refuses(words: String) throws {
         let error = #expect(throws: (any Error).self) { _ = try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init)) }

@@ -105,8 +105,10 @@ struct API: Sendable {
             APIRoute(method: .delete, path: "/v1/servers/{server}/replication", summary: "Stop Replication") { _, context in
                 try accepted(try await lifecycle.stopReplication(try name(context), who: context.who))
             },
-            APIRoute(method: .get, path: "/v1/servers/{server}/recovery-points", summary: "list recovery points, oldest first") { _, context in
-                try APIResponse.json(try await lifecycle.recoveryPoints(try name(context)))
+            APIRoute(method: .get, path: "/v1/servers/{server}/recovery-points", summary: "list recovery points, oldest first (?limit=N: the newest N; &before=POINT: those before it)") { request, context in
+                let query = request.uri.queryParameters
+                let limit = query["limit"] == nil ? nil : try limit(request)
+                return try APIResponse.json(try await lifecycle.recoveryPoints(try name(context), limit: limit, before: query["before"].map(String.init)))
             },
             APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/export", summary: "serve a recovery point read-only over NBD") { _, context in
                 let point = try context.parameters.require("point")
@@ -114,6 +116,22 @@ struct API: Sendable {
             },
             APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}/export", summary: "end an export") { _, context in
                 try await lifecycle.unexport(try name(context), point: try context.parameters.require("point"), who: context.who)
+                return Response(status: .noContent)
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/copy", summary: "Export Recovery Point: a disk of it into a file or onto a device of the appliance's host") { request, context in
+                let point = try context.parameters.require("point")
+                return try accepted(try await lifecycle.copyPoint(try name(context), point: point, try await request.decoded(CopyPoint.self), who: context.who))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/mount", summary: "mount a file system of a recovery point read-only on the appliance's host") { request, context in
+                let point = try context.parameters.require("point")
+                let mounted = try await lifecycle.mountPoint(try name(context), point: point, try await request.decoded(MountPoint.self), who: context.who)
+                return try APIResponse.json(mounted, status: .created)
+            },
+            APIRoute(method: .get, path: "/v1/mounts", summary: "list mounted recovery points") { _, _ in
+                try APIResponse.json(try await lifecycle.pointMounts())
+            },
+            APIRoute(method: .delete, path: "/v1/mounts/{mount}", summary: "unmount a recovery point") { _, context in
+                try await lifecycle.unmountPoint(try context.parameters.require("mount"), who: context.who)
                 return Response(status: .noContent)
             },
             APIRoute(method: .get, path: "/v1/exports", summary: "list exported recovery points") { _, _ in
@@ -152,15 +170,22 @@ struct API: Sendable {
                 return try APIResponse.json(try await lifecycle.taskViews(server: server, limit: try limit(request)))
             },
             APIRoute(method: .get, path: "/v1/tasks/{task}", summary: "show a task with its log") { _, context in
-                let text = try context.parameters.require("task")
-                guard let id = Int64(text) else { throw ApplianceError.notFound("There is no task \(text) (afterimage task list).") }
-                return try APIResponse.json(try await lifecycle.taskView(id))
+                try APIResponse.json(try await lifecycle.taskView(try taskID(context)))
+            },
+            APIRoute(method: .delete, path: "/v1/tasks/{task}", summary: "cancel an export or the making of a recovery point") { _, context in
+                try APIResponse.json(TaskView(try await lifecycle.cancelTask(try taskID(context), who: context.who)))
             },
             APIRoute(method: .get, path: "/v1/events", summary: "list events, newest first (?server=NAME&limit=N)") { request, _ in
                 let server = request.uri.queryParameters["server"].map(String.init)
                 return try APIResponse.json(try await lifecycle.events(server: server, limit: try limit(request)))
             },
         ]
+    }
+
+    private func taskID(_ context: APIContext) throws -> Int64 {
+        let text = try context.parameters.require("task")
+        guard let id = Int64(text) else { throw ApplianceError.notFound("There is no task \(text) (afterimage task list).") }
+        return id
     }
 
     private func limit(_ request: Request) throws -> Int {

@@ -103,6 +103,23 @@ extension Catalogue {
                 t.column("created", .datetime).notNull()
             }
         }
+        migrator.registerMigration("2: recovery point policy, mounted points") { db in
+            try db.alter(table: "server") { t in
+                // As people write it; see RecoveryPointPolicy(text:).
+                t.add(column: "policy", .text).notNull().defaults(to: "standard")
+            }
+            try db.create(table: "pointMount") { t in
+                t.primaryKey("id", .text)
+                t.column("server", .text).notNull().references("server", column: "id", onDelete: .restrict)
+                t.column("point", .text).notNull()
+                t.column("disk", .text).notNull()
+                t.column("partition", .integer)
+                t.column("directory", .text).notNull().unique()
+                t.column("fileSystem", .text)
+                t.column("warning", .text)
+                t.column("created", .datetime).notNull()
+            }
+        }
         return migrator
     }
 }

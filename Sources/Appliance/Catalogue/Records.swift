@@ -48,6 +48,8 @@ public struct ServerRecord: Codable, Sendable, Hashable, FetchableRecord, Persis
     public var enrolmentExpires: Date?
     public var created: Date
     public var lastSeen: Date?
+    /// Recovery Point Policy, as people write it.
+    public var policy = "standard"
 
     public var serverID: ServerID { ServerID(id) }
     public var group: GroupID { GroupID(id) }
@@ -139,6 +141,9 @@ public struct TaskResult: Sendable, Codable, Hashable {
     public var bootLine: String?
     public var accelerator: String?
     public var message: String?
+    /// What an export made, on the appliance's host.
+    public var path: String?
+    public var writtenBytes: UInt64?
     public init() {}
 }
 
@@ -166,10 +171,36 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     public var instance: String?
     /// The instance that a changed recovery point replaces.
     public var replaces: String?
-    public init(instance: String? = nil, replaces: String? = nil) {
+    /// What an export is to make.
+    public var copy: PointCopyOrder?
+    /// Of the recovery point that is to be made.
+    public var note: String?
+    public init(instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil) {
         self.instance = instance
         self.replaces = replaces
+        self.copy = copy
+        self.note = note
     }
+}
+
+/// One disk of a recovery point, to be copied out of the store.
+public struct PointCopyOrder: Sendable, Codable, Hashable {
+    public var point: RecoveryPointID
+    public var disk: String
+    /// The disk's place in the group.
+    public var volume: Int
+    public var format: PointCopyFormat
+    /// Absolute, on the appliance's host.
+    public var path: String
+}
+
+public enum PointCopyFormat: String, Sendable, Codable, CaseIterable {
+    /// A sparse file.
+    case raw
+    /// A file, made by qemu-img.
+    case qcow2
+    /// A block device, all of which is overwritten.
+    case device
 }
 
 public struct TaskLogRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
@@ -198,6 +229,23 @@ public struct PointExportRecord: Codable, Sendable, Hashable, FetchableRecord, P
     public var id: String
     public var server: String
     public var point: RecoveryPointID
+    public var created: Date
+}
+
+/// A file system of a recovery point, mounted on the appliance's host. Written before the work starts, gone after everything is undone.
+public struct PointMountRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
+    public static let databaseTableName = "pointMount"
+    public var id: String
+    public var server: String
+    public var point: RecoveryPointID
+    public var disk: String
+    /// 1 = the first; nil: the whole disk holds the file system.
+    public var partition: Int?
+    /// Absolute, on the appliance's host.
+    public var directory: String
+    public var fileSystem: String?
+    /// What is to be known of the content, for people; nil when its file system was clean.
+    public var warning: String?
     public var created: Date
 }
 

@@ -95,9 +95,17 @@ extension Lifecycle {
         return task
     }
 
-    public func recoveryPoints(_ name: String) async throws -> [RecoveryPoint] {
+    /// Oldest first. With a limit the newest so many; with `before`, those older than that point: pages backwards through them all.
+    public func recoveryPoints(_ name: String, limit: Int? = nil, before: String? = nil) async throws -> [RecoveryPoint] {
         let found = try await server(name)
-        return found.settings == nil ? [] : store.recoveryPoints(found.group)
+        var points = (found.settings == nil ? [] : store.recoveryPoints(found.group))[...]
+        if let before {
+            guard let cursor = points.firstIndex(where: { $0.id.rawValue == before }) else {
+                throw ApplianceError.notFound("Server \(found.name) has no recovery point \(before) any more: begin again with the newest.")
+            }
+            points = points[..<cursor]
+        }
+        return Array(limit.map { points.suffix($0) } ?? points)
     }
 
     /// Serves a recovery point's disks read-only until unexported. Doing it twice gives the same sockets.

@@ -154,6 +154,7 @@ extension Lifecycle {
         for export in try await catalogue.read({ db in try PointExportRecord.filter(Column("server") == id).fetchAll(db) }) {
             try await exports.end(export.id)
         }
+        try await endMounts(of: id)
         let group = record.group
         if store.group(group) != nil { try await blocking { [store] in try store.deleteGroup(group) } }
         try await catalogue.write { db in

@@ -26,6 +26,7 @@ extension Lifecycle {
         for server in servers where server.state.phase == .forward {
             await happened(.linkLost, server.serverID, reason: "the appliance was restarted; waiting for the agent")
         }
+        await forgetMounts()
         for task in running {
             if task.operation != .startReplication { await tasks.log(task, "the appliance was restarted: going on") }
             await start(task)
@@ -48,6 +49,7 @@ extension Lifecycle {
             case .failover: result = try await performFailover(task)
             case .changeRecoveryPoint: result = try await performChangePoint(task)
             case .startMachine: result = try await performStartMachine(task)
+            case .exportRecoveryPoint: result = try await performCopy(task)
             case .unregister: result = try await performUnregister(task)
             default: throw ApplianceError.failed("task \(task.id ?? 0) has no work")
             }
@@ -60,6 +62,22 @@ extension Lifecycle {
                 logger.error("cannot store that a task failed: \(error)", metadata: ["task": "\(task.id ?? 0)"])
             }
         }
+    }
+
+    /// Ends a task that an operator may take back: what it had half made is removed.
+    public func cancelTask(_ id: Int64, who: String) async throws -> TaskRecord {
+        let task = try await catalogue.write { db in
+            guard let task = try TaskRecord.fetchOne(db, key: id) else { throw ApplianceError.notFound("There is no task \(id) (afterimage task list).") }
+            guard task.status == .running else { throw ApplianceError.refused("Task \(id) has ended already.") }
+            guard [.exportRecoveryPoint, .createRecoveryPoint].contains(task.operation) else {
+                throw ApplianceError.refused("\(task.operation.rawValue) is not ended by cancelling its task; the state of the server decides what can be done (afterimage server show \(task.serverName ?? "")).")
+            }
+            try TaskBoard.finish(task, error: "cancelled by \(who)", in: db)
+            try db.event(who, "Cancel task", server: try task.server.flatMap { try ServerRecord.fetchOne(db, key: $0) }, detail: "\(task.operation.rawValue), task \(id)")
+            return task
+        }
+        await tasks.cancel(task)
+        return try await catalogue.read { db in try TaskRecord.fetchOne(db, key: id) ?? task }
     }
 
     /// A machine at rest after a restart of the appliance: adopt it; a failed-over one that is gone is started again.

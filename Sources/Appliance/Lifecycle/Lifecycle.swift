@@ -15,6 +15,7 @@ public actor Lifecycle {
     let store: ReplicaStore
     let machines: RecoveryHost
     let exports: PointExporter
+    let mounts: PointMounter
     nonisolated let authority: CertificateAuthority
     var settings: LifecycleSettings
     let tasks: TaskBoard
@@ -25,13 +26,14 @@ public actor Lifecycle {
     var isStopping = false
 
     init(
-        catalogue: Catalogue, store: ReplicaStore, machines: RecoveryHost, exports: PointExporter, authority: CertificateAuthority,
+        catalogue: Catalogue, store: ReplicaStore, machines: RecoveryHost, exports: PointExporter, mounts: PointMounter, authority: CertificateAuthority,
         settings: LifecycleSettings, logger: Logger
     ) {
         self.catalogue = catalogue
         self.store = store
         self.machines = machines
         self.exports = exports
+        self.mounts = mounts
         self.authority = authority
         self.settings = settings
         self.logger = logger
@@ -45,6 +47,7 @@ public actor Lifecycle {
     func stop() async {
         isStopping = true
         await tasks.stop()
+        await endMounts()
         await exports.stop()
         await machines.detachAll()
     }

@@ -121,6 +121,51 @@ public struct StartMachine: Sendable, Codable {
     public init() {}
 }
 
+/// Export of a recovery point's disk into a file or onto a device of the appliance's host.
+public struct CopyPoint: Sendable, Codable {
+    public var format: PointCopyFormat
+    /// Absolute.
+    public var path: String
+    /// nil: the server's only disk.
+    public var disk: String?
+    /// The device's path again: what is on it is overwritten. Needed when it does not look empty.
+    public var confirm: String?
+    public init(format: PointCopyFormat, path: String, disk: String? = nil, confirm: String? = nil) {
+        self.format = format
+        self.path = path
+        self.disk = disk
+        self.confirm = confirm
+    }
+}
+
+public struct MountPoint: Sendable, Codable {
+    /// Absolute, on the appliance's host; an empty directory.
+    public var directory: String
+    /// nil: the server's only disk.
+    public var disk: String?
+    /// nil: the disk's only file system.
+    public var partition: Int?
+    public init(directory: String, disk: String? = nil, partition: Int? = nil) {
+        self.directory = directory
+        self.disk = disk
+        self.partition = partition
+    }
+}
+
+/// A mounted recovery point.
+public struct PointMountView: Sendable, Codable {
+    public var id: String
+    public var server: String
+    public var recoveryPoint: RecoveryPointID
+    public var disk: String
+    public var partition: Int?
+    public var directory: String
+    public var fileSystem: String?
+    /// What is to be known of the content: that its file system was in use, for instance.
+    public var warning: String?
+    public var created: Date
+}
+
 public struct RemoveServer: Sendable, Codable {
     /// Its recovery points go with it: must be said when there are any.
     public var deletePoints: Bool?

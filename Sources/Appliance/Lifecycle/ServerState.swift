@@ -58,6 +58,8 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case commitFailover = "Commit Failover"
     case startMachine = "Start Machine"
     case unregister = "Unregister"
+    case createRecoveryPoint = "Create Recovery Point"
+    case exportRecoveryPoint = "Export Recovery Point"
     // Happenings
     case agentConnected = "agent connected"
     case agentUnfit = "agent unfit"
@@ -74,7 +76,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
 
     public static let operations: [Trigger] = [
         .renewEnrolment, .startReplication, .stopReplication, .drill, .clearDrill, .failover, .changeRecoveryPoint,
-        .commitFailover, .startMachine, .unregister,
+        .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .unregister,
     ]
     public static let happenings: [Trigger] = allCases.filter { !$0.isOperation }
 }

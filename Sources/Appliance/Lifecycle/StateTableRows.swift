@@ -2,6 +2,8 @@
 extension StateTable {
     static func cell(_ state: ServerState, _ trigger: Trigger) -> StateOutcome {
         if let named = named[state]?[trigger] { return named }
+        // Reads what is there, and disturbs nothing.
+        if trigger == .exportRecoveryPoint { return .stays }
         // What happens outside is never refused: it may simply come too late to mean anything.
         return trigger.isOperation ? .refused(sentence(state, trigger)) : .stays
     }
@@ -28,7 +30,7 @@ extension StateTable {
             .pointsFollow: .to(.replicating), .linkLost: .to(.replicationInterrupted), .agentUnfit: .to(.abnormal),
         ],
         .replicating: [
-            .stopReplication: .to(.initialized), .drill: .toWithPoint(.testFailoverInProgress),
+            .stopReplication: .to(.initialized), .createRecoveryPoint: .stays, .drill: .toWithPoint(.testFailoverInProgress),
             .failover: .toWithPoint(.failoverInProgress), .fullSyncStarted: .to(.initialFullSync),
             .linkLost: .to(.replicationInterrupted), .agentUnfit: .to(.abnormal),
         ],
@@ -41,17 +43,17 @@ extension StateTable {
         .testFailoverInProgress: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
             .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
-            .startMachine: .stays, .drillReady: .to(.testFailoverReady), .drillFailed: .stays,
+            .startMachine: .stays, .createRecoveryPoint: .stays, .drillReady: .to(.testFailoverReady), .drillFailed: .stays,
         ],
         .testFailoverReady: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
             .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
-            .startMachine: .stays,
+            .startMachine: .stays, .createRecoveryPoint: .stays,
         ],
         .clearTestFailoverEnvironment: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
             .clearDrill: .stays, .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
-            .startMachine: .stays, .drillCleared: .endsDrill,
+            .startMachine: .stays, .createRecoveryPoint: .stays, .drillCleared: .endsDrill,
         ],
 
         .failoverInProgress: [
@@ -111,6 +113,8 @@ extension StateTable {
             return "The failover of this server is committed: its recovery point can no longer be changed."
         case (.failover, .startReplication), (.failover, .drill):
             return "This server is failed over (\(state.rawValue)): its source is fenced."
+        case (_, .createRecoveryPoint):
+            return "A recovery point can be made only in Replicating; this server is in \(state.rawValue)."
         case (.reverse, _), (.failback, _):
             return "Not while this server is in \(state.rawValue)."
         case (.setUp, .startReplication):

@@ -44,5 +44,7 @@ actor PointExporter {
             uris: names.map { "nbd+unix:///\($0)?socket=\(path)" }, created: record.created)
     }
 
-    private func socketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id).sock" }
+    /// Of a socket for a point that is served while something is done with it.
+    nonisolated func path(_ id: String) -> String { "\(runtimeDirectory)/\(id).sock" }
+    private func socketPath(_ id: String) -> String { path(id) }
 }

@@ -54,12 +54,23 @@ public struct QEMUProcess: Sendable, Hashable {
 
     /// The live process that was started with `-name NAME`, whoever started it.
     public static func find(name: String) -> QEMUProcess? {
+        find { words in
+            guard let i = words.firstIndex(of: "-name"), i + 1 < words.count else { return false }
+            return words[i + 1] == name
+        }
+    }
+
+    /// A live process of another program that was started as ours are, with `argument` on its command line.
+    static func find(naming program: String, _ argument: String) -> QEMUProcess? {
+        find { words in words.first.map { ($0 as NSString).lastPathComponent } == program && words.contains(argument) }
+    }
+
+    private static func find(_ matches: ([String]) -> Bool) -> QEMUProcess? {
         let entries = (try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? []
         for entry in entries {
             guard let pid = pid_t(entry), let data = FileManager.default.contents(atPath: "/proc/\(pid)/cmdline") else { continue }
             let words = data.split(separator: 0).map { String(decoding: $0, as: UTF8.self) }
-            guard let i = words.firstIndex(of: "-name"), i + 1 < words.count, words[i + 1] == name else { continue }
-            guard let ticks = startTicks(of: pid) else { continue }
+            guard matches(words), let ticks = startTicks(of: pid) else { continue }
             let process = QEMUProcess(pid: pid, startTicks: ticks)
             if process.isAlive { return process }
         }

@@ -58,8 +58,9 @@ public struct ApplianceService: Service {
             store: store, qemu: configuration.qemu, runtimeDirectory: configuration.runtimeDirectory, stateDirectory: configuration.stateDirectory,
             logger: logger)
         let exports = PointExporter(store: store, runtimeDirectory: configuration.runtimeDirectory)
+        let mounts = PointMounter(store: store, runtimeDirectory: configuration.runtimeDirectory, logger: logger)
         let lifecycle = Lifecycle(
-            catalogue: catalogue, store: store, machines: machines, exports: exports, authority: authority,
+            catalogue: catalogue, store: store, machines: machines, exports: exports, mounts: mounts, authority: authority,
             settings: settings(apiPort: configuration.listen.port, linkPort: configuration.link.port), logger: logger)
         await machines.setOnEnded { [weak lifecycle] id, why in await lifecycle?.machineEnded(id, why) }
         let link = LinkServer(

@@ -1,0 +1,27 @@
+import BlockTap
+
+/// What a copy of a volume needs to know: where there is something at all.
+extension VolumeReader {
+    /// The next run of bytes at or after `offsetBytes` that is not a hole, at most `bytesMax` long; nil when nothing but holes follow.
+    /// Begins and ends at blocks, except at the volume's end. A run may hold zeroes that were written as such.
+    public func nextData(from offsetBytes: UInt64, bytesMax: Int) -> Range<UInt64>? {
+        let blockCount = (geometry.sizeBytes + UInt64(blockBytes) - 1) / UInt64(blockBytes)
+        var block = offsetBytes / UInt64(blockBytes)
+        while block < blockCount {
+            let (extent, end) = map.index.piece(at: block, end: blockCount)
+            guard extent != nil else {
+                block = end
+                continue
+            }
+            let limit = min(blockCount, block + UInt64(max(1, bytesMax / blockBytes)))
+            var last = min(end, limit)
+            while last < limit {
+                let (next, nextEnd) = map.index.piece(at: last, end: limit)
+                guard next != nil else { break }
+                last = nextEnd
+            }
+            return block * UInt64(blockBytes)..<min(last * UInt64(blockBytes), geometry.sizeBytes)
+        }
+        return nil
+    }
+}
