@@ -20,6 +20,12 @@ struct ApplianceCommand: AsyncParsableCommand {
     @Option(help: "QEMU for recovery machines.") var qemu: String = "/usr/bin/qemu-system-x86_64"
     @Option(help: "A directory with QEMU's firmware files (its -L); repeat it.") var qemuData: [String] = []
     @Option(help: "auto, kvm or tcg. auto takes TCG: that /dev/kvm opens does not prove that guests run under it.") var accel: AcceleratorChoice = .auto
+    @Option(help: "Merging layers and giving space back reads and writes at most so much per second: 64MiB; 0 for no limit.")
+    var upkeepRate: ByteCount = ByteCount(bytes: 64 << 20)
+    @Flag(
+        inversion: .prefixedNo,
+        help: "When the store is nearly full and nothing else helps, drop recovery points before their time, the oldest first; never the newest or held ones.")
+    var tightenWhenLow = false
     @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
 
     var applianceConfiguration: ApplianceConfiguration {
@@ -27,7 +33,8 @@ struct ApplianceCommand: AsyncParsableCommand {
         return ApplianceConfiguration(
             stateDirectory: state, storeDirectory: store.map(absolute) ?? state + "/store", runtimeDirectory: absolute(runtimeDir), listen: listen,
             link: link, advertisedHost: advertise,
-            qemu: QEMUConfiguration(executable: absolute(qemu), dataDirectories: qemuData.map(absolute), accelerator: accel))
+            qemu: QEMUConfiguration(executable: absolute(qemu), dataDirectories: qemuData.map(absolute), accelerator: accel),
+            upkeep: UpkeepConfiguration(bytesPerSecond: upkeepRate.bytes, tightensWhenLow: tightenWhenLow))
     }
 
     func run() async throws {

@@ -85,9 +85,10 @@ struct StatusCommand: ClientCommand {
         let status: StatusView = try await client.get("/v1/status")
         try show(status) {
             if status.servers.isEmpty {
-                return ["no server is protected yet: " + (status.sitePairs == 0 ? "afterimage site-pair create NAME" : "afterimage server add NAME --pair PAIR")]
+                return status.alerts.map { "ALERT: \($0.text)" } + ["no server is protected yet: " + (status.sitePairs == 0 ? "afterimage site-pair create NAME" : "afterimage server add NAME --pair PAIR")]
             }
-            return [status.protected ? "all servers are protected" : "NOT every server is protected"] + status.servers.flatMap(Self.words)
+            return [status.protected ? "all servers are protected" : "NOT every server is protected"] + status.alerts.map { "ALERT: \($0.text)" }
+                + status.servers.flatMap(Self.words)
         }
     }
 
@@ -97,9 +98,11 @@ struct StatusCommand: ClientCommand {
         if let reason = server.drillReason { lines.append("  drill         \(reason)") }
         if let rpo = server.rpoSeconds { lines.append("  RPO now       \(Words.seconds(rpo))") }
         if let id = server.lastRecoveryPoint, let time = server.lastRecoveryPointTime {
-            lines.append("  last point    \(id), cut \(Words.time(time)) (\(server.recoveryPointCount) points)")
+            let held = server.heldPointCount > 0 ? ", \(server.heldPointCount) held" : ""
+            lines.append("  last point    \(id), cut \(Words.time(time)) (\(server.recoveryPointCount) points\(held); policy \(server.policy))")
         } else {
-            lines.append("  last point    none: nothing to recover from")
+            let isHere = server.state == .failoverCommitted
+            lines.append("  last point    none" + (isHere ? ": the machine runs here, and is not protected" : ": nothing to recover from"))
         }
         if server.state == .initialFullSync, let agent = server.agent {
             lines.append(

@@ -110,13 +110,28 @@ struct FailoverCommand: AsyncParsableCommand {
     }
 
     struct Commit: ClientCommand {
-        static let configuration = CommandConfiguration(abstract: "Commit Failover: irrevocable, the recovery point can no longer be changed.")
+        static let configuration = CommandConfiguration(
+            abstract: "Commit Failover: irrevocable, the recovery point can no longer be changed.",
+            discussion: """
+                Says first what stays and what goes: every recovery point but held ones. When some go it asks for the server's name; \
+                --preview only says it.
+                """)
         @OptionGroup var global: GlobalOptions
+        @OptionGroup var confirmation: ConfirmOption
         @Argument var name: String
+        @Flag(help: "Only say what would stay and go.") var preview = false
 
         func run(_ client: APIClient) async throws {
-            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/failover/commit")
-            try await TaskFollower(client: client, json: global.json).finish(task, wait: false)
+            let path = "/v1/servers/\(APIClient.segment(name))/failover/commit"
+            let plan: CommitPreview = try await client.get(path)
+            if preview {
+                try show(plan) { plan.words }
+                return
+            }
+            if !global.json { for line in plan.words { print("  \(line)") } }
+            let answer = plan.needsConfirmation ? confirmation.answer("committing for good: type the server's name") : nil
+            let task: TaskView = try await client.post(path, Confirmation(confirm: answer))
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: true)
         }
     }
 }

@@ -6,7 +6,7 @@ import Replica
 struct RecoveryPointCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "recovery-point", abstract: "Moments that a server can be brought back to.",
-        subcommands: [List.self, Export.self, Unexport.self, Exports.self, Mount.self, Unmount.self, Mounts.self])
+        subcommands: [List.self, Create.self, Hold.self, Release.self, Delete.self, Export.self, Unexport.self, Exports.self, Mount.self, Unmount.self, Mounts.self])
 
     static func path(_ server: String, _ point: String? = nil, _ rest: String = "") -> String {
         "/v1/servers/\(APIClient.segment(server))/recovery-points" + (point.map { "/\(APIClient.segment($0))" } ?? "") + rest
@@ -48,6 +48,61 @@ struct RecoveryPointCommand: AsyncParsableCommand {
                 points = page + points
                 if page.count < wanted || points.count == limit { return points }
             }
+        }
+    }
+
+    struct Create: ClientCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Make a recovery point now; with --wait until it is durable.",
+            discussion: "Its cut is made after the request. It stays for as long as the policy's longest tier.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @Argument var name: String
+        @Option(help: "Why it was made.") var note: String?
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.post(RecoveryPointCommand.path(name), CreatePoint(note: note))
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+        }
+    }
+
+    struct Hold: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Hold a recovery point: it neither expires nor can be deleted until it is released.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+        @Argument(help: "A recovery point's ID, or latest.") var point: String
+        @Option(name: .customLong("name"), help: "What it is held as.") var holdName: String
+
+        func run(_ client: APIClient) async throws {
+            let point: RecoveryPoint = try await client.post(RecoveryPointCommand.path(name, point, "/hold"), HoldPoint(name: holdName))
+            try show(point) { ["recovery point \(point.id) is held as \(point.hold ?? holdName)"] }
+        }
+    }
+
+    struct Release: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Release a held recovery point; asks for the name that it is held as.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var confirmation: ConfirmOption
+        @Argument var name: String
+        @Argument(help: "The recovery point's ID.") var point: String
+
+        func run(_ client: APIClient) async throws {
+            let answer = confirmation.answer("releasing \(point): type the name that it is held as")
+            let point: RecoveryPoint = try await client.delete(RecoveryPointCommand.path(name, point, "/hold"), Confirmation(confirm: answer))
+            try show(point) { ["recovery point \(point.id) is released; the policy decides now how long it stays"] }
+        }
+    }
+
+    struct Delete: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Delete a recovery point for good; asks for its ID.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var confirmation: ConfirmOption
+        @Argument var name: String
+        @Argument(help: "The recovery point's ID.") var point: String
+
+        func run(_ client: APIClient) async throws {
+            let answer = confirmation.answer("deleting \(point) for good: type its ID")
+            try await client.deleteNoContent(RecoveryPointCommand.path(name, point), Confirmation(confirm: answer))
         }
     }
 

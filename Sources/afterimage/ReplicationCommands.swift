@@ -10,7 +10,7 @@ struct ReplicationCommand: AsyncParsableCommand {
     struct Start: ClientCommand {
         static let configuration = CommandConfiguration(
             abstract: "Start Replication; with --wait until the first recovery point is there.",
-            discussion: "What is not given stays as it was; at first: all disks, 1000 ms, no throttle, automatic restart, 2 CPUs, 1024 MiB.")
+            discussion: "What is not given stays as it was; at first: all disks, 1000 ms, no throttle, automatic restart, 2 CPUs, 1024 MiB, policy standard.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
         @Argument var name: String
@@ -21,8 +21,11 @@ struct ReplicationCommand: AsyncParsableCommand {
         @Option(help: "CPUs of its recovery machines.") var cpus: Int?
         @Option(name: .customLong("memory"), help: "Memory of its recovery machines, MiB.") var memoryMiB: Int?
 
+        @Option(help: ArgumentHelp(PolicyHelp.text, valueName: "policy")) var policy: String?
+
         var request: StartReplication {
             var request = StartReplication()
+            request.policy = policy
             request.disks = disk.isEmpty ? nil : disk
             request.epochMilliseconds = epochMilliseconds
             request.throttleBytesPerSecond = throttle?.bytes
@@ -31,6 +34,8 @@ struct ReplicationCommand: AsyncParsableCommand {
             request.memoryMiB = memoryMiB
             return request
         }
+
+        func validate() throws { try PolicyHelp.check(policy) }
 
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/replication", request)

@@ -4,7 +4,7 @@ import Foundation
 
 struct ServerCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, Token.self, Remove.self])
+        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, SetPolicy.self, Token.self, Remove.self])
 
     struct Add: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Add 1 to 10 servers; prints the command that enrols each one's agent.")
@@ -70,6 +70,7 @@ struct ServerCommand: AsyncParsableCommand {
         if let host = server.hostName { lines.append("  host          \(host), agent \(server.agentVersion ?? "?")") }
         if let generation = server.generation { lines.append("  generation    \(generation)") }
         if let stored = server.storedBytes { lines.append("  stored        \(Words.bytes(stored))") }
+        lines.append("  policy        \(PolicyHelp.words(server.policy))" + (server.heldPointCount > 0 ? ", \(server.heldPointCount) held points" : ""))
         if let settings = server.settings {
             lines.append(
                 "  replication   an epoch every \(settings.epochMilliseconds) ms, "
@@ -85,6 +86,21 @@ struct ServerCommand: AsyncParsableCommand {
             lines.append("    disks       \(machine.nbdSocketPath)")
         }
         return lines
+    }
+
+    struct SetPolicy: ClientCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Set a server's Recovery Point Policy; points that it does not want go soon, held ones stay.")
+        @OptionGroup var global: GlobalOptions
+        @Argument var name: String
+        @Argument(help: ArgumentHelp(PolicyHelp.text)) var policy: String
+
+        func validate() throws { try PolicyHelp.check(policy) }
+
+        func run(_ client: APIClient) async throws {
+            let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/policy", Appliance.SetPolicy(policy: policy))
+            try show(server) { ["Recovery Point Policy of \(server.name): \(PolicyHelp.words(server.policy))"] }
+        }
     }
 
     struct Remove: ClientCommand {

@@ -7,6 +7,19 @@ struct WaitOption: ParsableArguments {
     var wait = false
 }
 
+/// The second step of what cannot be taken back.
+struct ConfirmOption: ParsableArguments {
+    @Option(help: ArgumentHelp("The confirmation, for scripts; else it is asked for on the terminal.", valueName: "name")) var yes: String?
+
+    /// What was typed; nil when nobody could be asked: then the appliance says what it wants.
+    func answer(_ question: String) -> String? {
+        if let yes { return yes }
+        guard isatty(STDIN_FILENO) == 1 else { return nil }
+        FileHandle.standardError.write(Data("\(question): ".utf8))
+        return readLine()
+    }
+}
+
 /// Shows a task until it ends: its log as plain lines, on a terminal with a bar below them.
 struct TaskFollower {
     let client: APIClient

@@ -37,6 +37,8 @@ enum Words {
 struct ByteCount: ExpressibleByArgument, Hashable {
     var bytes: UInt64
 
+    init(bytes: UInt64) { self.bytes = bytes }
+
     init?(argument: String) {
         let units: [(String, UInt64)] = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)]
         for (unit, factor) in units where argument.hasSuffix(unit) {

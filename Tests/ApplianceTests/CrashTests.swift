@@ -44,7 +44,7 @@ struct CrashTests {
             #expect(read.output.contains("VERSION.1.RUNS"), "\(read.output)\(read.errors)")
         }
         #expect(try await sites.cli("drill clear shop --wait").code == 0)
-        #expect(try await sites.cli("failover commit shop").code == 0)
+        #expect(try await sites.cli("failover commit shop --yes shop").code == 0)
         #expect(try await sites.cli("server remove shop --delete-points --stop-machine --wait").code == 0)
         try sites.expectNoMachines()
     }

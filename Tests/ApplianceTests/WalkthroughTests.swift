@@ -60,7 +60,7 @@ struct WalkthroughTests {
         #expect(try await sites.view().state == .failedOver)
         #expect(try await sites.cli("replication start shop").code == 3)
 
-        #expect(try await sites.cli("failover commit shop").code == 0)
+        #expect(try await sites.cli("failover commit shop --yes shop").code == 0)
         #expect(try await sites.cli("failover change-recovery-point shop --point \(first)").code == 3)
         #expect(try await sites.cli("server remove shop --delete-points").code == 3)
         #expect(try await sites.cli("server remove shop --delete-points --stop-machine --wait").code == 0)

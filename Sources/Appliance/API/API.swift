@@ -91,6 +91,9 @@ struct API: Sendable {
             APIRoute(method: .delete, path: "/v1/servers/{server}", summary: "unregister a server") { request, context in
                 try accepted(try await lifecycle.removeServer(try name(context), try await request.decoded(RemoveServer.self), who: context.who))
             },
+            APIRoute(method: .put, path: "/v1/servers/{server}/policy", summary: "set the Recovery Point Policy") { request, context in
+                try APIResponse.json(try await lifecycle.setPolicy(try name(context), try await request.decoded(SetPolicy.self), who: context.who))
+            },
             APIRoute(method: .post, path: "/v1/servers/{server}/enrolment", summary: "a new enrolment token") { _, context in
                 try APIResponse.json(try await lifecycle.renewEnrolment(try name(context), who: context.who), status: .created)
             },
@@ -109,6 +112,22 @@ struct API: Sendable {
                 let query = request.uri.queryParameters
                 let limit = query["limit"] == nil ? nil : try limit(request)
                 return try APIResponse.json(try await lifecycle.recoveryPoints(try name(context), limit: limit, before: query["before"].map(String.init)))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points", summary: "Create Recovery Point: one that is cut after the request") { request, context in
+                try accepted(try await lifecycle.createPoint(try name(context), try await request.decoded(CreatePoint.self), who: context.who))
+            },
+            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}", summary: "delete a recovery point; confirmed by its ID") { request, context in
+                let point = try context.parameters.require("point")
+                try await lifecycle.deletePoint(try name(context), point: point, try await request.decoded(Confirmation.self), who: context.who)
+                return Response(status: .noContent)
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/hold", summary: "hold a recovery point under a name: it does not expire") { request, context in
+                let point = try context.parameters.require("point")
+                return try APIResponse.json(try await lifecycle.holdPoint(try name(context), point: point, try await request.decoded(HoldPoint.self), who: context.who))
+            },
+            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}/hold", summary: "release a held recovery point; confirmed by its name") { request, context in
+                let point = try context.parameters.require("point")
+                return try APIResponse.json(try await lifecycle.releasePoint(try name(context), point: point, try await request.decoded(Confirmation.self), who: context.who))
             },
             APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/export", summary: "serve a recovery point read-only over NBD") { _, context in
                 let point = try context.parameters.require("point")
@@ -157,8 +176,11 @@ struct API: Sendable {
             APIRoute(method: .post, path: "/v1/servers/{server}/failover/machine", summary: "start a failed-over machine that has stopped") { _, context in
                 try accepted(try await lifecycle.startMachine(try name(context), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/failover/commit", summary: "Commit Failover") { _, context in
-                try accepted(try await lifecycle.commitFailover(try name(context), who: context.who))
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover/commit", summary: "Commit Failover; confirmed by the server's name when recovery points go") { request, context in
+                try accepted(try await lifecycle.commitFailover(try name(context), try await request.decoded(Confirmation.self), who: context.who))
+            },
+            APIRoute(method: .get, path: "/v1/servers/{server}/failover/commit", summary: "what Commit Failover would keep and delete") { _, context in
+                try APIResponse.json(try await lifecycle.commitPreview(try name(context)))
             },
         ]
     }

@@ -60,7 +60,11 @@ public struct APIClient: Sendable {
         try decode(try await send("DELETE", path, body: body))
     }
 
-    public func deleteNoContent(_ path: String) async throws { _ = try await send("DELETE", path, body: nil) }
+    public func put<Answer: Decodable>(_ path: String, _ body: (any Encodable & Sendable)? = nil, _ type: Answer.Type = Answer.self) async throws -> Answer {
+        try decode(try await send("PUT", path, body: body))
+    }
+
+    public func deleteNoContent(_ path: String, _ body: (any Encodable & Sendable)? = nil) async throws { _ = try await send("DELETE", path, body: body) }
 
     /// A path segment.
     public static func segment(_ text: String) -> String {

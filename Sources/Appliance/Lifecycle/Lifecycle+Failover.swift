@@ -199,21 +199,71 @@ extension Lifecycle {
         return result
     }
 
-    /// Irrevocable: the machine stays on its point for good.
-    public func commitFailover(_ name: String, who: String) async throws -> TaskRecord {
+    // MARK: Commit
+
+    /// What a commit would keep and delete: to be said before.
+    public func commitPreview(_ name: String) async throws -> CommitPreview {
         let found = try await server(name)
-        return try await catalogue.write { db in
-            var record = try db.server(found.id)
-            let machine = try db.instances(of: record, kind: .failover).last
-            try db.apply(.commitFailover, to: &record, who: who, hasRecoveryPoint: true, detail: machine?.point.map { "recovery point \($0)" })
-            let task = try TaskBoard.plan(.commitFailover, server: record, parameters: TaskParameters(instance: machine?.id), who: who, in: db)
-            var result = TaskResult()
-            result.instance = machine?.id
-            result.recoveryPoint = machine?.point
-            result.generation = machine?.generation.map(UInt64.init)
-            result.message = "committed: the machine stays on this recovery point; its old source stays fenced"
-            try TaskBoard.finish(task, result: result, in: db)
-            return try TaskRecord.fetchOne(db, key: task.id) ?? task
+        if case .refused(let why) = StateTable.verdict(found.lifecycle, .commitFailover, hasRecoveryPoint: true) { throw ApplianceError.refused(why) }
+        let machine = try await catalogue.read { db in try db.instances(of: found, kind: .failover).last }
+        let points = store.recoveryPoints(found.group)
+        let (kept, deleted) = (points.filter { $0.hold != nil }, points.filter { $0.hold == nil })
+        var words = ["the machine stays on \(machine?.point.map { "recovery point \($0)" } ?? "its recovery point"), with all that it has written since, for good"]
+        words.append("its old source stays fenced")
+        if !deleted.isEmpty {
+            words.append("\(deleted.count) recovery points are deleted (\(deleted.first!.id) to \(deleted.last!.id)): hold those that are to stay (afterimage recovery-point hold \(found.name) POINT --name NAME)")
         }
+        if !kept.isEmpty { words.append("held recovery points stay: " + kept.map { "\($0.id) (\($0.hold ?? ""))" }.joined(separator: ", ")) }
+        return CommitPreview(
+            server: found.name, recoveryPoint: machine?.point, instance: machine?.id, keptPoints: kept, deletedPointCount: deleted.count,
+            deletedPointBytes: deleted.reduce(0) { $0 + $1.dataBytes }, needsConfirmation: !deleted.isEmpty, words: words)
+    }
+
+    /// Irrevocable: the machine's disks become the group's, and every recovery point goes that is not held.
+    public func commitFailover(_ name: String, _ request: Confirmation, who: String) async throws -> TaskRecord {
+        let preview = try await commitPreview(name)
+        guard !preview.needsConfirmation || request.confirm == preview.server else {
+            throw ApplianceError.refused("Commit Failover deletes \(preview.deletedPointCount) recovery points of \(preview.server) for good: confirm it by the server's name (--yes \(preview.server)).")
+        }
+        let found = try await server(name)
+        for export in try await catalogue.read({ db in try PointExportRecord.filter(Column("server") == found.id).fetchAll(db) })
+        where !preview.keptPoints.contains(where: { $0.id == export.point }) {
+            throw ApplianceError.refused("Recovery point \(export.point) of \(found.name) would go, and is exported: end that first (afterimage recovery-point unexport \(found.name) --point \(export.point)).")
+        }
+        let task = try await catalogue.write { db in
+            var record = try db.server(found.id)
+            if let copying = try db.runningTask(of: record, [.exportRecoveryPoint]) {
+                throw ApplianceError.refused("Task \(copying.id ?? 0) exports a recovery point: wait for it, or cancel it (afterimage task cancel \(copying.id ?? 0)).")
+            }
+            let machine = try db.instances(of: record, kind: .failover).last
+            try db.apply(
+                .commitFailover, to: &record, who: who, hasRecoveryPoint: true,
+                detail: "\(machine?.point.map { "recovery point \($0); " } ?? "")\(preview.deletedPointCount) recovery points go, \(preview.keptPoints.count) held ones stay")
+            return try TaskBoard.plan(.commitFailover, server: record, parameters: TaskParameters(instance: machine?.id), who: who, in: db)
+        }
+        await start(task)
+        return task
+    }
+
+    /// May be repeated: a second commit of the same fork finds nothing left to delete.
+    func performCommit(_ task: TaskRecord) async throws -> TaskResult {
+        let machine = try await instance(task)
+        let group = GroupID(machine.server)
+        let before = store.recoveryPoints(group).count
+        try await blocking { [store] in try store.commitFork(machine.forkID) }
+        let points = store.recoveryPoints(group)
+        if before > points.count {
+            await tasks.log(task, "\(before - points.count) recovery points are gone, \(points.count) held ones stay; what nothing refers to any more is given back in the background")
+        }
+        let generation = store.group(group)?.generation
+        try await update(machine.id) { $0.generation = generation.map { Int64($0.rawValue) } ?? $0.generation }
+        // A source that connects again is told the newest.
+        if let generation { await tell(ServerID(machine.server), .fenced(generation)) }
+        var result = TaskResult()
+        result.instance = machine.id
+        result.recoveryPoint = machine.point
+        result.generation = generation?.rawValue
+        result.message = "committed: the machine stays on this recovery point; its old source stays fenced"
+        return result
     }
 }

@@ -11,6 +11,7 @@ extension Lifecycle {
     public func startReplication(_ name: String, _ request: StartReplication, who: String) async throws -> TaskRecord {
         let found = try await server(name)
         let settings = try replicationSettings(found, request)
+        let policy = try PolicyText(request.policy ?? found.policy).description
         // The table first, so that a wrong state is not reported as a wrong disk.
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .startReplication, hasRecoveryPoint: hasRecoveryPoint(found)) {
             throw ApplianceError.refused(why)
@@ -30,12 +31,14 @@ extension Lifecycle {
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
             record.settings = settings
+            record.policy = policy
             try db.apply(
                 .startReplication, to: &record, who: who, hasRecoveryPoint: true,
-                reason: connected ? nil : "waiting for the agent to connect", detail: "disks \(settings.disks.joined(separator: ", "))")
+                reason: connected ? nil : "waiting for the agent to connect", detail: "disks \(settings.disks.joined(separator: ", ")), Recovery Point Policy \(policy)")
             return try TaskBoard.plan(.startReplication, server: record, who: who, in: db)
         }
-        await tasks.log(task, "disks \(settings.disks.joined(separator: ", ")), an epoch every \(settings.epochMilliseconds) ms")
+        giveRetention(try await server(found.id))
+        await tasks.log(task, "disks \(settings.disks.joined(separator: ", ")), an epoch every \(settings.epochMilliseconds) ms, Recovery Point Policy \(policy)")
         if connected { await tell(found.serverID, .startReplication(try order(found.id, settings))) }
         return task
     }

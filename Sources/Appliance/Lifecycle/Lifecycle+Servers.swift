@@ -117,6 +117,7 @@ extension Lifecycle {
     public func removeServer(_ name: String, _ request: RemoveServer, who: String) async throws -> TaskRecord {
         let found = try await server(name)
         let pointCount = store.group(found.group)?.recoveryPointCount ?? 0
+        let held = store.recoveryPoints(found.group).filter { $0.hold != nil }
         let task = try await catalogue.write { db in
             let record = try db.server(found.id)
             if let running = try db.runningTask(of: record, [.unregister]) { return running }
@@ -125,6 +126,9 @@ extension Lifecycle {
             }
             if record.state == .failoverCommitted, request.stopMachine != true, try !db.instances(of: record).isEmpty {
                 throw ApplianceError.refused("The recovery machine of \(record.name) runs from its replica and would be stopped and deleted: say so with --stop-machine.")
+            }
+            if !held.isEmpty {
+                throw ApplianceError.refused("\(record.name) has held recovery points (\(held.map { "\($0.id): \($0.hold ?? "")" }.joined(separator: ", "))): release them first (afterimage recovery-point release).")
             }
             if pointCount > 0, request.deletePoints != true {
                 throw ApplianceError.refused("\(record.name) has \(pointCount) recovery points, which would be deleted: say so with --delete-points.")

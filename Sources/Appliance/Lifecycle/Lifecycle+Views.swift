@@ -8,7 +8,8 @@ extension Lifecycle {
         let pairs = try await sitePairs().count
         return StatusView(
             version: afterimageVersion, time: Date(), sitePairs: pairs, storeDirectory: settings.storeDirectory,
-            protected: !servers.isEmpty && servers.allSatisfy { $0.state == .replicating && $0.lastRecoveryPoint != nil }, servers: servers)
+            protected: !servers.isEmpty && servers.allSatisfy { $0.state == .replicating && $0.lastRecoveryPoint != nil }, servers: servers,
+            store: storeView(), alerts: alerts())
     }
 
     public func views() async throws -> [ServerView] {
@@ -36,7 +37,8 @@ extension Lifecycle {
             id: record.id, name: record.name, sitePair: record.sitePair, state: record.state, stateSince: record.stateSince, reason: record.reason,
             drill: record.drill, drillReason: record.drillReason, agentConnected: connected, hostName: record.hostName,
             agentVersion: record.agentVersion, lastSeen: connected ? Date() : record.lastSeen, disks: record.disks, settings: record.settings,
-            agent: connected ? live?.status : nil, recoveryPointCount: group?.recoveryPointCount ?? 0, lastRecoveryPoint: newest?.id,
+            agent: connected ? live?.status : nil, policy: record.policy, recoveryPointCount: group?.recoveryPointCount ?? 0,
+            heldPointCount: group == nil ? 0 : store.recoveryPoints(record.group).count { $0.hold != nil }, lastRecoveryPoint: newest?.id,
             lastRecoveryPointTime: newest.map { Date(nanoseconds: $0.cutTimeNanoseconds) },
             rpoSeconds: followed ? newest.map { max(0, Date().timeIntervalSince(Date(nanoseconds: $0.cutTimeNanoseconds))) } : nil,
             behindBytes: connected && followed ? live?.status.map { $0.source.behindBytes &+ $0.source.unsyncedBytes } : nil,

@@ -49,6 +49,8 @@ extension Lifecycle {
             case .failover: result = try await performFailover(task)
             case .changeRecoveryPoint: result = try await performChangePoint(task)
             case .startMachine: result = try await performStartMachine(task)
+            case .commitFailover: result = try await performCommit(task)
+            case .createRecoveryPoint: result = try await performCreatePoint(task)
             case .exportRecoveryPoint: result = try await performCopy(task)
             case .unregister: result = try await performUnregister(task)
             default: throw ApplianceError.failed("task \(task.id ?? 0) has no work")

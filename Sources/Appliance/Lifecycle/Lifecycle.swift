@@ -24,6 +24,8 @@ public actor Lifecycle {
     var agents: [ServerID: LiveAgent] = [:]
     var link: LinkServer?
     var isStopping = false
+    /// What the audit log says of the store's space.
+    var toldSpace = SpaceState.ok
 
     init(
         catalogue: Catalogue, store: ReplicaStore, machines: RecoveryHost, exports: PointExporter, mounts: PointMounter, authority: CertificateAuthority,

@@ -104,7 +104,47 @@ public struct StartReplication: Sendable, Codable {
     public var automaticRestart: Bool?
     public var cpus: Int?
     public var memoryMiB: Int?
+    /// Recovery Point Policy, as `PolicyText` has it.
+    public var policy: String?
     public init() {}
+}
+
+/// Recovery Point Policy, as `PolicyText` has it.
+public struct SetPolicy: Sendable, Codable {
+    public var policy: String
+    public init(policy: String) { self.policy = policy }
+}
+
+public struct CreatePoint: Sendable, Codable {
+    public var note: String?
+    public init(note: String? = nil) { self.note = note }
+}
+
+public struct HoldPoint: Sendable, Codable {
+    public var name: String
+    public init(name: String) { self.name = name }
+}
+
+/// The second step of what cannot be taken back: the thing's name again.
+public struct Confirmation: Sendable, Codable {
+    public var confirm: String?
+    public init(confirm: String? = nil) { self.confirm = confirm }
+}
+
+/// What a commit of a failover would keep and delete.
+public struct CommitPreview: Sendable, Codable {
+    public var server: String
+    public var recoveryPoint: RecoveryPointID?
+    public var instance: String?
+    /// Held ones.
+    public var keptPoints: [RecoveryPoint]
+    public var deletedPointCount: Int
+    /// Of their epochs' data; what the machine's disks do not share comes back.
+    public var deletedPointBytes: UInt64
+    /// Whether `Confirmation.confirm` must be the server's name.
+    public var needsConfirmation: Bool
+    /// What will happen, in words.
+    public var words: [String]
 }
 
 /// Drill, failover, and change of the recovery point.

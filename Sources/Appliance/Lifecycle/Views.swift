@@ -19,7 +19,10 @@ public struct ServerView: Sendable, Codable {
     public var disks: [DiskReport]
     public var settings: ReplicationSettings?
     public var agent: AgentStatus?
+    /// Recovery Point Policy, as `PolicyText` has it.
+    public var policy: String
     public var recoveryPointCount: Int
+    public var heldPointCount: Int
     public var lastRecoveryPoint: RecoveryPointID?
     /// Cut time of the newest recovery point.
     public var lastRecoveryPointTime: Date?
@@ -65,6 +68,36 @@ public struct StatusView: Sendable, Codable {
     /// Every server has a recovery point and follows its disks.
     public var protected: Bool
     public var servers: [ServerView]
+    public var store: StoreView
+    /// Worst first.
+    public var alerts: [Alert]
+}
+
+/// The store as a whole.
+public struct StoreView: Sendable, Codable {
+    public var directory: String
+    public var space: SpaceState
+    /// Of the file system that holds it.
+    public var freeBytes: UInt64
+    public var capacityBytes: UInt64
+    /// Data in live layers, overwritten data included.
+    public var storedBytes: UInt64
+    public var layerCount: Int
+    /// Since the appliance was started, as are those below.
+    public var badBlockCount: UInt64
+    public var reclaimedBytes: UInt64
+    public var expiredPointCount: UInt64
+}
+
+public struct Alert: Sendable, Codable, Hashable {
+    public enum Kind: String, Sendable, Codable {
+        case storeFull = "store-full"
+        case storeLow = "store-low"
+        case badBlocks = "bad-blocks"
+    }
+    public var kind: Kind
+    /// What is wrong, and what to do.
+    public var text: String
 }
 
 public struct TaskView: Sendable, Codable {

@@ -12,12 +12,14 @@ public struct ApplianceConfiguration: Sendable {
     /// Host name or address by which agents reach this appliance; nil: the addresses listened on.
     public var advertisedHost: String?
     public var qemu: QEMUConfiguration
+    public var upkeep: UpkeepConfiguration
 
     public init(
         stateDirectory: String, storeDirectory: String, runtimeDirectory: String = "/run/afterimage",
         listen: ListenAddress = ListenAddress(host: "127.0.0.1", port: 8443), link: ListenAddress = ListenAddress(host: "127.0.0.1", port: 8444),
-        advertisedHost: String? = nil, qemu: QEMUConfiguration = QEMUConfiguration()
+        advertisedHost: String? = nil, qemu: QEMUConfiguration = QEMUConfiguration(), upkeep: UpkeepConfiguration = UpkeepConfiguration()
     ) {
+        self.upkeep = upkeep
         self.stateDirectory = stateDirectory
         self.storeDirectory = storeDirectory
         self.runtimeDirectory = runtimeDirectory
@@ -35,6 +37,21 @@ public struct ApplianceConfiguration: Sendable {
             hosts.append(host)
         }
         return hosts
+    }
+}
+
+/// What the store does by itself.
+public struct UpkeepConfiguration: Sendable, Hashable {
+    /// A look for work at least this often; a policy's finest tier is that much late at most.
+    public var everySeconds: Double
+    /// Reads and writes of merging and moving data; 0 = no limit.
+    public var bytesPerSecond: UInt64
+    /// Recovery points may go before their time when space is low and nothing else helps: see `ReplicaStore.setTightening`.
+    public var tightensWhenLow: Bool
+    public init(everySeconds: Double = 10, bytesPerSecond: UInt64 = 64 << 20, tightensWhenLow: Bool = false) {
+        self.everySeconds = everySeconds
+        self.bytesPerSecond = bytesPerSecond
+        self.tightensWhenLow = tightensWhenLow
     }
 }
 

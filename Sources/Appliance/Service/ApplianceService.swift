@@ -69,6 +69,7 @@ public struct ApplianceService: Service {
         await lifecycle.connect(link: link)
         do {
             try await lifecycle.resume()
+            try await lifecycle.startUpkeep(configuration.upkeep)
             let linkPort = try await link.start()
             try await serveAPI(catalogue: catalogue, lifecycle: lifecycle, authority: authority, identity: identity, linkPort: linkPort)
         } catch {
