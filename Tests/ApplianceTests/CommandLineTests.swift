@@ -19,7 +19,9 @@ struct CommandLineTests {
         "recovery-point export a p1 --to raw --output /x/a.raw --wait", "recovery-point export a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
         "recovery-point mount a p1 /mnt --disk vda --partition 2", "recovery-point unmount /mnt", "recovery-point mounts", "task cancel 7",
         "drill start a --wait --network none", "drill clear a --wait",
-        "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a",
+        "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a", "failover commit a --yes a", "failover commit a --preview --json",
+        "server set-policy a all:10m,1h:24h", "replication start a --policy keep-all", "recovery-point create a --note why --wait", "recovery-point hold a p1 --name n",
+        "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low",
         "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T",
     ])
@@ -32,6 +34,7 @@ struct CommandLineTests {
         "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "task show twelve", "fly",
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
         "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",
+        "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",
     ])
     func refuses(words: String) throws {
         let error = #expect(throws: (any Error).self) { _ = try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init)) }

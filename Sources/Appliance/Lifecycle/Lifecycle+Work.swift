@@ -14,7 +14,8 @@ extension Lifecycle {
             )
         }
         await machines.reportUnknown(known: Set(instances.map(\.id)))
-        let busy = Set(running.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
+        // A commit happens beside its machine, which goes on; the other tasks bring theirs up, or down, themselves.
+        let busy = Set(running.filter { $0.operation != .commitFailover }.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
         for instance in instances where !busy.contains(instance.id) { await revive(instance) }
         for export in exported {
             guard let server = servers.first(where: { $0.id == export.server }) else { continue }
