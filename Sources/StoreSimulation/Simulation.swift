@@ -10,6 +10,11 @@ public struct SimulationFailure: Error, CustomStringConvertible {
     public var description: String { "seed \(seed): \(what)" }
 }
 
+/// What the store takes for the time.
+final class SimulatedClock: @unchecked Sendable {
+    var nanoseconds: UInt64 = 1_700_000_000_000_000_000
+}
+
 /// One run: a store on simulated files does what its users do, while files fail and the power goes; after every crash it must hold what it
 /// acknowledged, and nothing that nobody asked for. At the end everything heals, and all must go on.
 public final class Simulation {
@@ -39,6 +44,7 @@ public final class Simulation {
     let weather: Weather
     var random: SimulationRandom
     let storage: SimulatedStorage
+    let clock = SimulatedClock()
     var options = StoreOptions()
     var store: ReplicaStore!
 
@@ -94,7 +100,7 @@ public final class Simulation {
         options.journalEntriesMax = [3, 10, 4096][random.below(3)]
         options.isStepped = true
         options.newUUID = { StoreUUID(high: seed | 1 << 63, low: 1) }
-        options.now = { 1_700_000_000_000_000_000 }
+        options.now = { [clock] in clock.nanoseconds }
         options.deliberateFault = deliberateFault
     }
 

@@ -93,7 +93,7 @@ extension Simulation {
             if isZero { return try fork.zero(offsetBytes: UInt64(range.lowerBound * sectorBytes), lengthBytes: UInt64(range.count * sectorBytes)) }
             let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: range.count * sectorBytes, alignment: 8)
             defer { bytes.deallocate() }
-            fill(bytes.baseAddress!, ArraySlice(repeating: stamp, count: range.count))
+            fill(bytes.baseAddress!, repeatElement(stamp, count: range.count))
             try fork.write(offsetBytes: UInt64(range.lowerBound * sectorBytes), UnsafeRawBufferPointer(bytes))
         }
         // What failed happened up to some part, or not at all.

@@ -8,11 +8,20 @@ typealias Image = [UInt32]
 let sectorBytes = 512
 let sectorsPerBlock = 4096 / sectorBytes
 
-func fill(_ bytes: UnsafeMutableRawPointer, _ stamps: ArraySlice<UInt32>) {
+/// Word `index` of a sector with this stamp. The first word tells the stamp; of two stamps out of five the rest cannot be compressed.
+private func word(_ stamp: UInt64, _ index: Int) -> UInt64 {
+    if stamp == 0 { return 0 }
+    let plain = stamp << 32 | UInt64(index)
+    if index == 0 || stamp % 5 > 1 { return plain }
+    let mixed = (plain ^ (plain >> 29)) &* 0xBF58_476D_1CE4_E5B9
+    return (mixed ^ (mixed >> 32)) &* 0x94D0_49BB_1331_11EB
+}
+
+func fill(_ bytes: UnsafeMutableRawPointer, _ stamps: some Collection<UInt32>) {
     let words = bytes.assumingMemoryBound(to: UInt64.self)
     var next = 0
     for stamp in stamps {
-        for index in 0..<64 { words[next + index] = stamp == 0 ? 0 : UInt64(stamp) << 32 | UInt64(index) }
+        for index in 0..<64 { words[next + index] = word(UInt64(stamp), index) }
         next += 64
     }
 }
@@ -22,7 +31,7 @@ func stamps(_ bytes: UnsafeRawBufferPointer) -> Image {
     let words = bytes.bindMemory(to: UInt64.self)
     return (0..<bytes.count / sectorBytes).map { sector in
         let stamp = words[sector * 64] >> 32
-        for index in 0..<64 where words[sector * 64 + index] != (stamp == 0 ? 0 : stamp << 32 | UInt64(index)) { return .max }
+        for index in 0..<64 where words[sector * 64 + index] != word(stamp, index) { return .max }
         return UInt32(stamp)
     }
 }

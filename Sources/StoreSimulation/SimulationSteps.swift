@@ -125,12 +125,17 @@ extension Simulation {
             let start = random.below(blocks)
             let count = min(blocks - start, 1 + random.below(random.oneIn(5) ? 30 : 3))
             let range = start * sectorsPerBlock..<min(size, (start + count) * sectorsPerBlock)
-            let stamp = random.oneIn(5) ? 0 : newStamp()
+            // Often two kinds of data in one extent, sometimes zeroes that nobody calls so.
+            let first = newStamp()
+            let second = random.oneIn(2) ? first : random.oneIn(4) ? 0 : newStamp()
+            let turn = range.lowerBound + random.below(range.count)
+            let image = random.oneIn(5) ? Image(repeating: 0, count: range.count) : range.map { $0 < turn ? first : second }
+            let isZero = image.allSatisfy { $0 == 0 } && !random.oneIn(4)
             let done: Void? = try attempt("append") { () throws(StoreError) in
-                if stamp == 0 { return try epoch.writer.zero(volume: volume, offsetBytes: UInt64(range.lowerBound * sectorBytes), lengthBytes: UInt64(range.count * sectorBytes)) }
+                if isZero { return try epoch.writer.zero(volume: volume, offsetBytes: UInt64(range.lowerBound * sectorBytes), lengthBytes: UInt64(range.count * sectorBytes)) }
                 let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: range.count * sectorBytes, alignment: 8)
                 defer { bytes.deallocate() }
-                fill(bytes.baseAddress!, ArraySlice(repeating: stamp, count: range.count))
+                fill(bytes.baseAddress!, image)
                 let sums = (0..<count).map { block in
                     BlockChecksum.of(bytes.baseAddress! + block * blockBytes, count: min(blockBytes, bytes.count - block * blockBytes), blockIndex: UInt64(start + block))
                 }
@@ -142,7 +147,7 @@ extension Simulation {
                 incoming[name] = nil
                 return
             }
-            for sector in range { epoch.images[volume][sector] = stamp }
+            for (sector, stamp) in zip(range, image) { epoch.images[volume][sector] = stamp }
         }
     }
 
@@ -243,14 +248,14 @@ extension Simulation {
 
     private func lie() throws {
         guard storage.liesTold == 0, storage.lie == nil else { return }
-        if random.oneIn(2) {
-            storage.lie = (1 + random.below(20), random.oneIn(2) ? .lost : .misdirected)
-        } else if step > steps / 2 {
-            try endLies()
+        switch random.below(4) {
+        case 0, 1: storage.lie = (1 + random.below(20), random.oneIn(2) ? .lost : .misdirected)
+        case 2: _ = storage.rot(["segments/", "segments/", "layers/", "journals/", "MANIFEST", ""][random.below(6)])
+        default: if step > steps / 2 { try endLies() }
         }
     }
 
-    /// Closes and opens again: right data or a named error. (Flipped bits have a test of their own, `StoreCrashTests`.)
+    /// Closes and opens again: right data or a named error.
     func endLies() throws {
         guard store != nil else { return }
         storage.lie = nil
