@@ -47,6 +47,7 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
     private(set) var usedPages = 0
     /// Whether the file system can give back the space of a part of a file.
     var canPunch = true
+    var onStep: ((String, String) -> Void)?
     /// Called before an operation that nobody counts on to be the next one: others may do something now.
     var onPause: (() -> Void)?
     /// While set no fault happens and nothing counts: for looking.
@@ -75,6 +76,7 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
 
     /// Counts an operation. Throws when the power is off or goes off, or a fault is due; `changes` says whether ENOSPC can be.
     fileprivate func step(_ what: String, _ path: String, takesSpace: Bool = false, newPages: Int = 0, reads: Bool = false, boot of: Int? = nil) throws(StoreError) {
+        if !isCalm { onStep?(what, path) }
         if !isCalm { onPause?() }
         if isDown || (of != nil && of != boot) { throw .io(errno: EIO, what: "cannot \(what) \(path): the power is off") }
         if isCalm { return }
@@ -113,6 +115,7 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
         if due.writesLeft > 1 { return nil }
         lie = nil
         liesTold += 1
+        onStep?("\(due.kind) write of", path)
         return due.kind
     }
 

@@ -10,6 +10,25 @@ public struct SimulationFailure: Error, CustomStringConvertible {
     public var description: String { "seed \(seed): \(what)" }
 }
 
+/// One line per message.
+private struct SimulationLog: LogHandler {
+    let write: (String) -> Void
+    var metadata = Logger.Metadata()
+    var logLevel = Logger.Level.debug
+
+    init(write: @escaping (String) -> Void) { self.write = write }
+
+    subscript(metadataKey key: String) -> Logger.Metadata.Value? {
+        get { metadata[key] }
+        set { metadata[key] = newValue }
+    }
+
+    func log(level: Logger.Level, message: Logger.Message, metadata: Logger.Metadata?, source: String, file: String, function: String, line: UInt) {
+        let details = (metadata ?? [:]).sorted { $0.key < $1.key }.map { " \($0.key)=\($0.value)" }.joined()
+        write("\(message)\(details)")
+    }
+}
+
 /// What the store takes for the time.
 final class SimulatedClock: @unchecked Sendable {
     var nanoseconds: UInt64 = 1_700_000_000_000_000_000
@@ -25,6 +44,10 @@ public final class Simulation {
         public var pointCount: Int
         /// Errors that faults caused.
         public var refusedCount: Int
+        public var forkSealCount = 0
+        public var forkForkCount = 0
+        public var commitCount = 0
+        public var upkeep = UpkeepCounts()
     }
 
     /// What goes wrong in a run.
@@ -45,6 +68,7 @@ public final class Simulation {
     var random: SimulationRandom
     let storage: SimulatedStorage
     let clock = SimulatedClock()
+    let logger: Logger
     var options = StoreOptions()
     var store: ReplicaStore!
 
@@ -54,6 +78,10 @@ public final class Simulation {
     var sealing: [Incoming] = []
     var openForks: [String: ForkVolume] = [:]
     var readers: [(reader: VolumeReader, image: Image, what: String)] = []
+    var policies: [String: RecoveryPointPolicy?] = [:]
+    var isTightening = false
+    /// Blocks of zeroes come as data, too.
+    let hasZeroData: Bool
     var nextStamp: UInt32 = 1
     var nextEpoch: UInt64 = 1
     /// Since the store was opened, or since space came back.
@@ -83,12 +111,14 @@ public final class Simulation {
         }
     }
 
-    init(seed: UInt64, steps: Int, deliberateFault: DeliberateFault? = nil, weather: Weather? = nil) {
+    init(seed: UInt64, steps: Int, deliberateFault: DeliberateFault? = nil, weather: Weather? = nil, log: ((String) -> Void)? = nil) {
         self.seed = seed
         self.steps = steps
         random = SimulationRandom(seed: seed)
+        logger = Logger(label: "simulation") { _ -> any LogHandler in if let log { SimulationLog(write: log) } else { SwiftLogNoOpLogHandler() } }
         storage = SimulatedStorage(seed: seed &+ 0x5707_A6E0)
         let kind = random.below(8)
+        if log != nil { storage.onStep = { [logger] what, path in if what != "read" && what != "look at" { logger.debug("  \(what) \(path)") } } }
         self.weather = weather ?? [.crashes, .crashes, .crashes, .faults, .faults, .faults, .full, .lies][kind]
         options.segmentBytes = 4096 * UInt64([8, 24, 64, 200][random.below(4)])
         options.preallocationBytes = 64 << 10
@@ -97,6 +127,11 @@ public final class Simulation {
         options.writeBufferCount = 4096
         options.writeBytesMin = 4096 * [1, 2, 100][random.below(3)]
         options.manifestRewriteBytes = UInt64([2 << 10, 16 << 10, 4 << 20][random.below(3)])
+        options.garbageBytesMin = 4096 * UInt64([0, 8, 64][random.below(3)])
+        options.reclaimBytesMin = 4096 * UInt64([0, 1, 4][random.below(3)])
+        options.lowSpaceBytes = 0
+        storage.canPunch = !random.oneIn(6)
+        hasZeroData = random.oneIn(2)
         options.journalEntriesMax = [3, 10, 4096][random.below(3)]
         options.isStepped = true
         options.newUUID = { StoreUUID(high: seed | 1 << 63, low: 1) }
@@ -104,7 +139,10 @@ public final class Simulation {
         options.deliberateFault = deliberateFault
     }
 
-    public static func run(seed: UInt64, steps: Int) throws -> Result { try run(seed: seed, steps: steps, deliberateFault: nil) }
+    /// `log` is given what is done, and what the store says to that.
+    public static func run(seed: UInt64, steps: Int, log: ((String) -> Void)? = nil) throws -> Result {
+        try Simulation(seed: seed, steps: steps, log: log).run()
+    }
 
     static func run(seed: UInt64, steps: Int, deliberateFault: DeliberateFault?) throws -> Result {
         try Simulation(seed: seed, steps: steps, deliberateFault: deliberateFault).run()
@@ -149,6 +187,7 @@ public final class Simulation {
     /// Does what may be refused while errors are allowed; the change may have happened then.
     @discardableResult
     func attempt<T>(_ what: String, _ change: PossibleChange? = nil, _ body: () throws(StoreError) -> T) throws -> T? {
+        logger.debug("\(step): \(what)")
         do throws(StoreError) { return try body() } catch {
             try refused(what, error, change)
             return nil
@@ -156,6 +195,7 @@ public final class Simulation {
     }
 
     func refused(_ what: String, _ error: StoreError, _ change: PossibleChange?) throws {
+        logger.debug("\(what) refused: \(error)")
         try expect(errorsAllowed || storage.isDown || storage.liesTold > 0, "\(what): \(error)")
         if case .full = error {} else if let change { possible.append(change) }
         result.refusedCount += 1
@@ -167,7 +207,7 @@ public final class Simulation {
     func open() throws {
         while true {
             do throws(StoreError) {
-                store = try ReplicaStore(storage: storage, options: options, logger: Logger(label: "simulation") { _ in SwiftLogNoOpLogHandler() })
+                store = try ReplicaStore(storage: storage, options: options, logger: logger)
                 break
             } catch {
                 if storage.isDown {
@@ -210,6 +250,7 @@ public final class Simulation {
                 state.groups[name]!.points[index].id = points[index].id
             }
         }
+        setPolicies()
         try checkPoints(all: random.oneIn(3))
     }
 
@@ -217,6 +258,7 @@ public final class Simulation {
     enum End { case close, kill, powerLoss }
 
     func end(_ end: End) throws {
+        logger.debug("\(step): end: \(end)")
         if end == .close, !storage.isDown {
             for key in openForks.keys.sorted() { try closeFork(key) }
             readers = []
@@ -269,6 +311,14 @@ public final class Simulation {
         }
         try drain()
         for key in openForks.keys.sorted() { try closeFork(key) }
+        incoming = [:]
+        try rest()
+        try checkPoints(all: true)
+        if random.oneIn(3) {
+            while !state.forks.isEmpty { try dropFork() }
+            try rest()
+            try checkPoints(all: true)
+        }
         try end(.close)
         try checkPoints(all: true)
         for name in state.forks.keys.sorted() {

@@ -16,6 +16,75 @@ extension Simulation {
         if done != nil { state.forks[name] = fork }
     }
 
+    /// Whether what the model has written is what the fork holds, on all its disks: none was opened again after a crash that nobody looked at.
+    private func isKnown(_ name: String) -> Bool {
+        state.forks[name]!.volumes.indices.allSatisfy { openForks["\(name)/\($0)"] != nil || state.forks[name]!.volumes[$0].writes.isEmpty }
+    }
+
+    private func knownFork() throws -> String? {
+        guard !state.forks.isEmpty else { return nil }
+        let name = state.forks.keys.sorted()[random.below(state.forks.count)]
+        if !isKnown(name) || random.oneIn(2) {
+            for volume in state.forks[name]!.volumes.indices where !storage.isDown { try openFork(name, volume) }
+        }
+        return isKnown(name) && !state.forks[name]!.isUnclear && !storage.isDown ? name : nil
+    }
+
+    /// After something that may have sealed it.
+    private func sealEnded(_ name: String, _ isDone: Bool) throws {
+        if isDone { return state.forks[name]!.settle() }
+        for volume in state.forks[name]!.volumes.indices {
+            let key = "\(name)/\(volume)"
+            if let fork = openForks[key], fork.failure != nil { try closeFork(key) }
+        }
+    }
+
+    func sealFork() throws {
+        guard let name = try knownFork() else { return }
+        let done: Void? = try attempt("seal fork \(name)") { () throws(StoreError) in try store.sealFork(ForkID(name)) }
+        try sealEnded(name, done != nil)
+        if done != nil { result.forkSealCount += 1 }
+    }
+
+    func forkFork() throws {
+        guard let child = ["f1", "f2", "f3"].first(where: { state.forks[$0] == nil }) else { return }
+        try drain()
+        guard let parent = try knownFork() else { return }
+        var fork = state.forks[parent]!
+        fork.settle()
+        fork.parent = parent
+        let done: Void? = try attempt("fork \(child) of fork \(parent)", .fork(child, fork)) { () throws(StoreError) in
+            try store.fork(ForkID(child), ofFork: ForkID(parent), purpose: "simulation")
+        }
+        try sealEnded(parent, done != nil)
+        guard done != nil else { return }
+        state.forks[child] = fork
+        possible = []
+        result.forkForkCount += 1
+    }
+
+    func commitFork() throws {
+        try drain()
+        guard let name = try knownFork(), let group = state.groups[state.forks[name]!.group] else { return }
+        let fork = state.forks[name]!
+        let images = fork.volumes.map(\.image)
+        if !canCommit(fork, group) {
+            return try mustRefuse("commit of a fork that does not fit") { () throws(StoreError) in try store.commitFork(ForkID(name)) }
+        }
+        incoming[fork.group]?.mustFail = true
+        let done: Void? = try attempt("commit fork \(name)", .commit(fork: name, images)) { () throws(StoreError) in try store.commitFork(ForkID(name)) }
+        try sealEnded(name, done != nil)
+        incoming[fork.group] = nil
+        guard done != nil else { return }
+        PossibleChange.commit(fork: name, images).apply(to: &state)
+        possible = []
+        result.commitCount += 1
+    }
+
+    private func canCommit(_ fork: SimulationState.Fork, _ group: SimulationState.Group) -> Bool {
+        group.images.count >= fork.volumes.count && zip(group.images, fork.volumes).allSatisfy { $0.count >= $1.flushed.count }
+    }
+
     func dropFork() throws {
         guard !state.forks.isEmpty else { return }
         try drain()
@@ -56,7 +125,11 @@ extension Simulation {
     /// Finds the moment that the fork shows, at or after write number `from`.
     private func settle(_ name: String, _ volume: Int, _ fork: ForkVolume, from: Int, isFlushed: Bool) throws {
         let disk = state.forks[name]!.volumes[volume]
-        guard let seen = try look("fork \(name)/\(volume)", disk.flushed.count, { bytes throws(StoreError) in try fork.read(offsetBytes: 0, into: bytes) }) else { return }
+        if state.forks[name]!.isUnclear { return }
+        guard let seen = try look("fork \(name)/\(volume)", disk.flushed.count, { bytes throws(StoreError) in try fork.read(offsetBytes: 0, into: bytes) }) else {
+            if disk.writes.count > from { state.forks[name]!.isUnclear = storage.liesTold > 0 }
+            return
+        }
         guard let count = (from...disk.writes.count).first(where: { disk.after($0) == seen }) else {
             let wanted = disk.image
             let sector = seen.indices.first { seen[$0] != wanted[$0] } ?? 0

@@ -42,6 +42,11 @@ struct SimulationState {
         var id: RecoveryPointID?
         var epoch: UInt64
         var images: [Image]
+        var note: String?
+        var hold: String?
+        var isOnDemand = false
+
+        var words: String { "\(epoch)\(note.map { " " + $0 } ?? "")\(hold.map { " held as " + $0 } ?? "")\(isOnDemand ? " on demand" : "")" }
     }
 
     struct Group {
@@ -54,7 +59,13 @@ struct SimulationState {
     struct Fork {
         var group: String
         var point: RecoveryPointID
+        var parent: String?
         var volumes: [ForkDisk]
+        /// After a lie a write failed, and what it did cannot be read.
+        var isUnclear = false
+
+        /// The writes of the disks that were looked at last are all there.
+        mutating func settle() { for index in volumes.indices { volumes[index].settle(volumes[index].writes.count) } }
     }
 
     /// Writes since the last completed flush may be lost, from some one on.
@@ -83,9 +94,9 @@ struct SimulationState {
     var summary: String {
         var text = ""
         for (name, group) in groups.sorted(by: { $0.key < $1.key }) {
-            text += "\(name): \(group.images.map(\.count)) generation \(group.generation) epoch \(group.lastEpoch) points \(group.points.map(\.epoch)); "
+            text += "\(name): \(group.images.map(\.count)) generation \(group.generation) epoch \(group.lastEpoch) points \(group.points.map(\.words)); "
         }
-        for (name, fork) in forks.sorted(by: { $0.key < $1.key }) { text += "\(name): fork of \(fork.group) at \(fork.point); " }
+        for (name, fork) in forks.sorted(by: { $0.key < $1.key }) { text += "\(name): fork of \(fork.group) at \(fork.point) by \(fork.parent ?? "-"); " }
         return text
     }
 
@@ -93,10 +104,10 @@ struct SimulationState {
         var text = ""
         for group in store.groups() {
             let sizes = group.volumes.map { Int($0.geometry.sizeBytes) / sectorBytes }
-            let points = store.recoveryPoints(group.id).map(\.epoch.rawValue)
+            let points = store.recoveryPoints(group.id).map { Point(epoch: $0.epoch.rawValue, images: [], note: $0.note, hold: $0.hold, isOnDemand: $0.isOnDemand).words }
             text += "\(group.id): \(sizes) generation \(group.generation.rawValue) epoch \(group.lastDurable?.epoch.rawValue ?? 0) points \(points); "
         }
-        for fork in store.forks() { text += "\(fork.id): fork of \(fork.group) at \(fork.recoveryPoint); " }
+        for fork in store.forks() { text += "\(fork.id): fork of \(fork.group) at \(fork.recoveryPoint) by \(fork.parentFork?.rawValue ?? "-"); " }
         return text
     }
 }
@@ -109,6 +120,10 @@ enum PossibleChange {
     case seal(String, epoch: UInt64, isExact: Bool, images: [Image])
     case fork(String, SimulationState.Fork)
     case drop(String)
+    case dropPoints(String, [RecoveryPointID])
+    case mark(String, RecoveryPointID, note: String?, hold: String?, isOnDemand: Bool)
+    /// The group becomes these disks.
+    case commit(fork: String, [Image])
 
     func apply(to state: inout SimulationState) {
         switch self {
@@ -131,6 +146,21 @@ enum PossibleChange {
             if isExact { state.groups[name]!.points.append(.init(id: nil, epoch: epoch, images: images)) }
         case .fork(let name, let fork): state.forks[name] = fork
         case .drop(let name): state.forks[name] = nil
+        case .dropPoints(let name, let ids): state.groups[name]?.points.removeAll { $0.id.map(ids.contains) ?? false }
+        case .mark(let name, let id, let note, let hold, let isOnDemand):
+            guard let index = state.groups[name]?.points.firstIndex(where: { $0.id == id }) else { return }
+            state.groups[name]!.points[index].note = note
+            state.groups[name]!.points[index].hold = hold
+            state.groups[name]!.points[index].isOnDemand = isOnDemand
+        case .commit(let name, let images):
+            guard let group = state.forks[name]?.group, state.groups[group] != nil else { return }
+            for (index, image) in images.enumerated() {
+                let size = state.groups[group]!.images[index].count
+                state.groups[group]!.images[index] = Array((image + Image(repeating: 0, count: max(0, size - image.count)))[..<size])
+            }
+            state.groups[group]!.points.removeAll { $0.hold == nil }
+            state.groups[group]!.generation += 1
+            state.groups[group]!.lastEpoch = 0
         }
     }
 }

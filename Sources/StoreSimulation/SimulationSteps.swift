@@ -34,9 +34,23 @@ extension Simulation {
     func actHealthily() throws { try use() }
 
     private func use() throws {
-        if state.groups.count < 2, random.oneIn(state.groups.isEmpty ? 1 : 10) { return try createGroup() }
-        let name = state.groups.keys.sorted()[random.below(state.groups.count)]
+        if random.oneIn(8) { passTime() }
         switch random.below(100) {
+        case 0..<20: try upkeep()
+        case 20 where !state.groups.isEmpty: choosePolicy(anyGroup())
+        default: try useAny()
+        }
+    }
+
+    /// What may be done also while upkeep is in the middle of something, or a recovery point is being opened.
+    func meanwhile() throws { try useAny() }
+
+    private func anyGroup() -> String { state.groups.keys.sorted()[random.below(state.groups.count)] }
+
+    private func useAny() throws {
+        if state.groups.count < 2, random.oneIn(state.groups.isEmpty ? 1 : 10) { return try createGroup() }
+        let name = anyGroup()
+        switch random.below(110) {
         case 0..<20: try begin(name)
         case 20..<35: try append(name)
         case 35..<52: try seal(name)
@@ -48,10 +62,16 @@ extension Simulation {
         case 65..<69: try readPoint(name)
         case 69..<72: try fork(name)
         case 72..<74: try dropFork()
-        case 74..<95: try useFork()
-        case 95: try grow(name)
-        case 96: try raise(name)
-        case 97 where random.oneIn(3): try delete(name)
+        case 74..<92: try useFork()
+        case 92..<94: try dropPoints(name)
+        case 94..<96: try markPoint(name)
+        case 96..<99: try sealFork()
+        case 99: try forkFork()
+        case 100 where random.oneIn(2): try commitFork()
+        case 101: try grow(name)
+        case 102: try raise(name)
+        case 103 where random.oneIn(3): try delete(name)
+        case 104, 105: try checkReaders()
         default: readers.removeAll { _ in random.oneIn(2) }
         }
     }
@@ -67,21 +87,25 @@ extension Simulation {
         sizes.enumerated().map { VolumeSpec(name: "vd\($0.offset)", geometry: BlockGeometry(sizeBytes: UInt64($0.element * sectorBytes), logicalBlockBytes: 512)) }
     }
 
-    private func change(_ what: String, _ change: PossibleChange, _ body: () throws(StoreError) -> Void) throws {
+    func change(_ what: String, _ change: PossibleChange, _ body: () throws(StoreError) -> Void) throws {
         try drain()
-        if try attempt(what, change, body) != nil { change.apply(to: &state) }
+        guard try attempt(what, change, body) != nil else { return }
+        change.apply(to: &state)
+        // A MANIFEST that takes a record had no doubts about those before.
+        if store.manifest.failure == nil { possible = [] }
     }
 
     private func createGroup() throws {
         let name = ["alpha", "beta"].first { state.groups[$0] == nil }!
-        let sizes = (0...random.below(3)).map { _ in 16 + random.below(300) }
+        let unit = random.oneIn(2) ? sectorsPerBlock : 1
+        let sizes = (0...random.below(3)).map { _ in (16 + random.below(300)) / unit * unit }
         try change("create \(name)", .create(name, sizes: sizes)) { () throws(StoreError) in try store.createGroup(GroupID(name), volumes: specs(sizes)) }
     }
 
     private func grow(_ name: String) throws {
         guard incoming[name] == nil else { return }
         var sizes = state.groups[name]!.images.map(\.count)
-        if sizes.count < 3, random.oneIn(3) { sizes.append(20) } else { sizes[random.below(sizes.count)] += random.below(40) }
+        if sizes.count < 3, random.oneIn(3) { sizes.append(24) } else { sizes[random.below(sizes.count)] += random.below(5) * (random.oneIn(3) ? 7 : sectorsPerBlock) }
         try change("grow \(name)", .create(name, sizes: sizes)) { () throws(StoreError) in try store.createGroup(GroupID(name), volumes: specs(sizes)) }
     }
 
@@ -95,8 +119,12 @@ extension Simulation {
 
     private func delete(_ name: String) throws {
         try drain()
+        if state.groups[name]!.points.contains(where: { $0.hold != nil }) {
+            return try mustRefuse("deletion of a group with a held point") { () throws(StoreError) in try store.deleteGroup(GroupID(name)) }
+        }
         incoming[name] = nil
         try change("delete \(name)", .delete(name)) { () throws(StoreError) in try store.deleteGroup(GroupID(name)) }
+        if state.groups[name] == nil { policies[name] = nil }
     }
 
     // MARK: Epochs
@@ -127,10 +155,10 @@ extension Simulation {
             let range = start * sectorsPerBlock..<min(size, (start + count) * sectorsPerBlock)
             // Often two kinds of data in one extent, sometimes zeroes that nobody calls so.
             let first = newStamp()
-            let second = random.oneIn(2) ? first : random.oneIn(4) ? 0 : newStamp()
+            let second = random.oneIn(2) ? first : hasZeroData && random.oneIn(4) ? 0 : newStamp()
             let turn = range.lowerBound + random.below(range.count)
             let image = random.oneIn(5) ? Image(repeating: 0, count: range.count) : range.map { $0 < turn ? first : second }
-            let isZero = image.allSatisfy { $0 == 0 } && !random.oneIn(4)
+            let isZero = image.allSatisfy { $0 == 0 } && !(hasZeroData && random.oneIn(4))
             let done: Void? = try attempt("append") { () throws(StoreError) in
                 if isZero { return try epoch.writer.zero(volume: volume, offsetBytes: UInt64(range.lowerBound * sectorBytes), lengthBytes: UInt64(range.count * sectorBytes)) }
                 let bytes = UnsafeMutableRawBufferPointer.allocate(byteCount: range.count * sectorBytes, alignment: 8)
@@ -195,7 +223,9 @@ extension Simulation {
         let points = state.groups[name]!.points
         guard let point = points.isEmpty ? nil : points[random.below(points.count)] else { return }
         let volume = random.below(point.images.count)
-        let opened = try attempt("open point \(point.id!)") { () throws(StoreError) in try store.openRecoveryPoint(GroupID(name), point.id!, volume: volume) }
+        let opened = try pausing(random.oneIn(2)) {
+            try attempt("open point \(point.id!)") { () throws(StoreError) in try store.openRecoveryPoint(GroupID(name), point.id!, volume: volume) }
+        }
         guard let opened else { return }
         try check(opened, point.images[volume], "point \(point.id!) of \(name), disk \(volume)")
         if random.oneIn(2) { readers.append((opened, point.images[volume], "held point \(point.id!) of \(name), disk \(volume)")) }
@@ -218,8 +248,11 @@ extension Simulation {
                 }
             }
         }
-        for held in readers { try check(held.reader, held.image, held.what) }
+        try checkReaders()
     }
+
+    /// What is held open never changes, whatever became of its point.
+    func checkReaders() throws { for held in readers { try check(held.reader, held.image, held.what) } }
 
     private func check(_ reader: VolumeReader, _ image: Image, _ what: String) throws {
         try expect(Int(reader.geometry.sizeBytes) == image.count * sectorBytes, "\(what) has another size")
@@ -250,7 +283,9 @@ extension Simulation {
         guard storage.liesTold == 0, storage.lie == nil else { return }
         switch random.below(4) {
         case 0, 1: storage.lie = (1 + random.below(20), random.oneIn(2) ? .lost : .misdirected)
-        case 2: _ = storage.rot(["segments/", "segments/", "layers/", "journals/", "MANIFEST", ""][random.below(6)])
+        case 2:
+            let what = storage.rot(["segments/", "segments/", "layers/", "journals/", "MANIFEST", ""][random.below(6)])
+            logger.debug("\(step): rot: \(what ?? "nothing")")
         default: if step > steps / 2 { try endLies() }
         }
     }

@@ -12,6 +12,7 @@ struct Simulate: ParsableCommand {
     @Option(help: "Steps of each seed.") var steps = 400
     @Option(help: "Begin no further seed after so many minutes.") var minutes: Double?
     @Flag(help: "Name each seed on stderr before it runs, for one that ends the process.") var verbose = false
+    @Flag(help: "Tell on stderr what is done, and what the store says to that.") var log = false
 
     func validate() throws {
         guard steps > 0, seeds.map({ $0 > 0 }) ?? true, minutes.map({ $0 > 0 }) ?? true else { throw ValidationError("--seeds, --steps and --minutes must be positive") }
@@ -26,7 +27,7 @@ struct Simulate: ParsableCommand {
             let seed = (self.seed ?? 1) &+ UInt64(number)
             if verbose { FileHandle.standardError.write(Data("seed \(seed)\n".utf8)) }
             do {
-                _ = try Simulation.run(seed: seed, steps: steps)
+                _ = try Simulation.run(seed: seed, steps: steps, log: log ? { FileHandle.standardError.write(Data(($0 + "\n").utf8)) } : nil)
                 passed += 1
             } catch {
                 say("\(error)")

@@ -1,4 +1,5 @@
 import BlockTap
+import Glibc
 
 extension ReplicaStore {
     /// Makes a writable copy of a group as it was at a recovery point: one record and two empty files per volume, whatever the size.
@@ -96,6 +97,7 @@ extension ReplicaStore {
             guard let fork = shared.state.forks[id] else { throw .unknownFork(id) }
             guard fork.volumes.indices.contains(volume) else { throw .invalid("fork \(id) has no disk number \(volume)") }
             guard shared.openForks[key] == nil else { throw .busy("disk \(fork.volumes[volume].spec.name) of fork \(id) is open already: one writer at a time") }
+            guard !shared.uncertainForks.contains(key) else { throw .io(errno: EIO, what: "disk \(fork.volumes[volume].spec.name) of fork \(id) may or may not have been sealed: the store has to be opened again") }
             let record = fork.volumes[volume]
             let chain = shared.state.chain(record.parent)
             var held = Pin(chain)

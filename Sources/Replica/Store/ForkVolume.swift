@@ -398,6 +398,8 @@ extension ForkVolume {
         preparing = nil
         if isUnknown {
             sealFailure = error
+            // What is flushed into the old open layer from here on would be lost if the record is there.
+            store.shared.withLock { _ = $0.uncertainForks.insert(key) }
             return
         }
         for path in [LayerFile.path(names.layer), SegmentFile.path(names.segment), ForkJournal.path(names.journal)] { try? store.storage.remove(path) }

@@ -117,6 +117,11 @@ final class GroupReceiver: Sendable {
 
     private func startOnThread(_ write: BufferWrite, for writer: EpochWriter) {
         guard writer.failure == nil else { return ended(write) }
+        // A record that may have reached the disk may name the place: then what is there stays.
+        if let failure = store.manifest.failure {
+            ended(write)
+            return fail(writer, failure)
+        }
         let file: SegmentFile
         do throws(StoreError) { file = try segment(write.position.segment, upTo: write.endBytes) } catch {
             ended(write)
@@ -218,7 +223,10 @@ final class GroupReceiver: Sendable {
             state.sealedSegment = writer.position?.segment ?? state.sealedSegment
             if state.sealing === writer { state.sealing = nil }
             // Numbers only grow: what lies before is full, and the layers name it now.
-            if let current = writer.position?.segment { state.held = state.held.filter { $0 >= current } }
+            guard let current = writer.position?.segment, state.held.contains(where: { $0 < current }) else { return }
+            state.held = state.held.filter { $0 >= current }
+            // Unless all that went into one of them was written again later in its epoch.
+            store.upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
         }
         writer.end(.sealed)
         files.withLock { files in files.open = files.open.filter { $0.key >= writer.position?.segment ?? 0 } }
@@ -235,7 +243,9 @@ final class GroupReceiver: Sendable {
         store.shared.withLock { $0.statistics.abandonedEpochCount += 1 }
         giveBack()
         if case .full = error { store.spaceRefused() }
-        if case .io = error { state.withLock { $0.sealedEnd = nil } }
+        // After the MANIFEST's own failure neither: its last record may have reached the disk, and names what lies there.
+        let isSpoilt = if case .io = error { true } else { store.manifest.failure != nil }
+        if isSpoilt { state.withLock { $0.sealedEnd = nil } }
     }
 
     /// Cuts everything off that no sealed epoch owns. What is still queued for failed epochs will not be written, and an epoch

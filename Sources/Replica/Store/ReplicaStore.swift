@@ -109,6 +109,8 @@ public final class ReplicaStore: @unchecked Sendable {
         var openForks: [String: OpenForkVolume] = [:]
         /// Layers that they read through were merged, and they have not been told yet.
         var forksToFollow: Set<ForkID> = []
+        /// Nobody knows whether they were sealed.
+        var uncertainForks: Set<String> = []
         var statistics = StoreStatistics()
         var isClosed = false
 
@@ -307,6 +309,10 @@ public final class ReplicaStore: @unchecked Sendable {
             try manifest.append(record)
         }
         shared.withLock { $0.state.apply(record) }
+        switch record {
+        case .groupDeleted, .forkDropped, .pointsDropped, .layersMerged, .forkSealed, .forkCommitted: upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
+        case .snapshot, .groupCreated, .generationRaised, .epochSealed, .forked, .pointMarked: break
+        }
         if case .layersMerged(let replaced, _) = record { forksFollow(replaced) }
     }
 

@@ -161,6 +161,7 @@ extension StoreState {
             guard let fork = forks[id] else { return "fork \(id) does not exist" }
             guard let group = groups[fork.group] else { return "group \(fork.group) does not exist" }
             guard group.volumes.count >= fork.volumes.count else { return "group \(fork.group) has fewer disks than fork \(id)" }
+            // Of a group that was deleted and came back: what lies behind the end of its disk would show again when that grows.
             for (disk, own) in zip(group.volumes, fork.volumes) where disk.spec.name != own.spec.name || disk.spec.geometry.sizeBytes < own.spec.geometry.sizeBytes {
                 return "disk \(disk.spec.name) of group \(fork.group) cannot become disk \(own.spec.name) of fork \(id)"
             }

@@ -186,7 +186,6 @@ extension ReplicaStore {
                 throw error
             }
             self.indexes.merged(replaced: replaced, by: layer)
-            self.upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
             return true
         }
     }

@@ -19,9 +19,7 @@ extension ReplicaStore {
     }
 
     func evacuateSegments(_ disk: any Storage) throws(StoreError) -> UpkeepAction? {
-        let users = shared.withLock { SegmentUsers($0, ignoresPins: false) }
-        let live = users.liveBlocks
-        try lookAtSegments(disk, live)
+        let (users, live) = try lookAtSegments(disk, ignoresPins: false)
         guard let plan = planEvacuation(users, live) else { return nil }
         let pinned = shared.withLock { shared -> (fresh: UInt32, ids: [UInt64], pin: UInt64)? in
             guard plan.layers.allSatisfy({ shared.state.layers[$0.id] != nil }) else { return nil }

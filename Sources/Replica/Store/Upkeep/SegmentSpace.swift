@@ -104,9 +104,7 @@ extension ReplicaStore {
     func reclaimSegments(_ disk: any Storage) throws(StoreError) -> UpkeepAction? {
         guard upkeep.work.canPunch else { return nil }
         let ignoresPins = options.deliberateFault == .pinsIgnored
-        let users = shared.withLock { SegmentUsers($0, ignoresPins: ignoresPins) }
-        let live = users.liveBlocks
-        try lookAtSegments(disk, live)
+        let (users, live) = try lookAtSegments(disk, ignoresPins: ignoresPins)
         let spoilt = Set(users.layers.values.lazy.filter { self.upkeep.work.unreadableLayers.contains($0.id) }.flatMap { $0.segments.map(\.segment) })
         var chosen: Set<UInt32> = []
         var blocks: UInt64 = 0
@@ -127,6 +125,8 @@ extension ReplicaStore {
             return (layers, shared.add(Pin(layers)))
         }
         defer { unpin(pin) }
+        // What lost its last name since it was looked at is removed as a file.
+        chosen.formIntersection(layers.lazy.flatMap { $0.segments.lazy.map(\.segment) })
         var maps: [UInt32: BlockBitmap] = [:]
         for segment in chosen { maps[segment] = BlockBitmap(count: Int(upkeep.work.segments[segment]!.fileBytes / UInt64(pageBytes))) }
         for layer in layers {
@@ -153,7 +153,14 @@ extension ReplicaStore {
     }
 
     /// Sizes of segments not looked at yet; what is gone is forgotten. One that nothing appends to only changes by being punched.
-    func lookAtSegments(_ disk: any Storage, _ live: [UInt32: UInt64]) throws(StoreError) {
+    func lookAtSegments(_ disk: any Storage, ignoresPins: Bool) throws(StoreError) -> (SegmentUsers, live: [UInt32: UInt64]) {
+        // Pinned, so that none of the files goes meanwhile.
+        let (users, pin) = shared.withLock { shared -> (SegmentUsers, UInt64) in
+            let users = SegmentUsers(shared, ignoresPins: ignoresPins)
+            return (users, shared.add(Pin(Array(users.layers.values))))
+        }
+        defer { unpin(pin) }
+        let live = users.liveBlocks
         upkeep.work.segments = upkeep.work.segments.filter { live[$0.key] != nil }
         for segment in live.keys.sorted() where upkeep.work.segments[segment] == nil {
             do throws(StoreError) {
@@ -164,6 +171,7 @@ extension ReplicaStore {
                 setAside(segment, because: error)
             }
         }
+        return (users, live)
     }
 
     /// Nothing to be had from it until the store is opened again; the others must not wait for it.
