@@ -177,7 +177,7 @@ import Testing
         try store.commitFork(ForkID("f"))
         #expect(throws: StoreError.self) { try late.seal() }
         #expect(throws: StoreError.fenced(webGroup, current: Generation(2))) {
-            try store.beginEpoch(webGroup, generation: Generation(1), cut: Cut(epoch: EpochNumber(4), kind: .exact, timeNanoseconds: 0, blockCount: 0), instance: "a")
+            try store.beginEpoch(webGroup, generation: Generation(1), cut: Cut(epoch: EpochNumber(4), kind: .exact, timeNanoseconds: 0, blockCount: 0), instance: "a", after: nil)
         }
         let group = store.group(webGroup)!
         #expect(group.lastDurable == nil && group.generation == Generation(2))

@@ -92,18 +92,50 @@ enum IndexFile {
         try file.write(UnsafeRawBufferPointer(rebasing: buffer[..<extentsOffset]), at: 0)
     }
 
+    /// What an index file says it was merged from.
+    struct Contents {
+        var top: UInt64
+        /// By slot: the layer's number and its digest.
+        var layers: [(id: UInt64, digest: UInt64)]
+        var extentCount: Int
+    }
+
     /// Of the chain's top layer. Throws `.damaged` when the file is not whole, or names layers that the chain does not have.
     static func read(_ storage: any Storage, store: StoreUUID, chain: [LayerRecord], checksums: (LayerRecord) throws(StoreError) -> LayerChecksums) throws(StoreError) -> IndexSnapshot {
-        let top = chain.last!.id
-        let file = try storage.open(path(top), .read, direct: false)
+        let file = try storage.open(path(chain.last!.id), .read, direct: false)
+        let records = Dictionary(uniqueKeysWithValues: chain.map { ($0.id, $0) })
+        var layers: ContiguousArray<LayerChecksums> = []
+        var index = ExtentIndex()
+        try verify(file, top: chain.last!.id, store: store) { contents throws(StoreError) in
+            layers.reserveCapacity(contents.layers.count)
+            for layer in contents.layers {
+                guard let record = records[layer.id], record.digest == layer.digest else {
+                    throw .damaged(path: file.path, offsetBytes: 0, what: "layer \(layer.id) is not of the chain any more")
+                }
+                layers.append(try checksums(record))
+            }
+            index.reserve(chunks: contents.extentCount / ExtentIndex.chunkExtentsMax + 1)
+        } extents: { extents in
+            index.append(extents)
+        }
+        return IndexSnapshot(top: chain.last!.id, index: index, layers: layers)
+    }
+
+    /// Reads a whole file, of any top layer or store when none is given. `begin` comes first, then the extents in order, a page at a time;
+    /// what they were told is worth nothing after an error. Throws `.damaged`.
+    static func verify(
+        _ file: any StorageFile, top: UInt64?, store: StoreUUID?, begin: (Contents) throws(StoreError) -> Void, extents body: (UnsafeBufferPointer<IndexExtent>) -> Void
+    ) throws(StoreError) {
         func damaged(_ offset: UInt64, _ what: String) -> StoreError { .damaged(path: file.path, offsetBytes: offset, what: what) }
         let size = try file.size()
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: batchPages * pageBytes, alignment: 4096)
         defer { buffer.deallocate() }
         guard try file.read(into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<extentsOffset]), at: 0) == extentsOffset else { throw damaged(0, "the file ends early") }
-        _ = try FileHeader.verify(UnsafeRawBufferPointer(rebasing: buffer[..<FileHeader.byteCount]), path: file.path, kind: .index, id: top, store: store)
+        let fileHeader = try FileHeader.verify(UnsafeRawBufferPointer(rebasing: buffer[..<FileHeader.byteCount]), path: file.path, kind: .index, id: top, store: store)
         let header = buffer.load(fromByteOffset: 64, as: Header.self)
         guard header.checksum == XXH3_64bits(buffer.baseAddress!, 120) else { throw damaged(64, "the index header does not match its checksum") }
+        // What lies between the header and the first page is zero, so that no bit of the file is without meaning.
+        guard buffer[128..<extentsOffset].allSatisfy({ $0 == 0 }) else { throw damaged(128, "it should be zero behind the header") }
         let extentCount = Int(header.extentCount)
         let pageCount = (extentCount + ExtentIndex.chunkExtentsMax - 1) / ExtentIndex.chunkExtentsMax
         let layerBytes = Int(header.layerCount) * MemoryLayout<Layer>.size
@@ -114,18 +146,12 @@ enum IndexFile {
         guard try file.read(into: table, at: header.tableOffset) == table.count, XXH3_64bits(table.baseAddress!, table.count) == header.tableChecksum else {
             throw damaged(header.tableOffset, "the table does not match its checksum")
         }
-
-        let records = Dictionary(uniqueKeysWithValues: chain.map { ($0.id, $0) })
-        var layers: ContiguousArray<LayerChecksums> = []
-        layers.reserveCapacity(Int(header.layerCount))
-        for slot in 0..<Int(header.layerCount) {
+        let layerCount = Int(header.layerCount)
+        try begin(Contents(top: fileHeader.id, layers: (0..<layerCount).map { slot in
             let layer = table.loadUnaligned(fromByteOffset: slot * MemoryLayout<Layer>.size, as: Layer.self)
-            guard let record = records[layer.id], record.digest == layer.digest else { throw damaged(header.tableOffset, "layer \(layer.id) is not of the chain any more") }
-            layers.append(try checksums(record))
-        }
+            return (layer.id, layer.digest)
+        }, extentCount: extentCount))
 
-        var index = ExtentIndex()
-        index.reserve(chunks: pageCount)
         var page = 0
         var end: UInt64 = 0
         while page < pageCount {
@@ -140,14 +166,13 @@ enum IndexFile {
                 let count = min(ExtentIndex.chunkExtentsMax, extentCount - (page + number) * ExtentIndex.chunkExtentsMax)
                 let extents = UnsafeBufferPointer(start: UnsafePointer(start.assumingMemoryBound(to: IndexExtent.self)), count: count)
                 for extent in extents {
-                    guard extent.startBlock >= end, extent.blockCount > 0, extent.slot < layers.count else { throw damaged(offset + UInt64(number * pageBytes), "an extent contradicts the file") }
+                    guard extent.startBlock >= end, extent.blockCount > 0, extent.slot < layerCount else { throw damaged(offset + UInt64(number * pageBytes), "an extent contradicts the file") }
                     end = extent.endBlock
                 }
-                index.append(extents)
+                body(extents)
             }
             page += pages
         }
-        return IndexSnapshot(top: top, index: index, layers: layers)
     }
 }
 

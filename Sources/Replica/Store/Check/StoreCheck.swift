@@ -124,6 +124,7 @@ public struct StoreCheck {
             for volume in fork.volumes.indices { checkFork(fork, volume) }
         }
         judgeViews()
+        checkIndexes()
         listUnnamed()
         progress(totalBytes, totalBytes)
     }
@@ -386,12 +387,24 @@ public struct StoreCheck {
         }
     }
 
+    /// Merged indexes are only copies: a damaged one is told of, and no recovery point is the worse for it.
+    private mutating func checkIndexes() {
+        for name in (try? storage.list("indexes")) ?? [] {
+            let top = UInt64(name.dropLast(".index".count))
+            guard name.hasSuffix(".index"), let top, state.layers[top] != nil else { continue }
+            do throws(StoreError) {
+                try IndexFile.verify(storage.open("indexes/" + name, .read, direct: false), top: top, store: state.uuid) { _ in } extents: { _ in }
+            } catch { damage("indexes/" + name, error) }
+        }
+    }
+
     private mutating func listUnnamed() {
         var segments = Set(state.forks.values.flatMap { $0.volumes.map(\.segment) })
         for layer in state.layers.values { for use in layer.segments { segments.insert(use.segment) } }
         let journals = Set(state.forks.values.flatMap { $0.volumes.map(\.journal) })
         let named: [(String, String, Set<UInt64>)] = [
             ("layers", ".layer", Set(state.layers.keys)), ("segments", ".seg", Set(segments.map { UInt64($0) })), ("journals", ".journal", journals),
+            ("indexes", ".index", Set(state.layers.keys)),
         ]
         for (directory, suffix, numbers) in named {
             guard let names = try? storage.list(directory) else { continue }

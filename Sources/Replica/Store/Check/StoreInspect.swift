@@ -105,7 +105,8 @@ public struct StoreInspect {
         let header = head.loadUnaligned(as: FileHeader.self)
         // A damaged magic is made up for by the name.
         let byName: FileKind? =
-            name.hasPrefix("MANIFEST") ? .manifest : name.hasSuffix(".seg") ? .segment : name.hasSuffix(".layer") ? .layer : name.hasSuffix(".journal") ? .journal : nil
+            name.hasPrefix("MANIFEST") ? .manifest : name.hasSuffix(".seg") ? .segment : name.hasSuffix(".layer") ? .layer : name.hasSuffix(".journal") ? .journal
+            : name.hasSuffix(".index") ? .index : nil
         let kind: FileKind
         if let found = FileKind(rawValue: header.magic) {
             kind = found
@@ -134,6 +135,7 @@ public struct StoreInspect {
         case .segment: try segment(file, size, header)
         case .layer: try layer(file, size, header)
         case .journal: try journal(file, size, header)
+        case .index: try index(file)
         }
     }
 
@@ -280,6 +282,19 @@ public struct StoreInspect {
         ])
     }
 
+    // MARK: Index
+
+    private mutating func index(_ file: any StorageFile) throws(StoreError) {
+        var contents = IndexFile.Contents(top: 0, layers: [], extentCount: 0)
+        do throws(StoreError) {
+            try IndexFile.verify(file, top: nil, store: nil) { contents = $0 } extents: { _ in }
+            say("index", at: 64, "the merged index of the layers up to \(contents.top): \(contents.extentCount) extents of \(contents.layers.count) layers; only a copy, made again when it is lost", [
+                "top": .number(contents.top), "extents": .number(UInt64(contents.extentCount)), "layers": .number(UInt64(contents.layers.count)),
+            ])
+            if all { for (slot, layer) in contents.layers.enumerated() { say("slot", "extents of slot \(slot) are of layer \(layer.id)", ["slot": .number(UInt64(slot)), "layer": .number(layer.id)]) } }
+        } catch { damage(error) }
+    }
+
     // MARK: Journal
 
     private mutating func journal(_ file: any StorageFile, _ size: UInt64, _ header: FileHeader) throws(StoreError) {
@@ -355,7 +370,7 @@ public struct StoreInspect {
             for volume in fork.volumes { say("volume", "  disk \(volume.spec.name): on layer \(volume.parent), data in segment \(volume.segment), journal \(volume.journal)", ["parent": .number(volume.parent), "segment": .number(UInt64(volume.segment)), "journal": .number(volume.journal)]) }
         }
         if let storage = try? ReadOnlyFiles(path) {
-            for directory in ["segments", "layers", "journals"] {
+            for directory in ["segments", "layers", "journals", "indexes"] {
                 guard let names = try? storage.list(directory) else {
                     damage(at: 0, "the directory \(directory) cannot be listed")
                     continue
