@@ -49,7 +49,8 @@ struct SegmentTable: Sendable {
     private var first: UInt32 = 0
     private var files: [UInt32: SegmentFile] = [:]
 
-    mutating func add(_ other: SegmentTable) { self = SegmentTable(Array(files.merging(other.files) { $1 }.values)) }
+    /// A file that both have stays the one it was: reads may be on their way to its descriptor.
+    mutating func add(_ other: SegmentTable) { self = SegmentTable(Array(files.merging(other.files) { mine, _ in mine }.values)) }
 
     init(_ opened: [SegmentFile]) {
         guard let low = opened.map(\.id).min(), let high = opened.map(\.id).max() else { return }
