@@ -91,6 +91,14 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
+        // A store that is killed while it does everything at once, and what verifies it afterwards.
+        .executableTarget(
+            name: "store-torture",
+            dependencies: [
+                "BlockTap", "Replica",
+                .product(name: "ArgumentParser", package: "swift-argument-parser"),
+                .product(name: "Logging", package: "swift-log"),
+            ]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap"]),
         .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
         .testTarget(
