@@ -15,7 +15,7 @@ import Testing
         let group = GroupID("alpha")
         private var nextEpoch: UInt64 = 1
 
-        init() throws {
+        init(_ change: (inout StoreOptions) -> Void = { _ in }) throws {
             options.isStepped = true
             options.segmentBytes = 16 * 4096
             options.preallocationBytes = 64 << 10
@@ -23,6 +23,7 @@ import Testing
             options.writeBufferCount = 4096
             options.writeBytesMin = 4096
             options.newUUID = { StoreUUID(high: 1, low: 1) }
+            change(&options)
             store = try ReplicaStore(storage: storage, options: options, logger: quiet)
         }
 
@@ -47,6 +48,7 @@ import Testing
             return try outcome!.get()!.id
         }
 
+        @discardableResult
         func epoch(_ block: Int, _ stamp: UInt32, count: Int = 1) throws -> RecoveryPointID {
             let writer = try begin()
             try append(writer, block, stamp, count: count)
@@ -76,7 +78,8 @@ import Testing
 
         func rest() throws {
             store.thread.runQueued()
-            while try store.upkeepStep() != nil {}
+            while try store.upkeepStep() != nil || store.forkUpkeepStep() { store.thread.runQueued() }
+            store.thread.runQueued()
         }
 
         func files(_ directory: String) -> [String] { storage.files.map(\.path).filter { $0.hasPrefix(directory + "/") } }
@@ -157,6 +160,44 @@ import Testing
         let held = stage.store.shared.withLock { shared in shared.receivers.values.reduce(into: Set<UInt32>()) { $0.formUnion($1.heldSegments) } }
         #expect(stage.files("segments").count == named.union(held).count)
         #expect(try stage.blocks(point)[..<11] == [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 0])
+        stage.store.close()
+    }
+
+    /// Its index came out of a file, which names only layers that something is to be seen of.
+    @Test func anOpenForkLetsGoOfMergedLayersThatItShowsNothingOf() throws {
+        let stage = try Stage {
+            $0.garbageBytesMin = 0
+            $0.indexFileCostMin = 1
+        }
+        try stage.create()
+        let first = try stage.epoch(0, 1)
+        try stage.epoch(0, 2)
+        let last = try stage.epoch(0, 3)
+        stage.store.thread.runQueued()
+        try stage.restart()
+        try stage.store.fork(ForkID("f"), of: stage.group, at: last, purpose: "")
+        let fork = try stage.store.openFork(ForkID("f"), volume: 0)
+        #expect(fork.map.layers.count == 1)
+        try stage.store.dropRecoveryPoints(stage.group, [first])
+        try stage.rest()
+        #expect(stage.files("layers").count == 2 && stage.store.read { $0.layers.count } == 2)
+        #expect(try fork.image().withUnsafeBytes { stamps($0)[0] } == 3)
+        try fork.close()
+        stage.store.close()
+    }
+
+    @Test func aLayerThatFoundNoSpaceIsRemovedByUpkeep() throws {
+        let stage = try Stage()
+        try stage.create()
+        try stage.epoch(0, 1)
+        let before = stage.files("layers")
+        stage.storage.onStep = { [storage = stage.storage] what, path in storage.faults.isFull = what == "write" && path.hasPrefix("layers/") }
+        #expect(throws: StoreError.self) { try stage.epoch(1, 2) }
+        stage.storage.onStep = nil
+        stage.storage.faults = .init()
+        #expect(stage.files("layers").count > before.count)
+        try stage.rest()
+        #expect(stage.files("layers") == before)
         stage.store.close()
     }
 

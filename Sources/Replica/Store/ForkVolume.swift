@@ -403,6 +403,7 @@ extension ForkVolume {
             return
         }
         for path in [LayerFile.path(names.layer), SegmentFile.path(names.segment), ForkJournal.path(names.journal)] { try? store.storage.remove(path) }
+        store.upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
         store.shared.withLock { shared in
             guard let pin, shared.pins[pin] != nil else { return }
             shared.pins[pin]!.layers.remove(names.layer)

@@ -1,3 +1,5 @@
+import Synchronization
+
 /// Files that nothing names: at start-up whatever a crash left, later what was dropped. Records go first, files after.
 
 /// Keeps files from being removed, and what they name from being given back, while somebody reads through them.
@@ -52,6 +54,8 @@ extension ReplicaStore {
         if manifest.failure != nil { return 0 }
         var removed = 0
         do throws(StoreError) { removed = try removeUnreferencedFiles() } catch {
+            // Looked for again by the next upkeep.
+            upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
             logger.warning("cannot remove files that nothing refers to", metadata: ["error": "\(error)"])
         }
         keepReserve()

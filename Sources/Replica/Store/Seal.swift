@@ -1,4 +1,5 @@
 import BlockTap
+import Synchronization
 
 extension ReplicaStore {
     /// Begins receiving one epoch of a group; one that is still being received is abandoned.
@@ -109,6 +110,8 @@ extension ReplicaStore {
             // A record that may or may not have reached the disk names these files: then they stay, and the next start decides.
             if manifest.failure == nil {
                 for layer in written { try? storage.remove(LayerFile.path(layer.checksums.layer)) }
+                // One that was being written is there, too.
+                upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
                 writer.receiver.fail(writer, error)
             } else {
                 writer.end(.failed(error))

@@ -64,11 +64,13 @@ extension ReplicaStore {
 
     private func follow(_ id: ForkID, _ number: Int, _ volume: ForkVolume) throws(StoreError) {
         let seen = Set(volume.map.layers.lazy.map(\.layer))
+        // Also layers of which nothing is to be seen are pinned.
+        let held = volume.chain.map(\.id)
         let found = shared.withLock { shared -> (chain: [LayerRecord], pin: UInt64)? in
             guard let parent = shared.state.forks[id]?.volumes[number].parent else { return nil }
             let chain = shared.state.chain(parent)
             let now = Set(chain.lazy.map(\.id))
-            if shared.isClosed || seen.allSatisfy({ $0 == 0 || now.contains($0) }) { return nil }
+            if shared.isClosed || (seen.allSatisfy({ $0 == 0 || now.contains($0) }) && held.allSatisfy(now.contains)) { return nil }
             defer { shared.nextPin += 1 }
             shared.pins[shared.nextPin] = Pin(chain)
             return (chain, shared.nextPin)

@@ -1,3 +1,5 @@
+import Synchronization
+
 /// Which neighbouring layers become one. Metadata only: data stays where it is until nothing names it (see `SegmentSpace`).
 ///
 /// A *run* is a path of layers of which only the newest is named by a volume, a recovery point or a fork, or has more than one layer on
@@ -161,6 +163,7 @@ extension ReplicaStore {
             try disk.syncDirectory("layers")
         } catch {
             try? storage.remove(LayerFile.path(id))
+            upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
             if case .damaged = error { return try setAside(layers, disk, because: error) }
             throw error
         }

@@ -95,7 +95,9 @@ extension ReplicaStore {
             guard length > used, (length - used) * UInt64(pageBytes) >= options.reclaimBytesMin else { return false }
             return canPunch ? used * 8 <= length : used * 10 <= length * 6
         }
+        // Together they share the cost of the layers that they have in common; but one that does not pay must not keep another from being moved.
         var plan = Evacuation()
+        var paying: Evacuation?
         var chosen: Set<UInt64> = []
         var (liveBlocks, deadBlocks, extents, indexBytes) = (UInt64(0), UInt64(0), 0, UInt64(0))
         func pays(_ moved: UInt64, _ index: UInt64, _ dead: UInt64) -> Bool {
@@ -112,11 +114,19 @@ extension ReplicaStore {
             for layer in added { chosen.insert(layer.id) }
             (liveBlocks, deadBlocks, extents) = (moved, dead, extents + more)
             indexBytes += added.reduce(0) { $0 + $1.fileBytes }
+            guard pays(liveBlocks, indexBytes, deadBlocks) else { continue }
+            plan.layers = chosen.sorted().map { state[$0]! }
+            paying = plan
         }
-        // Together they share the cost of the layers that they have in common.
-        guard !plan.segments.isEmpty, pays(liveBlocks, indexBytes, deadBlocks) else { return nil }
-        plan.layers = chosen.sorted().map { state[$0]! }
-        return plan
+        if let paying { return paying }
+        for segment in sparse.sorted() {
+            let layers = Set(usersOf[segment]!).sorted().map { state[$0]! }
+            guard layers.reduce(0, { $0 + $1.extentCount }) <= Self.evacuatedExtentsMax,
+                pays(live[segment]!, layers.reduce(0) { $0 + $1.fileBytes }, blocks(segment) - live[segment]!)
+            else { continue }
+            return Evacuation(segments: [segment], layers: layers)
+        }
+        return nil
     }
 }
 
