@@ -61,6 +61,9 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
     private(set) var faultCount = 0
     /// Times that the capacity was reached.
     private(set) var refusedForSpace = 0
+    /// Times that a file in `indexes` was made, and opened to be read.
+    private(set) var indexesMade = 0
+    private(set) var indexesOpened = 0
     /// Everything that happened, folded: two runs of one seed agree on it.
     private(set) var trace: UInt64 = 0
     private(set) var operationCount = 0
@@ -114,10 +117,16 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
         lie!.writesLeft -= 1
         if due.writesLeft > 1 { return nil }
         lie = nil
-        liesTold += 1
+        // What is in `indexes` nobody may rely on.
+        if due.kind != .lost || !Self.isCopy(path) { liesTold += 1 }
         onStep?("\(due.kind) write of", path)
         return due.kind
     }
+
+    private static func isCopy(_ path: String) -> Bool { path.hasPrefix("indexes/") }
+
+    /// What lied is right again: nothing is excused by it any more.
+    func forgive() { liesTold = 0 }
 
     /// The page that a misdirected write hits instead: of another data file, or elsewhere in the same.
     fileprivate func misdirect(_ bytes: UnsafeRawBufferPointer) {
@@ -129,15 +138,19 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
         inode.write(UnsafeRawBufferPointer(rebasing: bytes[..<count]), at: page * Self.pageBytes)
     }
 
-    /// A bit of a page at rest flips, in a file whose path begins like this. Nil when there is none.
-    func rot(_ prefix: String) -> String? {
-        let files = allFiles().filter { $0.path.hasPrefix(prefix) && $0.path != ReplicaStore.reservePath && $0.inode.pageCount > 0 }
+    /// A bit of a page at rest flips, in a file of these. Returns its place; nil when there is none.
+    func rot(_ isWanted: (String) -> Bool) -> (path: String, page: Int)? {
+        let files = allFiles().filter { isWanted($0.path) && $0.path != ReplicaStore.reservePath && $0.inode.pageCount > 0 }
         guard !files.isEmpty else { return nil }
         let (path, inode) = files[random.below(files.count)]
         guard let bit = inode.flip(&random) else { return nil }
-        liesTold += 1
-        return "bit \(bit) of \(path)"
+        if !Self.isCopy(path) { liesTold += 1 }
+        onStep?("bit \(bit) flips in", path)
+        return (path, bit / 8 / Self.pageBytes)
     }
+
+    /// Whether the store has put some space aside.
+    var hasReserve: Bool { files.contains { $0.path == ReplicaStore.reservePath && $0.pages > 0 } }
 
     /// Paths and the pages that each occupies.
     var files: [(path: String, pages: Int)] { allFiles().map { ($0.path, $0.inode.pageCount) } }
@@ -196,6 +209,7 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
         let (directory, name) = try find(path)
         if mode == .create {
             try step("create", path, takesSpace: true)
+            if Self.isCopy(path) { indexesMade += 1 }
             if case .file(let inode) = directory.live[name] {
                 inode.resize(0)
                 return SimulatedFile(path: path, inode: inode, storage: self, isDirect: direct)
@@ -206,6 +220,7 @@ final class SimulatedStorage: Storage, @unchecked Sendable {
             return SimulatedFile(path: path, inode: inode, storage: self, isDirect: direct)
         }
         try step("open", path, reads: true)
+        if Self.isCopy(path) { indexesOpened += 1 }
         guard case .file(let inode) = directory.live[name] else { throw .io(errno: ENOENT, what: "cannot open \(path)") }
         return SimulatedFile(path: path, inode: inode, storage: self, isDirect: direct)
     }
@@ -415,7 +430,12 @@ private final class SimulatedInode {
         let pages = live.pages.indices.filter { live.pages[$0] }
         guard !pages.isEmpty else { return nil }
         let start = pages[random.below(pages.count)] * SimulatedStorage.pageBytes
-        let byte = start + random.below(min(SimulatedStorage.pageBytes, live.bytes.count - start))
+        var byte = start
+        // Rather where something is than in what fills a page.
+        for _ in 0..<8 {
+            byte = start + random.below(min(SimulatedStorage.pageBytes, live.bytes.count - start))
+            if live.bytes[byte] != 0 { break }
+        }
         let bit = random.below(8)
         live.bytes[byte] ^= 1 << bit
         if byte < durable.bytes.count { durable.bytes[byte] = live.bytes[byte] }

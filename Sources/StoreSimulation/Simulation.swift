@@ -38,16 +38,52 @@ final class SimulatedClock: @unchecked Sendable {
 /// acknowledged, and nothing that nobody asked for. At the end everything heals, and all must go on.
 public final class Simulation {
     public struct Result: Sendable {
-        public var trace: UInt64
-        public var operationCount: Int
-        public var crashCount: Int
-        public var pointCount: Int
+        public var trace: UInt64 = 0
+        public var stepCount = 0
+        public var operationCount = 0
+        public var crashCount = 0
+        public var pointCount = 0
         /// Errors that faults caused.
-        public var refusedCount: Int
+        public var refusedCount = 0
         public var forkSealCount = 0
         public var forkForkCount = 0
         public var commitCount = 0
         public var upkeep = UpkeepCounts()
+        /// What open forks did of themselves.
+        public var forkTaskCount = 0
+        public var indexesMade = 0
+        public var indexesOpened = 0
+        public var indexRotCount = 0
+        public var repairCount = 0
+        public var repairRefusedCount = 0
+        /// Times that the disk was full to the last page.
+        public var refusedForSpace = 0
+
+        public init() {}
+
+        public static func += (left: inout Result, right: Result) {
+            left.trace ^= right.trace
+            left.stepCount += right.stepCount
+            left.operationCount += right.operationCount
+            left.crashCount += right.crashCount
+            left.pointCount += right.pointCount
+            left.refusedCount += right.refusedCount
+            left.forkSealCount += right.forkSealCount
+            left.forkForkCount += right.forkForkCount
+            left.commitCount += right.commitCount
+            left.upkeep += right.upkeep
+            left.forkTaskCount += right.forkTaskCount
+            left.indexesMade += right.indexesMade
+            left.indexesOpened += right.indexesOpened
+            left.indexRotCount += right.indexRotCount
+            left.repairCount += right.repairCount
+            left.repairRefusedCount += right.repairRefusedCount
+            left.refusedForSpace += right.refusedForSpace
+        }
+
+        public var words: String {
+            "\(stepCount) steps with \(operationCount) operations on files, \(crashCount) crashes, \(refusedCount) refusals; at the end \(pointCount) recovery points; forks sealed \(forkSealCount), of forks \(forkForkCount), committed \(commitCount), of themselves \(forkTaskCount); \(upkeep); indexes written \(indexesMade), opened \(indexesOpened), rotten \(indexRotCount); repairs \(repairCount), refused \(repairRefusedCount); full \(refusedForSpace)"
+        }
     }
 
     /// What goes wrong in a run.
@@ -80,6 +116,15 @@ public final class Simulation {
     var readers: [(reader: VolumeReader, image: Image, what: String)] = []
     var policies: [String: RecoveryPointPolicy?] = [:]
     var isTightening = false
+    var rot: Rot?
+    /// Most writes go to one part of a disk, so that segments keep a few blocks for long.
+    let isSkewed: Bool
+    /// Of the lies only those happen that scrubbing finds and repair puts right.
+    let isMending: Bool
+    /// By checksum, what blocks held that were received.
+    var received: [UInt64: [UInt32]] = [:]
+    /// Something that open forks need is under way.
+    var isForkBusy = false
     /// Blocks of zeroes come as data, too.
     let hasZeroData: Bool
     var nextStamp: UInt32 = 1
@@ -87,7 +132,7 @@ public final class Simulation {
     /// Since the store was opened, or since space came back.
     var errorsAllowed = false
     var step = 0
-    var result = Result(trace: 0, operationCount: 0, crashCount: 0, pointCount: 0, refusedCount: 0)
+    var result = Result()
 
     /// An epoch that a group receives or seals.
     final class Incoming: @unchecked Sendable {
@@ -120,7 +165,7 @@ public final class Simulation {
         let kind = random.below(8)
         if log != nil { storage.onStep = { [logger] what, path in if what != "read" && what != "look at" { logger.debug("  \(what) \(path)") } } }
         self.weather = weather ?? [.crashes, .crashes, .crashes, .faults, .faults, .faults, .full, .lies][kind]
-        options.segmentBytes = 4096 * UInt64([8, 24, 64, 200][random.below(4)])
+        options.segmentBytes = 4096 * UInt64([8, 24, 64, 64, 200, 400][random.below(6)])
         options.preallocationBytes = 64 << 10
         options.writeBufferBytes = 4096 * [1, 3, 8][random.below(3)]
         // Many: nobody writes them out while an epoch is appended to.
@@ -130,9 +175,20 @@ public final class Simulation {
         options.garbageBytesMin = 4096 * UInt64([0, 8, 64][random.below(3)])
         options.reclaimBytesMin = 4096 * UInt64([0, 1, 4][random.below(3)])
         options.lowSpaceBytes = 0
-        storage.canPunch = !random.oneIn(6)
+        storage.canPunch = !random.oneIn(4)
         hasZeroData = random.oneIn(2)
+        isSkewed = !random.oneIn(3)
+        isMending = random.oneIn(2)
         options.journalEntriesMax = [3, 10, 4096][random.below(3)]
+        options.forkJournalBytesMax = [2 << 10, 16 << 10, 64 << 20][random.below(3)]
+        options.forkDeadBytesMax = 4096 * UInt64([0, 16, 65_536][random.below(3)])
+        options.compression = [.none, .lz4, .zstd][random.below(3)]
+        options.residentChecksumCountMax = [0, 8, 64 << 10][random.below(3)]
+        options.checksumCacheBytes = [4096, 256 << 10][random.below(2)]
+        options.layerFilesOpenMax = [1, 3, 128][random.below(3)]
+        // A layer counts as 200 extents.
+        options.indexFileCostMin = [1, 500, 2500, 100_000][random.below(4)]
+        options.rebaseExtentsMax = [0, 6, 200_000][random.below(3)]
         options.isStepped = true
         options.newUUID = { StoreUUID(high: seed | 1 << 63, low: 1) }
         options.now = { [clock] in clock.nanoseconds }
@@ -157,7 +213,11 @@ public final class Simulation {
             }
             try heal()
             result.trace = storage.trace
+            result.stepCount = step
             result.operationCount = storage.operationCount
+            result.indexesMade = storage.indexesMade
+            result.indexesOpened = storage.indexesOpened
+            result.refusedForSpace = storage.refusedForSpace
             discard()
             return result
         } catch {
@@ -221,10 +281,11 @@ public final class Simulation {
                 }
                 try expect(errorsAllowed, "cannot open: \(error)")
                 storage.faults = .init()
+                storage.capacityPages = nil
                 errorsAllowed = false
             }
         }
-        errorsAllowed = storage.faults.ioErrorOneIn > 0 || storage.faults.fullOneIn > 0 || storage.faults.isFull
+        errorsAllowed = storage.faults.ioErrorOneIn > 0 || storage.faults.fullOneIn > 0 || storage.faults.isFull || storage.capacityPages != nil
         if !storage.isDown { try adopt() }
     }
 
@@ -294,8 +355,12 @@ public final class Simulation {
     /// No more faults: the store is opened once more, and everything must work.
     private func heal() throws {
         storage.faults = .init()
+        storage.capacityPages = nil
         storage.operationsUntilDown = nil
-        if weather == .lies { return try endLies() }
+        if weather == .lies {
+            if store != nil { try repair() }
+            return try endLies()
+        }
         if weather == .full {
             try drain()
             incoming = [:]
@@ -310,10 +375,18 @@ public final class Simulation {
             try actHealthily()
         }
         try drain()
-        for key in openForks.keys.sorted() { try closeFork(key) }
         incoming = [:]
+        if random.oneIn(2) {
+            try rest()
+            try checkPoints(all: true)
+            try checkForks()
+        }
+        for key in openForks.keys.sorted() { try closeFork(key) }
         try rest()
         try checkPoints(all: true)
+        try scrubAll()
+        let scrubbed = store.statistics().scrub
+        try expect(scrubbed.badBlockCount == 0 && scrubbed.badFileCount == 0, "in the end there is damage: \(store.badExtents())")
         if random.oneIn(3) {
             while !state.forks.isEmpty { try dropFork() }
             try rest()

@@ -185,6 +185,28 @@ extension Simulation {
         }
     }
 
+    /// One of the tasks that open forks have asked for, while others than forks go on. Returns whether there was one.
+    @discardableResult
+    func forkUpkeep(isAlone: Bool = false) throws -> Bool {
+        if isForkBusy || storage.isDown { return false }
+        isForkBusy = true
+        defer { isForkBusy = false }
+        nonisolated(unsafe) var did = false
+        try pausing(!isAlone) { did = store.forkUpkeepStep() }
+        if did { result.forkTaskCount += 1 }
+        // What was to be sealed, and may have been.
+        for key in openForks.keys.sorted() where openForks[key]!.failure != nil { try closeFork(key) }
+        return did
+    }
+
+    /// All that are open show what they should.
+    func checkForks() throws {
+        for key in openForks.keys.sorted() {
+            let parts = key.split(separator: "/")
+            try check(String(parts[0]), Int(parts[1])!, openForks[key]!)
+        }
+    }
+
     func closeFork(_ key: String) throws {
         guard !storage.isDown, let fork = openForks.removeValue(forKey: key) else { return }
         let parts = key.split(separator: "/")

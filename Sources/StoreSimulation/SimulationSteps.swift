@@ -18,13 +18,19 @@ extension Simulation {
             if weather == .faults, random.oneIn(2) { storage.faults.ioErrorOneIn = [8, 30, 100][random.below(3)] }
             if random.oneIn(2) { storage.faults.fullOneIn = [5, 20, 60][random.below(3)] }
             if random.oneIn(4) { storage.faults.isFull = true }
+            if weather == .full, random.oneIn(3) {
+                storage.capacityPages = storage.usedPages + random.below(300)
+                errorsAllowed = true
+            }
             if storage.faults.ioErrorOneIn > 0 || storage.faults.fullOneIn > 0 || storage.faults.isFull { errorsAllowed = true }
         case 12..<16 where weather == .full:
             // Space again: no restart, and nothing may be refused any more.
             storage.faults = .init()
+            storage.capacityPages = nil
             try drain()
             incoming = [:]
             errorsAllowed = false
+        case 16, 17: rotIndex()
         default:
             try use()
         }
@@ -35,22 +41,36 @@ extension Simulation {
 
     private func use() throws {
         if random.oneIn(8) { passTime() }
+        if random.oneIn(4) { try forkUpkeep() }
         switch random.below(100) {
         case 0..<20: try upkeep()
         case 20 where !state.groups.isEmpty: choosePolicy(anyGroup())
+        case 21: try scrub()
         default: try useAny()
         }
     }
 
     /// What may be done also while upkeep is in the middle of something, or a recovery point is being opened.
-    func meanwhile() throws { try useAny() }
+    func meanwhile() throws {
+        if !isForkBusy { return try useAny() }
+        guard !state.groups.isEmpty else { return }
+        // Others than the fork itself.
+        let name = anyGroup()
+        switch random.below(8) {
+        case 0...3: try upkeep(isAlone: true)
+        case 4: try begin(name)
+        case 5: try seal(name)
+        case 6: try dropPoints(name)
+        default: try readPoint(name)
+        }
+    }
 
     private func anyGroup() -> String { state.groups.keys.sorted()[random.below(state.groups.count)] }
 
     private func useAny() throws {
         if state.groups.count < 2, random.oneIn(state.groups.isEmpty ? 1 : 10) { return try createGroup() }
         let name = anyGroup()
-        switch random.below(110) {
+        switch random.below(115) {
         case 0..<20: try begin(name)
         case 20..<35: try append(name)
         case 35..<52: try seal(name)
@@ -67,11 +87,13 @@ extension Simulation {
         case 94..<96: try markPoint(name)
         case 96..<99: try sealFork()
         case 99: try forkFork()
+        case 109, 110: try dropPoints(name)
         case 100 where random.oneIn(2): try commitFork()
         case 101: try grow(name)
         case 102: try raise(name)
         case 103 where random.oneIn(3): try delete(name)
         case 104, 105: try checkReaders()
+        case 106...108: try forkUpkeep()
         default: readers.removeAll { _ in random.oneIn(2) }
         }
     }
@@ -150,7 +172,7 @@ extension Simulation {
             let volume = random.below(epoch.images.count)
             let size = epoch.images[volume].count
             let blocks = (size + sectorsPerBlock - 1) / sectorsPerBlock
-            let start = random.below(blocks)
+            let start = random.below(isSkewed && !random.oneIn(8) ? max(1, blocks / 4) : blocks)
             let count = min(blocks - start, 1 + random.below(random.oneIn(5) ? 30 : 3))
             let range = start * sectorsPerBlock..<min(size, (start + count) * sectorsPerBlock)
             // Often two kinds of data in one extent, sometimes zeroes that nobody calls so.
@@ -167,6 +189,7 @@ extension Simulation {
                 let sums = (0..<count).map { block in
                     BlockChecksum.of(bytes.baseAddress! + block * blockBytes, count: min(blockBytes, bytes.count - block * blockBytes), blockIndex: UInt64(start + block))
                 }
+                for block in 0..<count { remember(sums[block], image[block * sectorsPerBlock..<min(image.count, (block + 1) * sectorsPerBlock)]) }
                 try sums.withUnsafeBufferPointer { sums throws(StoreError) in
                     try epoch.writer.append(volume: volume, offsetBytes: UInt64(range.lowerBound * sectorBytes), bytes: UnsafeRawBufferPointer(bytes), checksums: sums)
                 }
@@ -280,12 +303,11 @@ extension Simulation {
     // MARK: Lies
 
     private func lie() throws {
+        if rot != nil, random.oneIn(2) { return try repair() }
         guard storage.liesTold == 0, storage.lie == nil else { return }
-        switch random.below(4) {
+        switch isMending ? 2 + random.below(3) : random.below(5) {
         case 0, 1: storage.lie = (1 + random.below(20), random.oneIn(2) ? .lost : .misdirected)
-        case 2:
-            let what = storage.rot(["segments/", "segments/", "layers/", "journals/", "MANIFEST", ""][random.below(6)])
-            logger.debug("\(step): rot: \(what ?? "nothing")")
+        case 2, 3: rotAnything()
         default: if step > steps / 2 { try endLies() }
         }
     }

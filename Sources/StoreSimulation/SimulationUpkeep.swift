@@ -50,12 +50,17 @@ extension Simulation {
         let points = state.groups[name]!.points
         guard !points.isEmpty else { return }
         let start = random.below(points.count)
-        let chosen = points[start..<min(points.count, start + 1 + random.below(4))]
+        // Sometimes all but the newest.
+        let chosen = random.oneIn(4) && points.count > 1 ? points.dropLast().filter { $0.hold == nil }[...] : points[start..<min(points.count, start + 1 + random.below(4))]
+        if chosen.isEmpty { return }
         let ids = chosen.map { $0.id! }
         if chosen.contains(where: { $0.hold != nil }) {
             return try mustRefuse("drop of a held point") { () throws(StoreError) in try store.dropRecoveryPoints(GroupID(name), ids) }
         }
+        // Only the disk has no space left, and some was kept for this.
+        let mustWork = storage.capacityPages != nil && !storage.faults.isFull && storage.faults.fullOneIn == 0 && storage.hasReserve
         try change("drop points of \(name)", .dropPoints(name, ids)) { () throws(StoreError) in try store.dropRecoveryPoints(GroupID(name), ids) }
+        if mustWork { try expect(!state.groups[name]!.points.contains { ids.contains($0.id!) }, "on a full disk no recovery point can be dropped") }
     }
 
     func markPoint(_ name: String) throws {
@@ -188,16 +193,18 @@ extension Simulation {
         readers = []
         try drain()
         var units = 0
-        while try upkeep(isAlone: true) {
+        while true {
+            let (did, forksDid) = (try upkeep(isAlone: true), try forkUpkeep(isAlone: true))
+            try drain()
+            if !did && !forksDid { break }
             units += 1
             try expect(units < 20_000, "upkeep does not come to an end")
         }
-        try drain()
         try checkFiles()
         try checkSize()
     }
 
-    /// No file that nothing names.
+    /// No file that nothing names. A merged index may have lost its use, but not its layer.
     private func checkFiles() throws {
         let (layers, segments, journals) = store.shared.withLock { shared in
             var segments = Set(shared.state.layers.values.flatMap { $0.segments.map { UInt64($0.segment) } })
@@ -205,7 +212,7 @@ extension Simulation {
             for receiver in shared.receivers.values { segments.formUnion(receiver.heldSegments.map { UInt64($0) }) }
             return (Set(shared.state.layers.keys), segments, Set(shared.state.forks.values.flatMap { $0.volumes.map(\.journal) }))
         }
-        for (directory, suffix, named) in [("layers", ".layer", layers), ("segments", ".seg", segments), ("journals", ".journal", journals)] {
+        for (directory, suffix, named) in [("layers", ".layer", layers), ("indexes", ".index", layers), ("segments", ".seg", segments), ("journals", ".journal", journals)] {
             for (path, _) in storage.files where path.hasPrefix(directory + "/") && path.hasSuffix(suffix) {
                 let number = UInt64(path.dropFirst(directory.count + 1).dropLast(suffix.count))!
                 try expect(named.contains(number), "nothing names \(path)")
@@ -227,7 +234,13 @@ extension Simulation {
             shared.receivers.values.reduce(into: Set(shared.state.forks.values.flatMap { $0.volumes.map(\.segment) })) { $0.formUnion($1.heldSegments) }
         }
         var live: [UInt32: Int] = [:]
-        for layer in current.layers.values { for use in layer.segments { live[use.segment, default: 0] += Int(use.blocks) } }
+        var indexBytes: [UInt32: Int] = [:]
+        for layer in current.layers.values {
+            for use in layer.segments {
+                live[use.segment, default: 0] += Int(use.blocks)
+                indexBytes[use.segment, default: 0] += Int(layer.fileBytes)
+            }
+        }
         let slack = Int(options.reclaimBytesMin) / SimulatedStorage.pageBytes
         var (sealedPages, sealedCount) = (0, 0)
         for (path, pages) in storage.files where path.hasPrefix("segments/") {
@@ -236,11 +249,18 @@ extension Simulation {
             sealedPages += pages
             sealedCount += 1
             let blocks = live[number]!
-            if storage.canPunch { try expect(pages <= 1 + blocks + max(blocks / 5, slack) + 1, "\(path) occupies \(pages) pages for \(blocks) blocks") }
+            if storage.canPunch {
+                try expect(pages <= 1 + blocks + max(blocks / 5, slack) + 1, "\(path) occupies \(pages) pages for \(blocks) blocks")
+            } else {
+                // What is left of it is moved when that costs at most one and a half of what it gives, the layers that name it included.
+                let dead = pages - blocks
+                let pays = (blocks * 4096 + indexBytes[number]!) * 2 <= dead * 4096 * 3
+                try expect(!pays || blocks * 10 > pages * 6 || dead <= slack, "\(path) occupies \(pages) pages for \(blocks) blocks, \(indexBytes[number]!) bytes of layers name it")
+            }
         }
-        // What a fork has overwritten of its origin stays while the fork does, and neighbours of different odd sizes stay apart.
+        // Of a compressed cluster all stays while one block of it is needed. What a fork has overwritten of its origin stays while the fork does, and neighbours of different odd sizes stay apart.
         let isMixed = current.layers.values.contains { $0.sizeBytes % 4096 != 0 && !named.contains($0.id) }
-        if !storage.canPunch || !state.forks.isEmpty || isMixed || hasZeroData { return }
+        if !storage.canPunch || !state.forks.isEmpty || isMixed || hasZeroData || options.compression != .none { return }
         // The same by the model: each write has its own stamps, so that what is the same is shared.
         var blocks: Set<[UInt32]> = []
         func add(_ image: Image) {

@@ -11,6 +11,7 @@ struct Simulate: ParsableCommand {
     @Option(help: "How many seeds, one after the other.") var seeds: Int?
     @Option(help: "Steps of each seed.") var steps = 400
     @Option(help: "Begin no further seed after so many minutes.") var minutes: Double?
+    @Flag(help: "Say at the end how often each of the things happened that a run is to be about.") var counts = false
     @Flag(help: "Name each seed on stderr before it runs, for one that ends the process.") var verbose = false
     @Flag(help: "Tell on stderr what is done, and what the store says to that.") var log = false
 
@@ -22,18 +23,21 @@ struct Simulate: ParsableCommand {
         let count = seeds ?? (minutes != nil ? Int.max : seed != nil ? 1 : 1000)
         let deadline = minutes.map { Date().addingTimeInterval($0 * 60) }
         var (passed, failed) = (0, 0)
+        var total = Simulation.Result()
+        let began = Date()
         for number in 0..<count {
             if let deadline, Date() >= deadline { break }
             let seed = (self.seed ?? 1) &+ UInt64(number)
             if verbose { FileHandle.standardError.write(Data("seed \(seed)\n".utf8)) }
             do {
-                _ = try Simulation.run(seed: seed, steps: steps, log: log ? { FileHandle.standardError.write(Data(($0 + "\n").utf8)) } : nil)
+                total += try Simulation.run(seed: seed, steps: steps, log: log ? { FileHandle.standardError.write(Data(($0 + "\n").utf8)) } : nil)
                 passed += 1
             } catch {
                 say("\(error)")
                 failed += 1
             }
         }
+        if counts { say("\(total.words), in \(Int(Date().timeIntervalSince(began))) s") }
         say("\(passed) passed, \(failed) failed")
         if failed > 0 { throw ExitCode.failure }
     }

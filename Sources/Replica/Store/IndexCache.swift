@@ -98,7 +98,7 @@ final class IndexCache: Sendable {
             state.files = state.files.filter { $0.value.isDisjoint(with: gone) }
             for key in state.building.keys { state.building[key]!.append(merge) }
             let keys = state.entries.filter { $0.value.newest.names(gone) || $0.value.checkpoints.contains { $0.names(gone) } }.keys
-            return keys.map { ($0, state.entries.removeValue(forKey: $0)!) }
+            return keys.sorted { ($0.group.rawValue, $0.volume) < ($1.group.rawValue, $1.volume) }.map { ($0, state.entries.removeValue(forKey: $0)!) }
         }
         guard let store, !taken.isEmpty else { return }
         if layer.extentCount > store.options.rebaseExtentsMax {
@@ -114,9 +114,10 @@ final class IndexCache: Sendable {
             while !taken.isEmpty {
                 // Moved, not copied, so that it is changed in place.
                 var (key, entry) = taken.removeLast()
-                guard try entry.newest.rebase(replaced: replaced, by: reader, checksums) else { continue }
+                let turns = store.options.deliberateFault != .indexesNotRebased
+                guard try entry.newest.rebase(replaced: replaced, by: reader, checksums, turnsExtents: turns) else { continue }
                 var kept: [IndexSnapshot] = []
-                for var checkpoint in entry.checkpoints where try checkpoint.rebase(replaced: replaced, by: reader, checksums) { kept.append(checkpoint) }
+                for var checkpoint in entry.checkpoints where try checkpoint.rebase(replaced: replaced, by: reader, checksums, turnsExtents: turns) { kept.append(checkpoint) }
                 entry.checkpoints = kept
                 entry.unwrittenCost += IndexCost.of(extentCount: layer.extentCount)
                 state.withLock { $0.entries[key] = entry }
@@ -184,7 +185,7 @@ final class IndexCache: Sendable {
             state.entries.values.map(\.newest).filter { snapshot in
                 let count = snapshot.index.count
                 return count + snapshot.layers.count * IndexCost.perLayer >= costMin && count <= extentsMax && state.files[snapshot.top] == nil
-            }
+            }.sorted { $0.top < $1.top }
         }
     }
 

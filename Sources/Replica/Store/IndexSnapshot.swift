@@ -47,7 +47,7 @@ struct IndexSnapshot: Sendable {
     /// Layers `replaced` (neighbours, oldest first) became one: what they have in the index is turned to the places that the new one names,
     /// which may be others when data moved with it. False when the snapshot ends among them; after that, and after an error, it is of
     /// no use.
-    mutating func rebase(replaced: [UInt64], by reader: LayerReader, _ checksums: LayerChecksums) throws(StoreError) -> Bool {
+    mutating func rebase(replaced: [UInt64], by reader: LayerReader, _ checksums: LayerChecksums, turnsExtents: Bool = true) throws(StoreError) -> Bool {
         if replaced.dropLast().contains(top) { return false }
         let gone = Set(replaced)
         if top == replaced.last { top = checksums.layer }
@@ -61,7 +61,7 @@ struct IndexSnapshot: Sendable {
         swap(&turned, &index)
         var hint = 0
         try reader.forEachExtents { extents throws(StoreError) in
-            for extent in extents where !extent.isZero { turned.repoint(extent.indexed(slot: slot), from: old, hint: &hint) }
+            for extent in extents where !extent.isZero && turnsExtents { turned.repoint(extent.indexed(slot: slot), from: old, hint: &hint) }
         }
         swap(&turned, &index)
         var free = SlotSet(count: layers.count)

@@ -17,7 +17,7 @@ enum LayerMerge {
     /// below. `pace` is told the bytes read and written as they are, and may wait or throw: then, as after any error, there is no file.
     static func write(
         _ storage: any Storage, store: StoreUUID, id: UInt64, layers: [LayerRecord], moved: SegmentMoves = SegmentMoves(),
-        overlayExtentsMax: Int = LayerMerge.overlayExtentsMax, pace: (Int) throws(StoreError) -> Void = { _ in }
+        overlayExtentsMax: Int = LayerMerge.overlayExtentsMax, isSynced: Bool = true, pace: (Int) throws(StoreError) -> Void = { _ in }
     ) throws(StoreError) -> LayerRecord {
         precondition(!layers.isEmpty)
         do throws(StoreError) {
@@ -48,7 +48,7 @@ enum LayerMerge {
             return try writer.finish(LayerIdentity(
                 id: id, parent: layers[0].parent, volumeIndex: newest.volumeIndex, sizeBytes: newest.sizeBytes,
                 cut: Cut(epoch: EpochNumber(newest.epoch), kind: EpochKind(rawValue: newest.kind) ?? .fuzzy, timeNanoseconds: newest.cutTimeNanoseconds, blockCount: 0),
-                consistency: Consistency(formatValue: newest.consistency)))
+                consistency: Consistency(formatValue: newest.consistency)), isSynced: isSynced)
         } catch {
             try? storage.remove(LayerFile.path(id))
             throw error

@@ -69,6 +69,20 @@ enum DeliberateFault: CaseIterable, Sendable {
     case pinsIgnored
     /// Held recovery points expire and are dropped like others.
     case holdsIgnored
+    /// Merged indexes in memory stay as they are when layers in them become one, or move.
+    case indexesNotRebased
+    /// A merged index out of a file is believed, whatever its checksums say and whatever layers it was merged from.
+    case indexFilesNotChecked
+    /// Layers name data that was moved and not synced.
+    case movedDataNotSynced
+    /// The MANIFEST names a layer, made of several, whose file was not synced.
+    case mergedLayersNotSynced
+    /// Only as many blocks of a compressed cluster count as used as its extent shows.
+    case clustersCutShort
+    /// An open fork looks at merged layers oldest first.
+    case forksFollowBackwards
+    /// Bad blocks are repaired with whatever is offered.
+    case repairsNotChecked
 }
 
 /// The replica's data: volumes as chains of layers, recovery points, forks. One per directory, held by one process at a time.

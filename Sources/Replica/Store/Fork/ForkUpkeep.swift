@@ -81,6 +81,7 @@ extension ReplicaStore {
         var layers: [LayerFile.Loaded] = []
         for record in found.chain.reversed() where !seen.contains(record.id) { layers.append(try LayerFile.load(storage, store: uuid, record: record)) }
         let table = try segments.open(Set(found.chain.lazy.flatMap { $0.segments.lazy.map(\.segment) }))
+        if options.deliberateFault == .forksFollowBackwards { layers.reverse() }
         let change = ForkFollow(chain: found.chain, layers: layers, segments: table)
         while true {
             volume.gate.wait()

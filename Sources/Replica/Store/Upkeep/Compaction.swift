@@ -159,7 +159,7 @@ extension ReplicaStore {
         let replaced = layers.map(\.id)
         let merged: LayerRecord
         do throws(StoreError) {
-            merged = try LayerMerge.write(disk, store: uuid, id: id, layers: layers)
+            merged = try LayerMerge.write(disk, store: uuid, id: id, layers: layers, isSynced: options.deliberateFault != .mergedLayersNotSynced)
             try disk.syncDirectory("layers")
         } catch {
             try? storage.remove(LayerFile.path(id))

@@ -51,7 +51,7 @@ extension ReplicaStore {
                 return nil
             }
         }
-        try copier.finish()
+        if options.deliberateFault != .movedDataNotSynced { try copier.finish() }
         try disk.syncDirectory("segments")
         if options.deliberateFault == .spaceReusedBeforeRecord {
             for segment in plan.segments { try storage.open(SegmentFile.path(segment), .readWrite, direct: false).truncate(to: UInt64(pageBytes)) }

@@ -197,7 +197,8 @@ extension ReplicaStore {
             for extent in extents where !extent.isZero {
                 guard let map = maps[extent.segment] else { continue }
                 let start = Int(extent.segmentBlock)
-                let end = min(start + Int(extent.segmentBlockCount), map.count)
+                let count = options.deliberateFault == .clustersCutShort ? min(extent.blockCount, extent.segmentBlockCount) : extent.segmentBlockCount
+                let end = min(start + Int(count), map.count)
                 if start < end { maps[extent.segment]!.insert(start..<end) }
             }
         }
