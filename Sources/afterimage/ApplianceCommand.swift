@@ -26,6 +26,9 @@ struct ApplianceCommand: AsyncParsableCommand {
         inversion: .prefixedNo,
         help: "When the store is nearly full and nothing else helps, drop recovery points before their time, the oldest first; never the newest or held ones.")
     var tightenWhenLow = false
+    @Option(help: "Everything in the store is read again and again, to find damage, at this rate: 8MiB; 0 for never.")
+    var scrubRate: ByteCount = ByteCount(bytes: 8 << 20)
+    @Option(help: "Rest between two such passes: 90s, 10m, 24h, 7d.") var scrubPause: TimeSpan = TimeSpan(seconds: 86_400)
     @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
 
     var applianceConfiguration: ApplianceConfiguration {
@@ -34,7 +37,9 @@ struct ApplianceCommand: AsyncParsableCommand {
             stateDirectory: state, storeDirectory: store.map(absolute) ?? state + "/store", runtimeDirectory: absolute(runtimeDir), listen: listen,
             link: link, advertisedHost: advertise,
             qemu: QEMUConfiguration(executable: absolute(qemu), dataDirectories: qemuData.map(absolute), accelerator: accel),
-            upkeep: UpkeepConfiguration(bytesPerSecond: upkeepRate.bytes, tightensWhenLow: tightenWhenLow))
+            upkeep: UpkeepConfiguration(
+                bytesPerSecond: upkeepRate.bytes, tightensWhenLow: tightenWhenLow,
+                scrub: ScrubConfiguration(bytesPerSecond: scrubRate.bytes, pauseSeconds: Double(scrubPause.seconds))))
     }
 
     func run() async throws {

@@ -56,6 +56,9 @@ extension ClientCommand {
         }
     }
 
+    /// Of what leaves nothing to show.
+    func say(_ line: String) { if !global.json { print(line) } }
+
     /// JSON when that was asked for, else the lines.
     func show(_ value: some Encodable, _ lines: () -> [String]) throws {
         if global.json { try Terminal.print(json: value) } else { for line in lines() { print(line) } }
@@ -82,14 +85,38 @@ enum Terminal {
         return ioctl(STDOUT_FILENO, UInt(TIOCGWINSZ), &size) == 0 && size.ws_col > 0 ? Int(size.ws_col) : 100
     }
 
-    /// Rows under headings, columns as wide as they need; the last one runs free.
-    static func table(_ headings: [String], _ rows: [[String]]) -> [String] {
+    /// Rows under headings, columns as wide as they need. The last one runs free, or is wrapped on a terminal.
+    static func table(_ headings: [String], _ rows: [[String]], columns: Int? = Terminal.isInteractive ? Terminal.columns : nil) -> [String] {
         let all = [headings] + rows
         let widths = headings.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
-        return all.map { row in
-            zip(row, widths).enumerated().map { index, cell in
-                index == row.count - 1 ? cell.0 : cell.0.padding(toLength: cell.1, withPad: " ", startingAt: 0)
-            }.joined(separator: "  ")
+        let indent = widths.dropLast().reduce(0) { $0 + $1 + 2 }
+        return all.flatMap { row in
+            let first = zip(row, widths).dropLast().map { $0.padding(toLength: $1, withPad: " ", startingAt: 0) + "  " }.joined()
+            let room = columns.map { $0 - indent } ?? 0
+            let parts = room >= 12 ? wrapped(row[row.count - 1], room) : [row[row.count - 1]]
+            return parts.enumerated().map { ($0 == 0 ? first : String(repeating: " ", count: indent)) + $1 }
         }
+    }
+
+    /// At spaces; a word that is longer than the room stays whole.
+    static func wrapped(_ text: String, _ room: Int) -> [String] {
+        var lines = [""]
+        for word in text.split(separator: " ", omittingEmptySubsequences: false) {
+            if lines[lines.count - 1].isEmpty {
+                lines[lines.count - 1] = String(word)
+            } else if lines[lines.count - 1].count + 1 + word.count <= room {
+                lines[lines.count - 1] += " " + word
+            } else {
+                lines.append(String(word))
+            }
+        }
+        return lines
+    }
+
+    /// `  label         text`, wrapped below its text on a terminal.
+    static func field(_ label: String, _ text: String) -> [String] {
+        let first = "  " + label.padding(toLength: max(14, label.count + 1), withPad: " ", startingAt: 0)
+        let parts = isInteractive && columns - first.count >= 12 ? wrapped(text, columns - first.count) : [text]
+        return parts.enumerated().map { ($0 == 0 ? first : String(repeating: " ", count: first.count)) + $1 }
     }
 }

@@ -17,7 +17,7 @@ struct TaskCommand: AsyncParsableCommand {
             try show(tasks) {
                 Terminal.table(
                     ["ID", "CREATED", "SERVER", "OPERATION", "STATUS", "ERROR"],
-                    tasks.map { ["\($0.id)", Words.time($0.created), $0.server ?? "-", $0.operation.rawValue, $0.status.rawValue, firstLine($0.error)] })
+                    tasks.map { ["\($0.id)", Words.timeToSecond($0.created), $0.server ?? "-", $0.operation.rawValue, $0.status.rawValue, firstLine($0.error)] })
             }
         }
 
@@ -28,7 +28,7 @@ struct TaskCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Show a task with its log and result; with --wait until it has ended.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
-        @Argument var id: Int64
+        @Argument(help: "The task's number.") var id: Int64
 
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.get("/v1/tasks/\(id)")
@@ -48,7 +48,7 @@ extension TaskCommand {
     struct Cancel: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "End an export, or the making of a recovery point; what is half made is removed.")
         @OptionGroup var global: GlobalOptions
-        @Argument var id: Int64
+        @Argument(help: "The task's number.") var id: Int64
 
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.delete("/v1/tasks/\(id)")
@@ -70,9 +70,21 @@ struct EventCommand: AsyncParsableCommand {
             let events: [EventRecord] = try await client.get("/v1/events?limit=\(limit)" + (server.map { "&server=\(APIClient.segment($0))" } ?? ""))
             try show(events) {
                 Terminal.table(
-                    ["TIME", "WHO", "SERVER", "WHAT", "BEFORE", "AFTER", "DETAIL"],
-                    events.map { [Words.time($0.time), $0.who, $0.server ?? "-", $0.what, $0.before ?? "", $0.after ?? "", $0.detail ?? ""] })
+                    ["TIME", "WHO", "SERVER", "WHAT", "DETAIL"],
+                    events.map { [Words.timeToSecond($0.time), $0.who, $0.server ?? "-", $0.what, detail($0)] })
             }
+        }
+
+        /// `Replicating → Initialized: why`
+        private func detail(_ event: EventRecord) -> String {
+            let change: String? =
+                switch (event.before, event.after) {
+                case (let before?, let after?): before == after ? before : "\(before) → \(after)"
+                case (let before?, nil): before
+                case (nil, let after?): after
+                case (nil, nil): nil
+                }
+            return [change, event.detail].compactMap { $0 }.joined(separator: ": ")
         }
     }
 }
@@ -84,22 +96,42 @@ struct StatusCommand: ClientCommand {
     func run(_ client: APIClient) async throws {
         let status: StatusView = try await client.get("/v1/status")
         try show(status) {
-            if status.servers.isEmpty {
-                return status.alerts.map { "ALERT: \($0.text)" } + ["no server is protected yet: " + (status.sitePairs == 0 ? "afterimage site-pair create NAME" : "afterimage server add NAME --pair PAIR")]
-            }
-            return [status.protected ? "all servers are protected" : "NOT every server is protected"] + status.alerts.map { "ALERT: \($0.text)" }
-                + status.servers.flatMap(Self.words)
+            let first =
+                status.servers.isEmpty
+                ? "no server is protected yet: " + (status.sitePairs == 0 ? "afterimage site-pair create NAME" : "afterimage server add NAME --pair PAIR")
+                : status.protected ? "all servers are protected" : "NOT every server is protected"
+            return [first] + status.alerts.flatMap { Terminal.isInteractive ? Terminal.wrapped("ALERT: \($0.text)", Terminal.columns) : ["ALERT: \($0.text)"] }
+                + status.servers.flatMap(Self.words) + Self.words(status.store)
         }
+    }
+
+    static func words(_ store: StoreView) -> [String] {
+        var lines = ["", "store \(store.directory): \(store.space.rawValue)"]
+        lines += Terminal.field("space", "\(Words.bytes(store.freeBytes)) of \(Words.bytes(store.capacityBytes)) free" + (store.tightensWhenLow ? "; when low, points go before their time" : ""))
+        lines += Terminal.field("data", "\(Words.bytes(store.storedBytes)) in \(store.layerCount) layers, \(store.segmentCount) segments" + (store.forkCount > 0 ? "; \(store.forkCount) forks" : ""))
+        let upkeep = store.upkeep
+        lines += Terminal.field("upkeep", "\(upkeep.expiredPointCount) points expired, \(upkeep.mergedLayerCount) layers merged, \(Words.bytes(upkeep.reclaimedBytes)) given back")
+        lines += Terminal.field("scrub", words(store.scrub))
+        return lines
+    }
+
+    private static func words(_ scrub: ScrubView) -> String {
+        guard scrub.isOn else { return "off" }
+        var parts = [scrub.lastPassEnd.map { "last pass ended \(Words.timeToSecond($0))" } ?? "the first pass goes on"]
+        parts.append("\(Words.bytes(scrub.readBytes)) read since the start")
+        parts.append(scrub.badBlockCount == 0 && scrub.badFileCount == 0 ? "no damage known" : "DAMAGE: \(scrub.badBlockCount) blocks, \(scrub.badFileCount) layers")
+        if scrub.repairedBlockCount > 0 { parts.append("\(scrub.repairedBlockCount) blocks repaired") }
+        return parts.joined(separator: ", ")
     }
 
     static func words(_ server: ServerView) -> [String] {
         var lines = ["", "\(server.name): \(server.state.rawValue)" + (server.drill.map { " + \($0.rawValue)" } ?? "")]
-        if let reason = server.reason { lines.append("  why           \(reason)") }
-        if let reason = server.drillReason { lines.append("  drill         \(reason)") }
+        if let reason = server.reason { lines += Terminal.field("why", reason) }
+        if let reason = server.drillReason { lines += Terminal.field("drill", reason) }
         if let rpo = server.rpoSeconds { lines.append("  RPO now       \(Words.seconds(rpo))") }
         if let id = server.lastRecoveryPoint, let time = server.lastRecoveryPointTime {
             let held = server.heldPointCount > 0 ? ", \(server.heldPointCount) held" : ""
-            lines.append("  last point    \(id), cut \(Words.time(time)) (\(server.recoveryPointCount) points\(held); policy \(server.policy))")
+            lines += Terminal.field("last point", "\(id), cut \(Words.time(time)) (\(server.recoveryPointCount) \(server.recoveryPointCount == 1 ? "point" : "points")\(held); policy \(server.policy))")
         } else {
             let isHere = server.state == .failoverCommitted
             lines.append("  last point    none" + (isHere ? ": the machine runs here, and is not protected" : ": nothing to recover from"))
@@ -116,7 +148,7 @@ struct StatusCommand: ClientCommand {
             if let rto = machine.rtoSeconds { line += ", ready after \(Words.seconds(rto))" }
             lines.append(line)
         }
-        lines.append("  next          \(server.next)")
+        lines += Terminal.field("next", server.next)
         return lines
     }
 }

@@ -35,7 +35,7 @@ struct DrillCommand: AsyncParsableCommand {
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
         @OptionGroup var machine: MachineOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Option(help: "A recovery point's ID, or latest.") var point: String = "latest"
 
         func run(_ client: APIClient) async throws {
@@ -48,7 +48,7 @@ struct DrillCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Clear Test Failover Environment: the drill's machine, disks and network go.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
 
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.delete("/v1/servers/\(APIClient.segment(name))/drill")
@@ -69,7 +69,7 @@ struct FailoverCommand: AsyncParsableCommand {
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
         @OptionGroup var machine: MachineOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Option(help: "A recovery point's ID, or latest (the current point in time).") var point: String = "latest"
 
         func run(_ client: APIClient) async throws {
@@ -86,7 +86,7 @@ struct FailoverCommand: AsyncParsableCommand {
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
         @OptionGroup var machine: MachineOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Option(help: "A recovery point's ID.") var point: String
 
         func run(_ client: APIClient) async throws {
@@ -101,7 +101,7 @@ struct FailoverCommand: AsyncParsableCommand {
             commandName: "start-machine", abstract: "Start a failed-over machine that has stopped, with all that it had written.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
 
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/failover/machine")
@@ -118,7 +118,7 @@ struct FailoverCommand: AsyncParsableCommand {
                 """)
         @OptionGroup var global: GlobalOptions
         @OptionGroup var confirmation: ConfirmOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Flag(help: "Only say what would stay and go.") var preview = false
 
         func run(_ client: APIClient) async throws {

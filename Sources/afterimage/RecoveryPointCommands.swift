@@ -15,7 +15,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
     struct List: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "List a server's recovery points, oldest first.")
         @OptionGroup var global: GlobalOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Option(help: "Only the newest so many.") var limit: Int?
         private static let pageMax = 500
 
@@ -28,17 +28,17 @@ struct RecoveryPointCommand: AsyncParsableCommand {
             try show(points) {
                 points.isEmpty
                     ? ["no recovery points yet"]
-                    : Terminal.table(["ID", "CUT", "CONSISTENCY", "DATA", "HELD", "NOTE"], points.map(RecoveryPointCommand.row))
+                    : Terminal.table(["ID", "CUT", "CONSISTENCY", "DATA", "NOTE"], points.map(RecoveryPointCommand.row))
             }
         }
 
         /// Page by page, from the newest back.
-        private func all(_ client: APIClient) async throws -> [RecoveryPoint] {
-            var points: [RecoveryPoint] = []
+        private func all(_ client: APIClient) async throws -> [RecoveryPointView] {
+            var points: [RecoveryPointView] = []
             while true {
                 let wanted = min(Self.pageMax, (limit ?? .max) - points.count)
-                let cursor = points.first.map { "&before=\(APIClient.segment($0.id.rawValue))" } ?? ""
-                let page: [RecoveryPoint]
+                let cursor = points.first.map { "&before=\(APIClient.segment($0.point.id.rawValue))" } ?? ""
+                let page: [RecoveryPointView]
                 do { page = try await client.get(RecoveryPointCommand.path(name) + "?limit=\(wanted)" + cursor) } catch APIClient.Failure.problem(let problem)
                     where problem.status == 404 && !points.isEmpty
                 {
@@ -57,7 +57,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
             discussion: "Its cut is made after the request. It stays for as long as the policy's longest tier.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Option(help: "Why it was made.") var note: String?
 
         func run(_ client: APIClient) async throws {
@@ -69,7 +69,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
     struct Hold: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Hold a recovery point: it neither expires nor can be deleted until it is released.")
         @OptionGroup var global: GlobalOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Argument(help: "A recovery point's ID, or latest.") var point: String
         @Option(name: .customLong("name"), help: "What it is held as.") var holdName: String
 
@@ -83,7 +83,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Release a held recovery point; asks for the name that it is held as.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var confirmation: ConfirmOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Argument(help: "The recovery point's ID.") var point: String
 
         func run(_ client: APIClient) async throws {
@@ -97,19 +97,26 @@ struct RecoveryPointCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Delete a recovery point for good; asks for its ID.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var confirmation: ConfirmOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Argument(help: "The recovery point's ID.") var point: String
 
         func run(_ client: APIClient) async throws {
             let answer = confirmation.answer("deleting \(point) for good: type its ID")
             try await client.deleteNoContent(RecoveryPointCommand.path(name, point), Confirmation(confirm: answer))
+            say("recovery point \(point) of \(name) is deleted")
         }
     }
 
-    static func row(_ point: RecoveryPoint) -> [String] {
-        [
+    static func row(_ view: RecoveryPointView) -> [String] {
+        let point = view.point
+        var notes: [String] = []
+        if view.isUnreadable { notes.append("DAMAGED: a layer of it cannot be read") }
+        if let count = view.damagedBlockCount { notes.append("DAMAGED: \(count) \(count == 1 ? "block" : "blocks")") }
+        if let hold = point.hold { notes.append("held as \"\(hold)\"") }
+        if point.isOnDemand { notes.append("on demand" + (point.note.map { ": \($0)" } ?? "")) } else if let note = point.note { notes.append(note) }
+        return [
             point.id.rawValue, Words.time(nanoseconds: point.cutTimeNanoseconds), point.consistency.rawValue, Words.bytes(point.dataBytes),
-            point.hold ?? "-", (point.isOnDemand ? "on demand" : "") + (point.note.map { (point.isOnDemand ? ": " : "") + $0 } ?? ""),
+            notes.isEmpty ? "-" : notes.joined(separator: "; "),
         ]
     }
 
@@ -123,7 +130,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
                 """)
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Argument(help: "A recovery point's ID, or latest.") var position: String?
         @Option(help: "The same, as an option.") var point: String?
         @Option(help: "nbd, raw (a sparse file), qcow2, or device.") var to: Target = .nbd
@@ -163,10 +170,13 @@ struct RecoveryPointCommand: AsyncParsableCommand {
     struct Unexport: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "End an export over NBD.")
         @OptionGroup var global: GlobalOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Option(help: "The recovery point's ID.") var point: String
 
-        func run(_ client: APIClient) async throws { try await client.deleteNoContent(RecoveryPointCommand.path(name, point, "/export")) }
+        func run(_ client: APIClient) async throws {
+            try await client.deleteNoContent(RecoveryPointCommand.path(name, point, "/export"))
+            say("recovery point \(point) of \(name) is no longer exported")
+        }
     }
 
     struct Exports: ClientCommand {
@@ -188,7 +198,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
             abstract: "Mount a file system of a recovery point read-only on the appliance's host.",
             discussion: "It stays until it is unmounted or the appliance ends. See docs/file-level-restore.md.")
         @OptionGroup var global: GlobalOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Argument(help: "A recovery point's ID, or latest.") var point: String
         @Argument(help: "An empty directory of the appliance's host, from / on.") var directory: String
         @Option(help: "The disk; needed when the server has several.") var disk: String?
@@ -225,6 +235,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
                 throw Exit.notFound
             }
             try await client.deleteNoContent("/v1/mounts/\(APIClient.segment(mounted.id))")
+            say("\(mounted.directory) is unmounted")
         }
     }
 

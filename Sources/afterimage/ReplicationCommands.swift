@@ -13,7 +13,7 @@ struct ReplicationCommand: AsyncParsableCommand {
             discussion: "What is not given stays as it was; at first: all disks, 1000 ms, no throttle, automatic restart, 2 CPUs, 1024 MiB, policy standard.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Option(help: "A disk to follow; repeat it. Default: all that the agent reports.") var disk: [String] = []
         @Option(name: .customLong("epoch-ms"), help: "Length of an epoch in milliseconds: how far behind recovery points are.") var epochMilliseconds: UInt32?
         @Option(help: "At most so many bytes per second: 10MiB; 0 for no limit.") var throttle: ByteCount?
@@ -46,7 +46,7 @@ struct ReplicationCommand: AsyncParsableCommand {
     struct Stop: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Stop Replication; the recovery points stay.")
         @OptionGroup var global: GlobalOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
 
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.delete("/v1/servers/\(APIClient.segment(name))/replication")

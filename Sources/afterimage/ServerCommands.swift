@@ -21,7 +21,7 @@ struct ServerCommand: AsyncParsableCommand {
     struct Token: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Make a new enrolment command; the old one is worthless from then on.")
         @OptionGroup var global: GlobalOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
 
         func run(_ client: APIClient) async throws {
             let enrolment: Enrolment = try await client.post("/v1/servers/\(APIClient.segment(name))/enrolment")
@@ -57,7 +57,7 @@ struct ServerCommand: AsyncParsableCommand {
     struct Show: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Show a server with its disks and machines.")
         @OptionGroup var global: GlobalOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
 
         func run(_ client: APIClient) async throws {
             let server: ServerView = try await client.get("/v1/servers/\(APIClient.segment(name))")
@@ -92,7 +92,7 @@ struct ServerCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             abstract: "Set a server's Recovery Point Policy; points that it does not want go soon, held ones stay.")
         @OptionGroup var global: GlobalOptions
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Argument(help: ArgumentHelp(PolicyHelp.text)) var policy: String
 
         func validate() throws { try PolicyHelp.check(policy) }
@@ -107,7 +107,7 @@ struct ServerCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(abstract: "Unregister a server.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
-        @Argument var name: String
+        @Argument(help: "The server's name.") var name: String
         @Flag(help: "Its recovery points are deleted: needed when it has any.") var deletePoints = false
         @Flag(help: "Its committed recovery machine is stopped and deleted: needed when there is one.") var stopMachine = false
 

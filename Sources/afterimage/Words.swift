@@ -5,12 +5,7 @@ import Replica
 
 /// Figures and times in words that people read.
 enum Words {
-    static func bytes(_ count: UInt64) -> String {
-        for (unit, shift) in [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)] as [(String, UInt64)] where count >= 1 << shift {
-            return String(format: "%.1f \(unit)", Double(count) / Double(UInt64(1) << shift))
-        }
-        return "\(count) B"
-    }
+    static func bytes(_ count: UInt64) -> String { Amount.bytes(count) }
 
     static func seconds(_ seconds: Double) -> String {
         switch seconds {
@@ -30,6 +25,9 @@ enum Words {
         return formatter.string(from: date)
     }
 
+    /// For lists.
+    static func timeToSecond(_ date: Date) -> String { String(time(date).dropLast(4)) }
+
     static func time(nanoseconds: UInt64) -> String { time(Date(timeIntervalSince1970: Double(nanoseconds) / 1e9)) }
 }
 
@@ -38,6 +36,13 @@ struct ByteCount: ExpressibleByArgument, Hashable {
     var bytes: UInt64
 
     init(bytes: UInt64) { self.bytes = bytes }
+
+    var defaultValueDescription: String {
+        for (unit, shift) in [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)] as [(String, UInt64)] where bytes > 0 && bytes & (1 << shift - 1) == 0 {
+            return "\(bytes >> shift)\(unit)"
+        }
+        return "\(bytes)"
+    }
 
     init?(argument: String) {
         let units: [(String, UInt64)] = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)]
@@ -50,6 +55,20 @@ struct ByteCount: ExpressibleByArgument, Hashable {
         }
         guard let bytes = UInt64(argument) else { return nil }
         self.bytes = bytes
+    }
+}
+
+/// A length of time: 90s, 10m, 24h, 7d.
+struct TimeSpan: ExpressibleByArgument, Hashable {
+    var seconds: Int
+
+    init(seconds: Int) { self.seconds = seconds }
+
+    var defaultValueDescription: String { seconds % 3600 == 0 ? "\(seconds / 3600)h" : seconds % 60 == 0 ? "\(seconds / 60)m" : "\(seconds)s" }
+
+    init?(argument: String) {
+        guard let seconds = PolicyText.seconds(argument[...]) else { return nil }
+        self.seconds = seconds
     }
 }
 

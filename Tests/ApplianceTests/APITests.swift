@@ -35,8 +35,34 @@ struct APITests {
 
     @Test("errors are problem+json with a sentence")
     func problems() async throws {
-        try await withAPI { _, token, client in
+        try await withAPI { api, token, client in
+            _ = try await api.lifecycle.createSitePair(.init(name: "pair", type: .zoneToZone, primarySite: "a", secondarySite: "b"), who: "me")
+            _ = try await api.lifecycle.addServers(.init(sitePair: "pair", names: ["web"]), who: "me")
+            let points = "/v1/servers/web/recovery-points"
             let cases: [(HTTPRequest.Method, String, String?, Int, String)] = [
+                (.put, "/v1/servers/web/policy", "{}", 422, "policy is missing"),
+                (.put, "/v1/servers/web/policy", #"{"policy":"2h:1h"}"#, 422, "keeps nothing"),
+                (.put, "/v1/servers/none/policy", #"{"policy":"standard"}"#, 404, "There is no server none"),
+                (.get, points + "?limit=1001", nil, 422, "1 to 1000"),
+                (.get, points + "?before=rp-1", nil, 404, "no recovery point rp-1 any more"),
+                (.post, points, #"{"note":""}"#, 422, "a note has 1 to 200"),
+                (.post, points, #"{"note":5}"#, 422, "note: "),
+                (.post, points, nil, 409, "only in Replicating"),
+                (.delete, points + "/rp-1", nil, 409, "There is no recovery point yet"),
+                (.post, points + "/rp-1/hold", "{}", 422, "name is missing"),
+                (.post, points + "/rp-1/hold", #"{"name":"a\u0007b"}"#, 422, "no control characters"),
+                (.post, points + "/rp-1/hold", #"{"name":"gold"}"#, 409, "There is no recovery point yet"),
+                (.delete, points + "/rp-1/hold", #"{"confirm":1}"#, 422, "confirm: "),
+                (.post, points + "/rp-1/copy", #"{"format":"tape","path":"/x"}"#, 422, "format: "),
+                (.post, points + "/rp-1/copy", #"{"format":"raw"}"#, 422, "path is missing"),
+                (.post, points + "/rp-1/mount", "{}", 422, "directory is missing"),
+                (.post, points + "/rp-1/mount", #"{"directory":"/mnt","partition":"two"}"#, 422, "partition: "),
+                (.delete, "/v1/mounts/mount-1", nil, 404, "no mounted recovery point mount-1"),
+                (.delete, "/v1/tasks/77", nil, 404, "There is no task 77"),
+                (.delete, "/v1/tasks/seven", nil, 404, "There is no task seven"),
+                (.post, "/v1/servers/web/failover/commit", "[]", 422, "cannot understand"),
+                (.get, "/v1/servers/none/failover/commit", nil, 404, "There is no server none"),
+                (.post, "/v1/store", nil, 404, "/v1/store"),
                 (.get, "/v1/servers/none", nil, 404, "There is no server none"),
                 (.get, "/v1/tasks/77", nil, 404, "There is no task 77"),
                 (.get, "/v1/nothing", nil, 404, "/v1/nothing"),
@@ -54,6 +80,19 @@ struct APITests {
                 let problem = try JSONDecoder().decode(Problem.self, from: Data(buffer: response.body))
                 #expect(problem.status == status && problem.detail.contains(words), "\(problem.detail)")
             }
+        }
+    }
+
+    @Test("the store says its room, its layers and its scrubbing, in status and by itself")
+    func store() async throws {
+        try await withAPI { _, token, client in
+            let headers: HTTPFields = [.authorization: "Bearer \(token)"]
+            let report = try APIJSON.decoder().decode(StoreReport.self, from: Data(buffer: try await client.execute(uri: "/v1/store", method: .get, headers: headers).body))
+            let status = try APIJSON.decoder().decode(StatusView.self, from: Data(buffer: try await client.execute(uri: "/v1/status", method: .get, headers: headers).body))
+            for view in [report.store, status.store] {
+                #expect(view.capacityBytes > 0 && view.freeBytes <= view.capacityBytes && view.layerCount == 0 && view.scrub.badBlockCount == 0 && !view.scrub.isOn)
+            }
+            #expect(report.badExtents.isEmpty)
         }
     }
 

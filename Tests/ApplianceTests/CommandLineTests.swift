@@ -1,5 +1,7 @@
 import ArgumentParser
+import BlockTap
 import Foundation
+import Replica
 import Testing
 
 @testable import Appliance
@@ -21,7 +23,7 @@ struct CommandLineTests {
         "drill start a --wait --network none", "drill clear a --wait",
         "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a", "failover commit a --yes a", "failover commit a --preview --json",
         "server set-policy a all:10m,1h:24h", "replication start a --policy keep-all", "recovery-point create a --note why --wait", "recovery-point hold a p1 --name n",
-        "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low",
+        "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low --scrub-rate 0 --scrub-pause 7d",
         "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T",
     ])
@@ -35,6 +37,7 @@ struct CommandLineTests {
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
         "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",
         "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",
+        "appliance --scrub-pause 1", "appliance --scrub-pause 0s", "appliance --scrub-rate fast",
     ])
     func refuses(words: String) throws {
         let error = #expect(throws: (any Error).self) { _ = try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init)) }
@@ -63,6 +66,42 @@ struct CommandLineTests {
         let configuration = try parse("appliance --state /s --listen [::1]:9 --link 10.0.0.1:10 --qemu /q --qemu-data /d1 --qemu-data /d2 --accel tcg", as: ApplianceCommand.self).applianceConfiguration
         #expect(configuration.storeDirectory == "/s/store" && configuration.listen == ListenAddress(host: "::1", port: 9))
         #expect(configuration.qemu.dataDirectories == ["/d1", "/d2"] && configuration.qemu.accelerator == .tcg)
+    }
+
+    @Test("upkeep and scrubbing are set up as they are asked for, and sensibly when they are not")
+    func upkeepConfiguration() throws {
+        let asked = try parse("appliance --upkeep-rate 8MiB --tighten-when-low --scrub-rate 1MiB --scrub-pause 2h", as: ApplianceCommand.self).applianceConfiguration.upkeep
+        #expect(asked == UpkeepConfiguration(bytesPerSecond: 8 << 20, tightensWhenLow: true, scrub: ScrubConfiguration(bytesPerSecond: 1 << 20, pauseSeconds: 7200)))
+        #expect(try parse("appliance", as: ApplianceCommand.self).applianceConfiguration.upkeep == UpkeepConfiguration())
+    }
+
+    @Test("defaults are shown as they would be written")
+    func defaults() {
+        #expect(ByteCount(bytes: 64 << 20).defaultValueDescription == "64MiB" && ByteCount(bytes: 1000).defaultValueDescription == "1000" && ByteCount(bytes: 0).defaultValueDescription == "0")
+        #expect([86_400, 600, 90].map { TimeSpan(seconds: $0).defaultValueDescription } == ["24h", "10m", "90s"])
+        #expect(ApplianceCommand.helpMessage(columns: 200).contains("(default: 24h)"))
+    }
+
+    @Test("a table's last column is wrapped on a terminal and runs free elsewhere")
+    func table() {
+        let rows = [["1", "ab", "a long note of many words"], ["22", "c", "-"]]
+        #expect(Terminal.table(["ID", "X", "NOTE"], rows, columns: nil) == ["ID  X   NOTE", "1   ab  a long note of many words", "22  c   -"])
+        #expect(Terminal.table(["ID", "X", "NOTE"], rows, columns: 22) == ["ID  X   NOTE", "1   ab  a long note of", "        many words", "22  c   -"])
+        #expect(Terminal.table(["ID", "X", "NOTE"], rows, columns: 15)[1] == "1   ab  a long note of many words", "no room worth wrapping for")
+        #expect(Terminal.wrapped("one/very/long/path and more", 8) == ["one/very/long/path", "and more"])
+    }
+
+    @Test("lists of recovery points fit 80 columns")
+    func pointRows() {
+        var point = RecoveryPoint(
+            id: RecoveryPointID("rp-1234567"), group: GroupID("g"), epoch: EpochNumber(1), instance: "i", cutTimeNanoseconds: 1_700_000_000_000_000_000,
+            consistency: .application, receivedTimeNanoseconds: 0, dataBytes: 1023 << 20, note: "before the update")
+        point.isOnDemand = true
+        point.hold = "gold"
+        let row = RecoveryPointCommand.row(RecoveryPointView(point: point, damagedBlockCount: 3))
+        #expect(row.last == "DAMAGED: 3 blocks; held as \"gold\"; on demand: before the update")
+        let lines = Terminal.table(["ID", "CUT", "CONSISTENCY", "DATA", "NOTE"], [row], columns: 80)
+        #expect(lines.allSatisfy { $0.count <= 80 }, "\(lines)")
     }
 
     @Test("a bar fits its terminal and says share, rate and time left")

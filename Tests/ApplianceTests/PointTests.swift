@@ -1,3 +1,4 @@
+import BlockTap
 import Foundation
 import GRDB
 import Replica
@@ -41,6 +42,38 @@ struct PointTests {
         let record = try queue.read { db in try db.server("web") }
         #expect(record.policy == "standard")
         #expect(try queue.read { db in try PointMountRecord.fetchCount(db) } == 0)
+    }
+
+    @Test("findings become one line per disk and kind")
+    func damageLines() {
+        let (web, db) = (GroupID("web"), GroupID("db"))
+        func bad(_ group: GroupID, _ block: UInt64, _ count: UInt64, _ points: [String]) -> ScrubFinding {
+            .bad(BadExtent(group: group, volume: 0, disk: "vda", block: block, count: count, layers: [1], recoveryPoints: points.map { RecoveryPointID($0) }, forks: []))
+        }
+        let lines = DamageWords.lines([
+            bad(web, 9, 2, ["rp-1", "rp-2"]), bad(db, 1, 1, []), bad(web, 7, 1, ["rp-2", "rp-3"]), .notRepaired(web, disk: "vda", block: 9, count: 1, why: "it is gone"),
+            .repaired(web, disk: "vda", block: 7, count: 1), .notRepaired(web, disk: "vda", block: 10, count: 1, why: "it is gone"),
+        ])
+        #expect(lines == [
+            .init(what: "Damage found", group: web, detail: "disk vda, 3 blocks: 7, 9 to 10; touches 3 recovery points: rp-1, rp-2, rp-3"),
+            .init(what: "Damage found", group: db, detail: "disk vda, block 1; no recovery point shows it"),
+            .init(what: "Damage not repaired", group: web, detail: "disk vda, 2 blocks: 9 to 10: it is gone"),
+            .init(what: "Damage repaired", group: web, detail: "disk vda, block 7"),
+        ])
+        #expect(DamageWords.list((1...9).map { RecoveryPointID("rp-\($0)") }) == "rp-1, rp-2, rp-3, …, rp-8, rp-9")
+    }
+
+    @Test("a recovery point reads the same with and without damage")
+    func pointView() throws {
+        let point = RecoveryPoint(
+            id: RecoveryPointID("rp-1"), group: GroupID("g"), epoch: EpochNumber(1), instance: "i", cutTimeNanoseconds: 5, consistency: .crash,
+            receivedTimeNanoseconds: 6, dataBytes: 7)
+        for view in [RecoveryPointView(point: point), RecoveryPointView(point: point, damagedBlockCount: 2, isUnreadable: true)] {
+            let data = try APIJSON.encoder().encode(view)
+            #expect(try APIJSON.decoder().decode(RecoveryPoint.self, from: data) == point, "it is a recovery point, and more")
+            let back = try APIJSON.decoder().decode(RecoveryPointView.self, from: data)
+            #expect(back.point == point && back.damagedBlockCount == view.damagedBlockCount && back.isUnreadable == view.isUnreadable)
+        }
     }
 
     @Test("zeroes are told from data at every place of a block")

@@ -1,6 +1,7 @@
 # The product, started and asked the way a person does it: appliance and agent as processes of their own, everything else
 # through `afterimage` commands. All of it lives in $run_dir, with ports of its own.
 
+appliance_options=()
 # product_setup: names the directories; the store may be put elsewhere by $store_elsewhere. The CLI finds the appliance by AFTERIMAGE_PROFILE.
 product_setup() {
     primary_state=$run_dir/primary secondary_state=$run_dir/secondary store=${store_elsewhere:-$run_dir/secondary/store} sockets=$run_dir/s
@@ -12,7 +13,7 @@ product_setup() {
 
 appliance_command() {
     appliance_command=("$afterimage" appliance --state "$secondary_state" --store "$store" --runtime-dir "$sockets" --listen "127.0.0.1:$api_port"
-        --link "127.0.0.1:$link_port" --qemu "$AFTERIMAGE_QEMU" --accel tcg)
+        --link "127.0.0.1:$link_port" --qemu "$AFTERIMAGE_QEMU" --accel tcg "${appliance_options[@]}")
 }
 agent_command() { # DEVICE
     agent_command=("$afterimage" agent run --state "$primary_state" --disk "vda=$1" --socket-dir "$sockets")

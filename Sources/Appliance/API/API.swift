@@ -66,6 +66,9 @@ struct API: Sendable {
             APIRoute(method: .get, path: "/v1/status", summary: "am I protected?") { _, _ in
                 try APIResponse.json(try await lifecycle.status())
             },
+            APIRoute(method: .get, path: "/v1/store", summary: "the store: space, layers, what upkeep and scrubbing did, what is damaged") { _, _ in
+                try APIResponse.json(await lifecycle.storeReport())
+            },
             APIRoute(method: .get, path: "/v1/site-pairs", summary: "list site pairs") { _, _ in
                 try APIResponse.json(try await lifecycle.sitePairs())
             },

@@ -105,6 +105,7 @@ extension Lifecycle {
         guard let order = task.parameters.copy, let server = task.server else { throw ApplianceError.failed("task \(task.id ?? 0) does not say what to export") }
         let group = GroupID(server)
         await tasks.log(task, "disk \(order.disk) of recovery point \(order.point) to \(order.path) on the appliance's host (\(Lifecycle.hostName))")
+        if let warning = damageWarning(order.point, of: group) { await tasks.log(task, warning) }
         let reader = try await blocking { [store] in try store.openRecoveryPoint(group, order.point, volume: order.volume) }
         let written: UInt64
         switch order.format {

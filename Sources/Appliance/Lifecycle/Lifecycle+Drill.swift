@@ -96,6 +96,7 @@ extension Lifecycle {
         let log: @Sendable (String) async -> Void = { [tasks] line in await tasks.log(task, line) }
         let seconds = String(format: "%.1f", max(0, Date().timeIntervalSince1970 - Double(instance.pointCutTimeNanoseconds) / 1e9))
         await log("recovery point \(instance.point?.rawValue ?? "?"), cut \(seconds) s ago")
+        if let warning = instance.point.flatMap({ damageWarning($0, of: GroupID(instance.server)) }) { await log(warning) }
         await tasks.report(task, TaskProgress(step: "fork and disks"))
         let started = try await machines.attach(instance, mayStart: true, log: log)
         try await update(instance.id) {

@@ -18,6 +18,9 @@ extension Lifecycle {
             throw ApplianceError.refused("There is no directory \(directory) on the appliance's host: make it first.")
         }
         let resolved = URL(fileURLWithPath: directory).resolvingSymlinksInPath().path
+        if let taken = try await catalogue.read({ db in try PointMountRecord.filter(Column("directory") == resolved).fetchOne(db) }) {
+            throw ApplianceError.refused("Recovery point \(taken.point) is mounted on \(resolved) already.")
+        }
         guard entries.isEmpty else { throw ApplianceError.refused("\(directory) is not empty: mount into an empty directory.") }
         try mounts.checkPrograms()
         let record = PointMountRecord(

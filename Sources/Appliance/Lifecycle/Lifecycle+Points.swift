@@ -103,6 +103,10 @@ extension Lifecycle {
     public func holdPoint(_ name: String, point: String, _ request: HoldPoint, who: String) async throws -> RecoveryPoint {
         try checkText(request.name, "the name of a held recovery point")
         let (found, chosen) = try await named(name, point)
+        if let hold = chosen.hold {
+            guard hold == request.name else { throw ApplianceError.refused("Recovery point \(chosen.id) of \(found.name) is held as \"\(hold)\" already.") }
+            return chosen
+        }
         try await inStore { store in try store.holdRecoveryPoint(found.group, chosen.id, name: request.name) }
         try await catalogue.write { db in try db.event(who, "Hold recovery point", server: found, after: request.name, detail: chosen.id.rawValue) }
         return try await named(name, chosen.id.rawValue).point

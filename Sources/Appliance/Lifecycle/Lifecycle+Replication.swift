@@ -99,7 +99,7 @@ extension Lifecycle {
     }
 
     /// Oldest first. With a limit the newest so many; with `before`, those older than that point: pages backwards through them all.
-    public func recoveryPoints(_ name: String, limit: Int? = nil, before: String? = nil) async throws -> [RecoveryPoint] {
+    public func recoveryPoints(_ name: String, limit: Int? = nil, before: String? = nil) async throws -> [RecoveryPointView] {
         let found = try await server(name)
         var points = (found.settings == nil ? [] : store.recoveryPoints(found.group))[...]
         if let before {
@@ -108,7 +108,10 @@ extension Lifecycle {
             }
             points = points[..<cursor]
         }
-        return Array(limit.map { points.suffix($0) } ?? points)
+        let (blocks, unopenable) = damage.damage(of: found.group)
+        return (limit.map { points.suffix($0) } ?? points).map {
+            RecoveryPointView(point: $0, damagedBlockCount: blocks[$0.id], isUnreadable: unopenable.contains($0.id))
+        }
     }
 
     /// Serves a recovery point's disks read-only until unexported. Doing it twice gives the same sockets.

@@ -4,9 +4,10 @@ import Replica
 
 /// What the store does by itself, and what of it people are told.
 extension Lifecycle {
-    /// Once, after `resume`: retention, merging, giving space back.
+    /// Once, after `resume`: retention, merging, giving space back, scrubbing.
     func startUpkeep(_ upkeep: UpkeepConfiguration) async throws {
         for record in try await catalogue.read({ db in try ServerRecord.fetchAll(db) }) { giveRetention(record) }
+        tightensWhenLow = upkeep.tightensWhenLow
         store.setTightening(upkeep.tightensWhenLow)
         store.onSpaceChange = { [weak self] _ in
             guard let self else { return }
@@ -14,6 +15,7 @@ extension Lifecycle {
         }
         store.startUpkeep(everySeconds: upkeep.everySeconds, bytesPerSecond: upkeep.bytesPerSecond)
         await spaceChanged()
+        try await startScrub(upkeep.scrub)
     }
 
     /// Asks the store, since calls may overtake each other on their way here.
@@ -23,7 +25,8 @@ extension Lifecycle {
         let before = toldSpace
         toldSpace = now
         let figures = store.statistics()
-        let detail = "\(figures.freeBytes >> 20) of \(figures.capacityBytes >> 20) MiB free"
+        let detail = "\(Amount.bytes(figures.freeBytes)) of \(Amount.bytes(figures.capacityBytes)) free"
+            + (now != .ok && tightensWhenLow ? "; recovery points go before their time when nothing else helps" : "")
         do {
             try await catalogue.write { db in
                 try db.event("appliance", "Store space", before: before.rawValue, after: now.rawValue, detail: detail)
@@ -36,26 +39,24 @@ extension Lifecycle {
     func storeView() -> StoreView {
         let figures = store.statistics()
         return StoreView(
-            directory: settings.storeDirectory, space: store.spaceState, freeBytes: figures.freeBytes, capacityBytes: figures.capacityBytes,
-            storedBytes: figures.storedBytes, layerCount: figures.layerCount, badBlockCount: figures.badBlockCount,
-            reclaimedBytes: figures.upkeep.bytesReclaimed, expiredPointCount: figures.upkeep.pointsExpired)
+            directory: settings.storeDirectory, space: store.spaceState, tightensWhenLow: tightensWhenLow, freeBytes: figures.freeBytes,
+            capacityBytes: figures.capacityBytes, storedBytes: figures.storedBytes, layerCount: figures.layerCount, segmentCount: figures.segmentCount,
+            forkCount: figures.forkCount, badReadCount: figures.badBlockCount, upkeep: UpkeepView(figures.upkeep), scrub: scrubView())
     }
 
     /// Lines that somebody ought to read, worst first.
-    func alerts() -> [Alert] {
+    func alerts() async -> [Alert] {
         var alerts: [Alert] = []
         let store = storeView()
-        let room = "\(store.freeBytes >> 20) of \(store.capacityBytes >> 20) MiB are free"
+        let room = "\(Amount.bytes(store.freeBytes)) of \(Amount.bytes(store.capacityBytes)) are free in \(store.directory)"
+        let tightening = tightensWhenLow ? "; meanwhile recovery points go before their time, the oldest first" : ""
         switch store.space {
         case .ok: break
         case .low:
-            alerts.append(Alert(kind: .storeLow, text: "the store is nearly full (\(room) in \(store.directory)): give it more room, keep fewer recovery points (afterimage server set-policy), or release held ones"))
+            alerts.append(Alert(kind: .storeLow, text: "the store is nearly full (\(room)): give it more room, keep fewer recovery points (afterimage server set-policy), or release held ones\(tightening)"))
         case .full:
-            alerts.append(Alert(kind: .storeFull, text: "the store is FULL (\(room) in \(store.directory)): nothing is taken in, and no new recovery points are made; the sources keep what they have not sent"))
+            alerts.append(Alert(kind: .storeFull, text: "the store is FULL (\(room)): nothing is taken in and no recovery points are made; the sources keep what they have not sent\(tightening)"))
         }
-        if store.badBlockCount > 0 {
-            alerts.append(Alert(kind: .badBlocks, text: "\(store.badBlockCount) damaged blocks were found since the appliance was started; its log names them (afterimage store check \(store.directory) looks at everything)"))
-        }
-        return alerts
+        return alerts + (await damageAlerts())
     }
 }

@@ -26,6 +26,11 @@ public actor Lifecycle {
     var isStopping = false
     /// What the audit log says of the store's space.
     var toldSpace = SpaceState.ok
+    var damage = DamageBook()
+    /// Of scrubbing, gathered until they are told.
+    var findings: [ScrubFinding] = []
+    var scrubTask: Task<Void, Never>?
+    var tightensWhenLow = false
 
     init(
         catalogue: Catalogue, store: ReplicaStore, machines: RecoveryHost, exports: PointExporter, mounts: PointMounter, authority: CertificateAuthority,
@@ -48,6 +53,7 @@ public actor Lifecycle {
     /// Stops working; machines go on without their disks until the next start (their QEMUs wait for them).
     func stop() async {
         isStopping = true
+        scrubTask?.cancel()
         await tasks.stop()
         await endMounts()
         await exports.stop()

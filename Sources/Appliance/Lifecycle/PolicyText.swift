@@ -51,7 +51,8 @@ public struct PolicyText: Sendable, Hashable, CustomStringConvertible {
 
     private static let units: [(letter: Character, seconds: Int)] = [("w", 7 * 86_400), ("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)]
 
-    private static func seconds(_ text: Substring) -> Int? {
+    /// `90s`, `10m`, `24h`, `7d`, `1w`; nil for anything else.
+    public static func seconds(_ text: Substring) -> Int? {
         guard let unit = units.first(where: { $0.letter == text.last }), text.dropLast().allSatisfy(\.isASCII), let count = Int(text.dropLast()), count > 0,
             !text.hasPrefix("+")
         else { return nil }

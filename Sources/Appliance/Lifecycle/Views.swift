@@ -33,6 +33,8 @@ public struct ServerView: Sendable, Codable {
     /// The initial full sync's rest, seconds.
     public var secondsLeft: Double?
     public var storedBytes: UInt64?
+    /// Of all its disks together.
+    public var layerCount: Int?
     public var generation: UInt64?
     public var instances: [InstanceView]
     /// What to do next, in words.
@@ -77,16 +79,89 @@ public struct StatusView: Sendable, Codable {
 public struct StoreView: Sendable, Codable {
     public var directory: String
     public var space: SpaceState
+    /// Recovery points go before their time when space is low and nothing else helps.
+    public var tightensWhenLow: Bool
     /// Of the file system that holds it.
     public var freeBytes: UInt64
     public var capacityBytes: UInt64
     /// Data in live layers, overwritten data included.
     public var storedBytes: UInt64
     public var layerCount: Int
-    /// Since the appliance was started, as are those below.
-    public var badBlockCount: UInt64
-    public var reclaimedBytes: UInt64
+    public var segmentCount: Int
+    public var forkCount: Int
+    /// Reads that met damage since the appliance was started.
+    public var badReadCount: UInt64
+    public var upkeep: UpkeepView
+    public var scrub: ScrubView
+}
+
+/// The store with all that is known to be damaged.
+public struct StoreReport: Sendable, Codable {
+    public var store: StoreView
+    public var badExtents: [BadExtent]
+}
+
+/// What the store did for itself since the appliance was started.
+public struct UpkeepView: Sendable, Codable {
     public var expiredPointCount: UInt64
+    /// Layers that became part of others.
+    public var mergedLayerCount: UInt64
+    public var rewrittenIndexBytes: UInt64
+    public var movedDataBytes: UInt64
+    public var reclaimedBytes: UInt64
+
+    init(_ figures: UpkeepStatistics) {
+        expiredPointCount = figures.pointsExpired
+        mergedLayerCount = figures.layersMerged
+        rewrittenIndexBytes = figures.indexBytesRewritten
+        movedDataBytes = figures.dataBytesMoved
+        reclaimedBytes = figures.bytesReclaimed
+    }
+}
+
+/// Since the appliance was started, but for `lastPassEnd`.
+public struct ScrubView: Sendable, Codable {
+    /// Times that everything was read.
+    public var passCount: UInt64
+    public var lastPassEnd: Date?
+    public var readBytes: UInt64
+    /// Known now and not repaired.
+    public var badBlockCount: UInt64
+    /// Layer files that are damaged, known now.
+    public var badFileCount: Int
+    public var repairedBlockCount: UInt64
+    public var isOn: Bool
+}
+
+/// A recovery point as the API shows it: the store's record, and what is known against it.
+public struct RecoveryPointView: Sendable, Codable {
+    public var point: RecoveryPoint
+    /// Blocks that cannot be read; nil when none are known.
+    public var damagedBlockCount: UInt64?
+    /// A layer of it cannot be read at all.
+    public var isUnreadable: Bool
+
+    public init(point: RecoveryPoint, damagedBlockCount: UInt64? = nil, isUnreadable: Bool = false) {
+        self.point = point
+        self.damagedBlockCount = damagedBlockCount
+        self.isUnreadable = isUnreadable
+    }
+
+    private enum CodingKeys: String, CodingKey { case damagedBlockCount, isUnreadable }
+
+    public init(from decoder: any Decoder) throws {
+        let container = try decoder.container(keyedBy: CodingKeys.self)
+        point = try RecoveryPoint(from: decoder)
+        damagedBlockCount = try container.decodeIfPresent(UInt64.self, forKey: .damagedBlockCount)
+        isUnreadable = try container.decodeIfPresent(Bool.self, forKey: .isUnreadable) ?? false
+    }
+
+    public func encode(to encoder: any Encoder) throws {
+        try point.encode(to: encoder)
+        var container = encoder.container(keyedBy: CodingKeys.self)
+        try container.encodeIfPresent(damagedBlockCount, forKey: .damagedBlockCount)
+        if isUnreadable { try container.encode(true, forKey: .isUnreadable) }
+    }
 }
 
 public struct Alert: Sendable, Codable, Hashable {

@@ -209,7 +209,10 @@ actor PointMounter {
         for mount in Self.mounts() where loops.contains(mount.source) {
             let outcome = try await umount.outcome([mount.point])
             if outcome.isSuccess { continue }
-            guard isForced else { throw ApplianceError.refused("cannot unmount \(mount.point): \(outcome.complaint) (lsof +D \(mount.point) shows who uses it).") }
+            if !isForced, outcome.complaint.contains("busy") {
+                throw ApplianceError.refused("\(mount.point) is in use: close what is open there first (lsof +D \(mount.point) shows what).")
+            }
+            guard isForced else { throw ApplianceError.refused("cannot unmount \(mount.point): \(outcome.complaint)") }
             logger.warning("\(mount.point) is in use and is taken away: \(outcome.complaint)")
             try await umount.run(["--lazy", mount.point], doing: "unmount \(mount.point)")
         }

@@ -48,10 +48,27 @@ public struct UpkeepConfiguration: Sendable, Hashable {
     public var bytesPerSecond: UInt64
     /// Recovery points may go before their time when space is low and nothing else helps: see `ReplicaStore.setTightening`.
     public var tightensWhenLow: Bool
-    public init(everySeconds: Double = 10, bytesPerSecond: UInt64 = 64 << 20, tightensWhenLow: Bool = false) {
+    public var scrub: ScrubConfiguration
+    public init(
+        everySeconds: Double = 10, bytesPerSecond: UInt64 = 64 << 20, tightensWhenLow: Bool = false, scrub: ScrubConfiguration = ScrubConfiguration()
+    ) {
         self.everySeconds = everySeconds
         self.bytesPerSecond = bytesPerSecond
         self.tightensWhenLow = tightensWhenLow
+        self.scrub = scrub
+    }
+}
+
+/// How everything in the store is read again and again, so that damage is found while it can still be repaired. At 8 MiB/s a TiB takes
+/// a day and a half.
+public struct ScrubConfiguration: Sendable, Hashable {
+    /// 0 = never.
+    public var bytesPerSecond: UInt64
+    /// From the end of one pass to the beginning of the next.
+    public var pauseSeconds: Double
+    public init(bytesPerSecond: UInt64 = 8 << 20, pauseSeconds: Double = 86_400) {
+        self.bytesPerSecond = bytesPerSecond
+        self.pauseSeconds = pauseSeconds
     }
 }
 
