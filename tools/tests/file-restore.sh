@@ -53,9 +53,9 @@ same_files() { grep -qx "hello from $1" "$run_dir/m/greeting" && cmp "$run_dir/m
 check "ext4: mounts" mount_point --partition 2
 check "ext4: the files are those of the disk" same_files ext4
 refuses "it cannot be written to" "read-only" touch "$run_dir/m/new"
-refuses "the directory is taken" "not empty|already" "${mount_command[@]}" --partition 2
+refuses "the directory is taken" "mounted on .* already" "${mount_command[@]}" --partition 2
 exec 9<"$run_dir/m/greeting"
-refuses "unmount is refused while a file is open" "busy" "$afterimage" recovery-point unmount "$run_dir/m"
+refuses "unmount is refused while a file is open" "is in use" "$afterimage" recovery-point unmount "$run_dir/m"
 exec 9<&-
 check "unmount" unmount_point
 check "unmount leaves nothing" nothing_left
