@@ -61,6 +61,73 @@ import Testing
         store.close()
     }
 
+    /// Some neighbours become one, as upkeep does it.
+    private static func merge(_ store: ReplicaStore, _ layers: [LayerRecord]) throws {
+        let id = store.shared.withLock { $0.newFile() }
+        let pin = store.pin({ var pin = Pin(layers); pin.layers.insert(id); return pin }())
+        let merged = try LayerMerge.write(store.storage, store: store.uuid, id: id, layers: layers)
+        try store.storage.syncDirectory("layers")
+        #expect(try store.publish(layers.map(\.id), merged))
+        store.unpin(pin)
+        try store.forkThread.perform { () throws(StoreError) in }
+        try store.thread.perform { () throws(StoreError) in store.collectGarbage() }
+    }
+
+    /// Whatever was written, and whatever is followed, only small layers' checksums are in memory as a whole.
+    @Test func checksumsOfSealedAndMergedLayersOfAnOpenForkArePaged() throws {
+        let directory = TemporaryDirectory()
+        var options = smallOptions
+        options.residentChecksumCountMax = 64
+        options.checksumCacheBytes = 64 << 10
+        let store = try openStore(directory, options)
+        let volume = try Self.open(store, sizes: [1 << 20])[0]
+        var random = SeededRandom(seed: 3)
+        var model = try volume.image()
+        for round in 0..<2 {
+            let bytes = noise(150 * 4096, &random)
+            try bytes.withUnsafeBytes { try volume.write(offsetBytes: UInt64(round * 100 * 4096), $0) }
+            model.replaceSubrange(round * 100 * 4096..<round * 100 * 4096 + bytes.count, with: bytes)
+            try store.sealFork(ForkID("f"))
+            #expect(volume.map.layers.last!.count == 150 && volume.map.layers.last!.resident == nil)
+        }
+        #expect(try volume.image() == model)
+        try Self.merge(store, Array(volume.chain.suffix(2)))
+        #expect(volume.chain.count == 2 && volume.map.layers.contains { $0.layer == volume.chain[1].id && $0.count == 250 && $0.resident == nil })
+        #expect(try volume.image() == model)
+        #expect(try directory.files().filter { $0.hasPrefix("layers/") }.count == store.statistics().layerCount)
+        try volume.close()
+        store.close()
+    }
+
+    /// Layers that are hidden by others are not in an index that was read from its file: they go all the same when they are merged.
+    @Test func anOpenForkLetsMergedLayersGoOfWhichItSeesNothing() throws {
+        let directory = TemporaryDirectory()
+        var options = smallOptions
+        options.indexFileCostMin = 1
+        var store = try openStore(directory, options)
+        try store.createGroup(webGroup, volumes: [spec("vda", bytes: 1 << 20)])
+        var random = SeededRandom(seed: 4)
+        var points: [RecoveryPointID] = []
+        for epoch in 1...3 {
+            let writer = try store.begin(UInt64(epoch))
+            try writer.append(volume: 0, offsetBytes: 0, noise(epoch * 10 * 4096, &random))
+            points.append(try writer.seal()!.id)
+        }
+        let model = try store.image(points[2], volume: 0)
+        try store.fork(ForkID("f"), of: webGroup, at: points[2], purpose: "")
+        store.close()
+        store = try openStore(directory, options)
+        let volume = try store.openFork(ForkID("f"), volume: 0)
+        #expect(volume.chain.count == 3 && volume.map.layers.count == 1)
+        try store.dropRecoveryPoints(webGroup, Array(points.prefix(2)))
+        try Self.merge(store, Array(volume.chain.prefix(2)))
+        #expect(volume.chain.count == 2)
+        #expect(try directory.files().filter { $0.hasPrefix("layers/") }.count == 2)
+        #expect(try volume.image() == model)
+        try volume.close()
+        store.close()
+    }
+
     /// The n-th change of a seal fails: for lack of space the fork goes on as if nothing had been, and in no case anything is lost that was
     /// promised, or promised that might be lost.
     @Test(arguments: [StoreError.full(what: "test"), .io(errno: EIO, what: "test")])

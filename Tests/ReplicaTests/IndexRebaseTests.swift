@@ -420,6 +420,28 @@ extension IndexSnapshot {
     }
 
     /// The power goes, or the disk is full, while one is written: nothing but a slower opening.
+    /// Its top layer may live for long.
+    @Test func aFileOfLayersThatWereMergedIsRemoved() throws {
+        let directory = TemporaryDirectory()
+        var options = smallOptions
+        options.indexFileCostMin = 1
+        let scene = try UpkeepScene(seed: 12, storage: FileStorage(directory: directory.path), blockCount: 512, options: options)
+        for _ in 0..<40 { try scene.receive(extents: 6, blocksMax: 8) }
+        let points = scene.store.recoveryPoints(webGroup).map(\.id)
+        for id in points[30...35] { try scene.check(id) }
+        try scene.store.background.perform { () throws(StoreError) in }
+        let before = scene.store.indexes.files
+        #expect(before.count > 6)
+        try scene.store.dropRecoveryPoints(webGroup, Array(points[..<30]))
+        try scene.upkeep()
+        try scene.store.background.perform { () throws(StoreError) in }
+        let after = scene.store.indexes.files
+        #expect(after.count < before.count)
+        #expect(try scene.storage.list("indexes").sorted() == after.map { "\(fileNumber($0)).index" }.sorted())
+        try scene.check()
+        scene.store.close()
+    }
+
     @Test func aFileThatWasNeverFinishedDoesNoHarm() throws {
         for seed in 1...30 as ClosedRange<UInt64> {
             var options = options(costMin: 1)

@@ -136,7 +136,7 @@ extension UpkeepScene {
         try bytes.withUnsafeMutableBytes { try reader.read(offsetBytes: 0, into: $0) }
         var expected = [UInt8](repeating: 0, count: 4096)
         for block in 0..<blockCount {
-            expected.withUnsafeMutableBytes { Self.bytes(block: block, version: model[block], into: $0) }
+            expected.withUnsafeMutableBytes { self.bytes(block: block, version: model[block], into: $0) }
             if !bytes[block * 4096..<(block + 1) * 4096].elementsEqual(expected) { return false }
         }
         return true

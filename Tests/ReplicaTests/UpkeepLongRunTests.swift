@@ -19,7 +19,10 @@ import Testing
     /// Space comes back by moving data only: it takes more of both.
     @Test func fiveDaysWithoutPunchingKeepTheBoundOfRewriting() throws { try run(seed: 2, days: 5, canPunch: false) }
 
-    private func run(seed: UInt64, days: UInt64, canPunch: Bool) throws {
+    /// Clusters of which most has been written again lie around as a whole.
+    @Test(arguments: [3500, 2000]) func fiveDaysOfDataThatShrinksKeepTheBounds(noiseBytes: Int) throws { try run(seed: 3, days: 5, canPunch: true, noiseBytes: noiseBytes) }
+
+    private func run(seed: UInt64, days: UInt64, canPunch: Bool, noiseBytes: Int = 4096) throws {
         let path = makeDirectory()
         defer { try? FileManager.default.removeItem(atPath: path) }
         let storage = try LimitedStorage(directory: path)
@@ -29,6 +32,7 @@ import Testing
         options.preallocationBytes = 1 << 20
         options.writeBufferBytes = 256 << 10
         let scene = try UpkeepScene(seed: seed, storage: storage, blockCount: 8192, options: options)
+        scene.noiseBytes = noiseBytes
         scene.options.manifestRewriteBytes = 200_000
         scene.store.close()
         try scene.open()
@@ -70,7 +74,7 @@ import Testing
         let rewritten = Double(figures.upkeep.indexBytesRewritten + figures.upkeep.dataBytesMoved) / Double(scene.received)
         print(
             """
-            long run\(canPunch ? "" : " without punching"): \(epochs) epochs in \(days) days, \(scene.received >> 20) MiB received; at most \(pointsMax) points; layers beyond points at most \
+            long run\(canPunch ? "" : " without punching")\(noiseBytes < 4096 ? " of data that shrinks" : ""): \(epochs) epochs in \(days) days, \(scene.received >> 20) MiB received; at most \(pointsMax) points; layers beyond points at most \
             \(chainMax); space beyond the open segment at most \(String(format: "%.3f", spaceMax)) x live; rewritten \(String(format: "%.3f", rewritten)) per byte \
             (index \(figures.upkeep.indexBytesRewritten >> 20) MiB, data \(figures.upkeep.dataBytesMoved >> 20) MiB); MANIFEST at most \(manifestMax) bytes; \
             punched \(figures.upkeep.bytesReclaimed >> 20) MiB

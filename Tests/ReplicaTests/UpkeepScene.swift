@@ -21,6 +21,8 @@ final class UpkeepScene {
     /// Bytes of data.
     var received: UInt64 = 0
     var clock: Clock
+    /// Of each block; the rest of it is all the same, so that it shrinks.
+    var noiseBytes = 4096
 
     /// Nanoseconds since 1970; only tests move it.
     final class Clock: @unchecked Sendable { var now: UInt64 = 1_700_000_000_000_000_000 }
@@ -42,13 +44,14 @@ final class UpkeepScene {
 
     func open() throws { store = try ReplicaStore(storage: storage, options: options, logger: quiet) }
 
-    static func bytes(block: Int, version: UInt32, into bytes: UnsafeMutableRawBufferPointer) {
+    func bytes(block: Int, version: UInt32, into bytes: UnsafeMutableRawBufferPointer) {
         var word = UInt64(version) << 32 | UInt64(block)
         if version == 0 {
             bytes.initializeMemory(as: UInt8.self, repeating: 0)
             return
         }
-        for offset in stride(from: 0, to: 4096, by: 8) {
+        bytes.initializeMemory(as: UInt8.self, repeating: 0)
+        for offset in stride(from: 0, to: noiseBytes, by: 8) {
             word = word &* 6_364_136_223_846_793_005 &+ 1_442_695_040_888_963_407
             bytes.storeBytes(of: word, toByteOffset: offset, as: UInt64.self)
         }
@@ -72,7 +75,7 @@ final class UpkeepScene {
             version += 1
             var bytes = [UInt8](repeating: 0, count: count * 4096)
             bytes.withUnsafeMutableBytes { raw in
-                for block in 0..<count { Self.bytes(block: start + block, version: version, into: UnsafeMutableRawBufferPointer(rebasing: raw[block * 4096..<(block + 1) * 4096])) }
+                for block in 0..<count { self.bytes(block: start + block, version: version, into: UnsafeMutableRawBufferPointer(rebasing: raw[block * 4096..<(block + 1) * 4096])) }
             }
             try writer.append(volume: 0, offsetBytes: UInt64(start * 4096), bytes)
             received += UInt64(bytes.count)
@@ -119,7 +122,7 @@ final class UpkeepScene {
             let count = min(batch, blockCount - start)
             try reader.read(offsetBytes: UInt64(start * 4096), into: UnsafeMutableRawBufferPointer(rebasing: bytes[..<(count * 4096)]))
             for block in 0..<count {
-                Self.bytes(block: start + block, version: model[start + block], into: expected)
+                self.bytes(block: start + block, version: model[start + block], into: expected)
                 if memcmp(bytes.baseAddress! + block * 4096, expected.baseAddress!, 4096) != 0 {
                     Issue.record("\(what): block \(start + block) is not as it was")
                     return

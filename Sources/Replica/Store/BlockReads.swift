@@ -128,6 +128,8 @@ final class BlockReads: IOHandler {
 
     var isIdle: Bool { freeCount == Self.pieceCount && lineHead == nil }
 
+    var readAheadCount: Int { ahead.startedCount }
+
     /// Nothing may be in flight.
     func end() {
         precondition(isIdle, "reads are in flight")

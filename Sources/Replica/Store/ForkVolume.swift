@@ -385,7 +385,7 @@ extension ForkVolume {
                 cut: Cut(epoch: EpochNumber(0), kind: .exact, timeNanoseconds: store.options.now(), blockCount: 0), consistency: .crash)
             layer = try LayerFile.write(
                 store.storage, store: store.uuid, identity: identity, extents: Array(extents), sums: UnsafeBufferPointer(start: open.base(0), count: Int(nextBlock)),
-                isSynced: store.options.deliberateFault != .layerNotSynced)
+                isSynced: store.options.deliberateFault != .layerNotSynced, cache: store.checksums)
         }
         let (segment, log) = try store.createOpenLayer(segment: names.segment, journal: names.journal)
         return OpenLayerSeal(number: number, volume: self, layer: layer, segment: segment, journal: names.journal, log: log)
@@ -454,12 +454,12 @@ extension ForkVolume {
         journalBytesMax = store.options.forkJournalBytesMax
         countedBlock = 1
         isSealAsked.store(false, ordering: .releasing)
-        repin()
+        hold(chain)
     }
 
-    /// Holds what is read through now and nothing else.
-    func repin() {
-        var held = Pin(chain)
+    /// Holds these layers and the open one, and nothing else.
+    func hold(_ layers: [LayerRecord]) {
+        var held = Pin(layers)
         held.segments.insert(open.segment.id)
         held.journals.insert(journal)
         let hasGarbage = store.shared.withLock { shared -> Bool in

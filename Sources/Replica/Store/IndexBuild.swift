@@ -39,7 +39,12 @@ extension ReplicaStore {
         var snapshot = start ?? IndexSnapshot()
         while true {
             for merge in indexes.takePendingMerges(key) where snapshot.names(Set(merge.replaced)) {
-                let pin = pin(Pin([merge.layer]))
+                let pin = shared.withLock { $0.state.layers[merge.layer.id] == nil ? nil : $0.add(Pin([merge.layer])) }
+                guard let pin else {
+                    // Merged with others since: there may be nothing to be read of it any more.
+                    snapshot = IndexSnapshot()
+                    break
+                }
                 defer { unpin(pin) }
                 let reader = try LayerReader(storage, store: uuid, record: merge.layer)
                 if try !snapshot.rebase(replaced: merge.replaced, by: reader, checksums.checksums(of: reader)) { snapshot = IndexSnapshot() }

@@ -94,13 +94,16 @@ final class IndexCache: Sendable {
     func merged(replaced: [UInt64], by layer: LayerRecord) {
         let gone = Set(replaced)
         let merge = LayersMerged(replaced: replaced, layer: layer)
-        var taken = state.withLock { state -> [(Key, Entry)] in
-            state.files = state.files.filter { $0.value.isDisjoint(with: gone) }
+        var (taken, useless) = state.withLock { state -> ([(Key, Entry)], [UInt64]) in
+            let useless = state.files.filter { !$0.value.isDisjoint(with: gone) }.keys.sorted()
+            for top in useless { state.files[top] = nil }
             for key in state.building.keys { state.building[key]!.append(merge) }
             let keys = state.entries.filter { $0.value.newest.names(gone) || $0.value.checkpoints.contains { $0.names(gone) } }.keys
-            return keys.sorted { ($0.group.rawValue, $0.volume) < ($1.group.rawValue, $1.volume) }.map { ($0, state.entries.removeValue(forKey: $0)!) }
+            return (keys.sorted { ($0.group.rawValue, $0.volume) < ($1.group.rawValue, $1.volume) }.map { ($0, state.entries.removeValue(forKey: $0)!) }, useless)
         }
-        guard let store, !taken.isEmpty else { return }
+        guard let store else { return }
+        store.forgetIndexFiles(useless)
+        if taken.isEmpty { return }
         if layer.extentCount > store.options.rebaseExtentsMax {
             while let (key, entry) = taken.popLast() {
                 state.withLock { $0.building[key] = [merge] }

@@ -228,6 +228,15 @@ extension ReplicaStore {
         }
     }
 
+    /// Files that name layers which are gone: their top layers may live for long.
+    func forgetIndexFiles(_ tops: [UInt64]) {
+        if tops.isEmpty { return }
+        background.enqueue { [weak self] in
+            // Unless one was written anew meanwhile, on this thread too.
+            for top in tops where !(self?.indexes.hasFile(top) ?? true) { self?.removeIndexFile(top) }
+        }
+    }
+
     private func removeIndexFile(_ top: UInt64) {
         indexes.remove(file: top)
         try? storage.remove(IndexFile.path(top))

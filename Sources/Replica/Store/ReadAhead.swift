@@ -39,6 +39,8 @@ struct ReadAhead {
     }
 
     private(set) var inFlight = 0
+    /// Runs read so far.
+    private(set) var startedCount = 0
     private(set) var memory: UnsafeMutableRawPointer?
     var buffers = [Buffer](repeating: Buffer(), count: ReadAhead.bufferCount)
     private var streams = [Stream](repeating: Stream(), count: ReadAhead.streamCount)
@@ -129,6 +131,7 @@ struct ReadAhead {
             }
             if memory == nil { memory = .allocate(byteCount: Self.bufferCount * Self.bufferBlocks * blockBytes, alignment: pageBytes) }
             inFlight += 1
+            startedCount += 1
             buffers[free] = Buffer(segment: run.segment, firstBlock: run.segmentBlock, blockCount: UInt32(stored), isInFlight: true, lastUse: clock)
             return free
         }

@@ -17,6 +17,9 @@ public final class RecoveryPointStore: BlockStore {
         geometry = reader.geometry
     }
 
+    /// For tests and figures: runs read before they were asked for. While nothing is in flight.
+    var readAheadCount: Int { reads?.readAheadCount ?? 0 }
+
     deinit {
         guard let reads else { return }
         if loop.isCurrent { return reads.end() }

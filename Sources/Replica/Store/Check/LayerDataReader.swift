@@ -65,11 +65,11 @@ final class LayerDataReader {
         sums.deallocate()
     }
 
-    /// All data of the layer. False when `pace` ended it. Throws when the layer's own file is damaged.
-    func read(_ layer: LayerReader, found: (BadRun) -> Void) throws(StoreError) -> Bool {
+    /// All data of the layer, or what lies in `only`. False when `pace` ended it. Throws when the layer's own file is damaged.
+    func read(_ layer: LayerReader, only segments: Set<UInt32>? = nil, found: (BadRun) -> Void) throws(StoreError) -> Bool {
         var goesOn = true
         try layer.forEachExtents { extents throws(StoreError) in
-            for extent in extents where !extent.isZero && goesOn {
+            for extent in extents where !extent.isZero && goesOn && segments?.contains(extent.segment) ?? true {
                 goesOn = try self.add(extent, of: layer, found: found)
             }
         }

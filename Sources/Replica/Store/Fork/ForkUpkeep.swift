@@ -1,4 +1,5 @@
 import BlockTap
+import Glibc
 import Logging
 
 /// What keeps an open fork from growing without bound, on a thread of its own (a stepped store runs it in `forkUpkeepStep`):
@@ -38,6 +39,8 @@ extension ReplicaStore {
                 guard let self else { return }
                 self.shared.withLock { _ = $0.forksToFollow.remove(id) }
                 do throws(StoreError) { try self.follow(id) } catch {
+                    // The store, or the disk meanwhile: then it holds nothing any more.
+                    if case .closed = error { return }
                     self.logger.warning("an open fork keeps layers that were merged", metadata: ["fork": "\(id)", "error": "\(error)"])
                 }
             }
@@ -62,130 +65,137 @@ extension ReplicaStore {
         }
     }
 
+    /// The layers are read here; what they say is handed over in parts to where the disk is used.
     private func follow(_ id: ForkID, _ number: Int, _ volume: ForkVolume) throws(StoreError) {
+        // Both change under the fork's lock only.
+        let known = Set(volume.chain.lazy.map(\.id))
         let seen = Set(volume.map.layers.lazy.map(\.layer))
-        // Also layers of which nothing is to be seen are pinned.
-        let held = volume.chain.map(\.id)
         let found = shared.withLock { shared -> (chain: [LayerRecord], pin: UInt64)? in
             guard let parent = shared.state.forks[id]?.volumes[number].parent else { return nil }
             let chain = shared.state.chain(parent)
-            let now = Set(chain.lazy.map(\.id))
-            if shared.isClosed || (seen.allSatisfy({ $0 == 0 || now.contains($0) }) && held.allSatisfy(now.contains)) { return nil }
-            defer { shared.nextPin += 1 }
-            shared.pins[shared.nextPin] = Pin(chain)
-            return (chain, shared.nextPin)
+            if shared.isClosed || known.isSubset(of: chain.lazy.map(\.id)) { return nil }
+            return (chain, shared.add(Pin(chain)))
         }
         guard let found else { return }
         defer { unpin(found.pin) }
-        // Newest first: what a newer one has named is not looked for in those below.
-        var layers: [LayerFile.Loaded] = []
-        for record in found.chain.reversed() where !seen.contains(record.id) { layers.append(try LayerFile.load(storage, store: uuid, record: record)) }
-        let table = try segments.open(Set(found.chain.lazy.flatMap { $0.segments.lazy.map(\.segment) }))
-        if options.deliberateFault == .forksFollowBackwards { layers.reverse() }
-        let change = ForkFollow(chain: found.chain, layers: layers, segments: table)
-        while true {
-            volume.gate.wait()
-            if volume.isClosed { return volume.gate.signal() }
-            guard let io = volume.io else {
-                var step = volume.beginFollow(change)
-                while volume.follow(change, &step, extentsMax: .max) {}
-                volume.endFollow(change)
-                return volume.gate.signal()
+        // Newest first: what a newer one has named is not looked for in those below. None is needed when only layers went of which nothing is
+        // to be seen.
+        var layers: [(reader: LayerReader, checksums: LayerChecksums)] = []
+        if !seen.isSubset(of: [0] + found.chain.map(\.id)) {
+            for record in found.chain.reversed() where !known.contains(record.id) {
+                let reader = try LayerReader(storage, store: uuid, record: record)
+                layers.append((reader, try checksums.checksums(of: reader)))
             }
-            volume.gate.signal()
-            let ended = Semaphore()
-            nonisolated(unsafe) var isDone = false
-            nonisolated(unsafe) let target = io
-            guard io.loop.execute({ target.follow(change) { isDone = $0; ended.signal() } }) else { return }
-            ended.wait()
-            if isDone { return }
         }
+        if options.deliberateFault == .forksFollowBackwards { layers.reverse() }
+        let change = ForkFollow(
+            chain: found.chain, checksums: layers.map(\.checksums), segments: try segments.open(Set(found.chain.lazy.flatMap { $0.segments.lazy.map(\.segment) })))
+        nonisolated(unsafe) var step = ForkFollow.Step()
+        guard volume.whereUsed({ step = volume.beginFollow(change) }) else { return }
+        for (number, layer) in layers.enumerated() {
+            try layer.reader.forEachExtents { extents throws(StoreError) in
+                var next = 0
+                while next < extents.count {
+                    nonisolated(unsafe) let part = UnsafeBufferPointer(rebasing: extents[next..<min(extents.count, next + ForkFollow.extentsMax)])
+                    guard volume.whereUsed({ volume.follow(part, slot: step.slots[number], &step) }) else { throw .closed }
+                    next += part.count
+                }
+            }
+        }
+        _ = volume.whereUsed(drained: true) { volume.endFollow(change) }
     }
 }
 
 /// The layers that a disk's index turns to.
 struct ForkFollow {
+    /// Handed over at once: reads and writes go on in between.
+    static let extentsMax = 4096
+
     let chain: [LayerRecord]
-    /// Those that the disk does not know, newest first.
-    let layers: [LayerFile.Loaded]
+    /// Of those that the disk does not know, newest first.
+    let checksums: [LayerChecksums]
     /// Of the whole chain.
     let segments: SegmentTable
 
-    /// How far it is.
     struct Step {
-        /// By slot: its layer is not of the chain any more.
-        var isGone: [Bool] = []
-        /// Of `layers`.
+        /// Slots whose layers are not of the chain any more.
+        var gone = SlotSet(count: 0)
+        /// Of the new layers.
         var slots: [UInt32] = []
-        var layer = 0
-        var extent = 0
+        var hint = 0
     }
 }
 
 extension ForkVolume {
+    /// Runs `body` where nothing else touches the disk's index: on the loop that serves it, or here; `drained`: while no read is in flight.
+    /// False when the disk has been closed.
+    func whereUsed(drained: Bool = false, _ body: @escaping () -> Void) -> Bool {
+        while true {
+            gate.wait()
+            if isClosed {
+                gate.signal()
+                return false
+            }
+            guard let io else {
+                body()
+                gate.signal()
+                return true
+            }
+            gate.signal()
+            let ended = Semaphore()
+            nonisolated(unsafe) var isDone = false
+            nonisolated(unsafe) let (target, body) = (io, body)
+            let accepted = io.loop.execute {
+                target.whileServing(drained: drained, body) {
+                    isDone = $0
+                    ended.signal()
+                }
+            }
+            if !accepted { return false }
+            ended.wait()
+            if isDone { return true }
+            // Its server went meanwhile: somebody else has it, or nobody.
+            sched_yield()
+        }
+    }
+
+    /// Until the end old and new layers are read through: both are held, also if the end never comes.
     func beginFollow(_ change: ForkFollow) -> ForkFollow.Step {
         let now = Set(change.chain.lazy.map(\.id))
-        var step = ForkFollow.Step()
-        step.isGone = map.layers.map { $0.layer != 0 && !now.contains($0.layer) }
-        step.slots = change.layers.map { map.add($0.checksums) }
+        var step = ForkFollow.Step(gone: SlotSet(count: map.layers.count))
+        for (slot, layer) in map.layers.enumerated() where layer.layer != 0 && !now.contains(layer.layer) { step.gone.insert(UInt32(slot)) }
+        step.slots = change.checksums.map { map.add($0) }
         map.segments.add(change.segments)
+        hold(chain + change.chain)
         return step
     }
 
-    /// Whatever the index finds in a layer that is gone it finds in one of the new ones. Returns whether there is more to do.
-    func follow(_ change: ForkFollow, _ step: inout ForkFollow.Step, extentsMax: Int) -> Bool {
-        var left = extentsMax
-        while left > 0, step.layer < change.layers.count {
-            let extents = change.layers[step.layer].extents
-            guard step.extent < extents.count else {
-                step.layer += 1
-                step.extent = 0
-                continue
-            }
-            let stored = extents[step.extent]
-            step.extent += 1
-            left -= 1
-            if stored.isZero { continue }
-            let extent = stored.indexed(slot: step.slots[step.layer])
-            var block = extent.startBlock
-            while block < extent.endBlock {
-                let (piece, end) = map.index.piece(at: block, end: extent.endBlock)
-                if let piece, Int(piece.slot) < step.isGone.count, step.isGone[Int(piece.slot)] { map.index.apply(extent.clipped(from: block, to: end)) }
-                block = end
-            }
-        }
-        return step.layer < change.layers.count
+    /// Whatever the index finds in a layer that is gone it finds in one of the new ones.
+    func follow(_ extents: UnsafeBufferPointer<StoredExtent>, slot: UInt32, _ step: inout ForkFollow.Step) {
+        for extent in extents where !extent.isZero { map.index.repoint(extent.indexed(slot: slot), from: step.gone, hint: &step.hint) }
     }
 
     /// No read may be in flight: those that began before still use the old layers.
     func endFollow(_ change: ForkFollow) {
         chain = change.chain
         map.keep(layers: Set(chain.lazy.map(\.id)), change.segments)
-        repin()
+        hold(chain)
     }
 }
 
 extension ForkIO {
-    private static let followBatch = 4096
-
     /// On-loop. Calls with false when the disk is not served here any more.
-    func follow(_ change: ForkFollow, _ done: @escaping (Bool) -> Void) {
+    func whileServing(drained: Bool, _ body: @escaping () -> Void, _ done: @escaping (Bool) -> Void) {
         if isRetired { return done(false) }
         start()
-        follow(change, fork.beginFollow(change), done)
-    }
-
-    private func follow(_ change: ForkFollow, _ step: ForkFollow.Step, _ done: @escaping (Bool) -> Void) {
-        var step = step
-        // Retired meanwhile: the layers that it knows are pinned until it is closed.
-        if isRetired { return done(true) }
-        if fork.follow(change, &step, extentsMax: Self.followBatch) {
-            nonisolated(unsafe) let (this, next, done) = (self, step, done)
-            loop.execute { this.follow(change, next, done) }
-            return
+        guard drained else {
+            body()
+            return done(true)
         }
         reads.drain { [self] in
-            fork.endFollow(change)
+            // Retired while what was read ahead was waited for: the disk may be somebody else's by now.
+            if isRetired { return done(false) }
+            body()
             done(true)
         }
     }

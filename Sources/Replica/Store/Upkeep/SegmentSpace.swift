@@ -75,6 +75,17 @@ struct BlockBitmap {
         }
     }
 
+    /// Runs of blocks that are in it.
+    func runs() -> [Range<Int>] {
+        var runs: [Range<Int>] = []
+        var start = 0
+        for gap in gaps() + [count..<count] {
+            if gap.lowerBound > start { runs.append(start..<gap.lowerBound) }
+            start = gap.upperBound
+        }
+        return runs
+    }
+
     /// Runs of blocks that are not in it.
     func gaps() -> [Range<Int>] {
         var gaps: [Range<Int>] = []
@@ -189,10 +200,9 @@ extension ReplicaStore {
         return liveBlocks < before - before / 10
     }
 
-    private func mark(_ layer: LayerRecord, _ disk: any Storage, in maps: inout [UInt32: BlockBitmap]) throws(StoreError) {
+    /// Blocks of the segments that the layer names; all of a cluster's, whatever part of it.
+    func mark(_ layer: LayerRecord, _ disk: any Storage, in maps: inout [UInt32: BlockBitmap]) throws(StoreError) {
         let reader = try LayerReader(disk, store: uuid, record: layer)
-        // The header of every segment is in use.
-        for segment in maps.keys { maps[segment]!.insert(0..<1) }
         try reader.forEachExtents { extents throws(StoreError) in
             for extent in extents where !extent.isZero {
                 guard let map = maps[extent.segment] else { continue }
@@ -206,9 +216,12 @@ extension ReplicaStore {
 
     /// Returns how many bytes the file system gave back.
     private func punch(_ segment: UInt32, _ map: BlockBitmap, liveBlocks: UInt64, _ disk: any Storage) throws(StoreError) -> UInt64 {
+        var map = map
+        // The header is in use.
+        map.insert(0..<1)
         let file = try SegmentFile.open(disk, store: uuid, id: segment, writable: true).file
         let before = try file.allocatedBytes()
-        for gap in map.gaps() where gap.lowerBound > 0 {
+        for gap in map.gaps() {
             guard try file.punch(offsetBytes: UInt64(gap.lowerBound * pageBytes), lengthBytes: UInt64(gap.count * pageBytes)) else {
                 upkeep.work.canPunch = false
                 return 0

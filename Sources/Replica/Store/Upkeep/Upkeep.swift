@@ -50,6 +50,8 @@ final class Upkeep: @unchecked Sendable {
         /// There was no space for a merge.
         var isFrugal = false
         var canPunch = true
+        /// The unit to begin with.
+        var next = 0
         var segments: [UInt32: SegmentLook] = [:]
         /// Their data could not be read.
         var unmovableSegments: Set<UInt32> = []
@@ -67,9 +69,10 @@ final class Upkeep: @unchecked Sendable {
     func wake() { settings.withLock { $0.thread }?.wake() }
 }
 
-/// In the order of a round.
+/// In the order of a round, after points have expired. The next step begins with the unit after the one that did something, so that what always
+/// finds something to do does not keep the others from theirs.
 private enum Unit: CaseIterable {
-    case expire, merge, remove, reclaim, evacuate, rewriteManifest, tighten
+    case merge, remove, reclaim, evacuate, rewriteManifest
 }
 
 extension ReplicaStore {
@@ -86,14 +89,24 @@ extension ReplicaStore {
         // What one unit cannot do must not keep the others from making space.
         var failure: StoreError?
         upkeep.work.isFrugal = false
-        for unit in Unit.allCases {
-            do throws(StoreError) {
-                if let action = try carryOut(unit, disk) { return action }
-            } catch {
+        func attempt(_ body: () throws(StoreError) -> UpkeepAction?) throws(StoreError) -> UpkeepAction? {
+            do throws(StoreError) { return try body() } catch {
                 if case .closed = error { throw error }
                 if failure == nil { failure = error }
+                return nil
             }
         }
+        if let action = try attempt({ () throws(StoreError) in try expirePoints() }) { return action }
+        let units = Unit.allCases
+        let first = upkeep.work.next
+        for place in (first..<first + units.count).map({ $0 % units.count }) {
+            guard let action = try attempt({ () throws(StoreError) in try carryOut(units[place], disk) }) else { continue }
+            upkeep.work.next = (place + 1) % units.count
+            return action
+        }
+        upkeep.work.next = 0
+        // Only when nothing else can be given back.
+        if let action = try attempt({ () throws(StoreError) in try tighten() }) { return action }
         if case .full = failure {
             // The smallest merge, into the space that was kept for such a moment.
             upkeep.work.isFrugal = true
@@ -105,13 +118,11 @@ extension ReplicaStore {
 
     private func carryOut(_ unit: Unit, _ disk: any Storage) throws(StoreError) -> UpkeepAction? {
         switch unit {
-        case .expire: try expirePoints()
         case .merge: try mergeLayers(disk)
         case .remove: try removeUnnamedFiles()
         case .reclaim: try reclaimSegments(disk)
         case .evacuate: try evacuateSegments(disk)
         case .rewriteManifest: try rewriteManifest()
-        case .tighten: try tighten()
         }
     }
 
