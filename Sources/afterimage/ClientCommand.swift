@@ -85,6 +85,9 @@ enum Terminal {
         return ioctl(STDOUT_FILENO, UInt(TIOCGWINSZ), &size) == 0 && size.ws_col > 0 ? Int(size.ws_col) : 100
     }
 
+    /// Less than this is no column for sentences: they go below their row.
+    private static let sentenceColumns = 28
+
     /// Rows under headings, columns as wide as they need. The last one runs free, or is wrapped on a terminal.
     static func table(_ headings: [String], _ rows: [[String]], columns: Int? = Terminal.isInteractive ? Terminal.columns : nil) -> [String] {
         let all = [headings] + rows
@@ -93,7 +96,10 @@ enum Terminal {
         return all.flatMap { row in
             let first = zip(row, widths).dropLast().map { $0.padding(toLength: $1, withPad: " ", startingAt: 0) + "  " }.joined()
             let room = columns.map { $0 - indent } ?? 0
-            let parts = room >= 12 ? wrapped(row[row.count - 1], room) : [row[row.count - 1]]
+            let last = row[row.count - 1]
+            guard let columns, last.count > room else { return [first + last] }
+            if room < sentenceColumns, columns > sentenceColumns + 4 { return [first] + wrapped(last, columns - 4).map { "    " + $0 } }
+            let parts = room >= sentenceColumns ? wrapped(last, room) : [last]
             return parts.enumerated().map { ($0 == 0 ? first : String(repeating: " ", count: indent)) + $1 }
         }
     }

@@ -108,19 +108,19 @@ struct StatusCommand: ClientCommand {
     static func words(_ store: StoreView) -> [String] {
         var lines = ["", "store \(store.directory): \(store.space.rawValue)"]
         lines += Terminal.field("space", "\(Words.bytes(store.freeBytes)) of \(Words.bytes(store.capacityBytes)) free" + (store.tightensWhenLow ? "; when low, points go before their time" : ""))
-        lines += Terminal.field("data", "\(Words.bytes(store.storedBytes)) in \(store.layerCount) layers, \(store.segmentCount) segments" + (store.forkCount > 0 ? "; \(store.forkCount) forks" : ""))
+        lines += Terminal.field("data", "\(Words.bytes(store.storedBytes)) in \(Words.count(store.layerCount, "layer")), \(Words.count(store.segmentCount, "segment"))" + (store.forkCount > 0 ? "; \(Words.count(store.forkCount, "fork"))" : ""))
         let upkeep = store.upkeep
-        lines += Terminal.field("upkeep", "\(upkeep.expiredPointCount) points expired, \(upkeep.mergedLayerCount) layers merged, \(Words.bytes(upkeep.reclaimedBytes)) given back")
+        lines += Terminal.field("upkeep", "\(Words.count(upkeep.expiredPointCount, "point")) expired, \(Words.count(upkeep.mergedLayerCount, "layer")) merged, \(Words.bytes(upkeep.reclaimedBytes)) given back")
         lines += Terminal.field("scrub", words(store.scrub))
         return lines
     }
 
     private static func words(_ scrub: ScrubView) -> String {
         guard scrub.isOn else { return "off" }
-        var parts = [scrub.lastPassEnd.map { "last pass ended \(Words.timeToSecond($0))" } ?? "the first pass goes on"]
-        parts.append("\(Words.bytes(scrub.readBytes)) read since the start")
-        parts.append(scrub.badBlockCount == 0 && scrub.badFileCount == 0 ? "no damage known" : "DAMAGE: \(scrub.badBlockCount) blocks, \(scrub.badFileCount) layers")
-        if scrub.repairedBlockCount > 0 { parts.append("\(scrub.repairedBlockCount) blocks repaired") }
+        var parts = [scrub.lastPassEnd.map { "last pass ended \(Words.timeToSecond($0))" } ?? "no pass has ended yet"]
+        if scrub.readBytes > 0 { parts.append("\(Words.bytes(scrub.readBytes)) read since the start") }
+        parts.append(scrub.badBlockCount == 0 && scrub.badFileCount == 0 ? "no damage known" : "DAMAGE: \(Words.count(scrub.badBlockCount, "block")), \(Words.count(scrub.badFileCount, "layer"))")
+        if scrub.repairedBlockCount > 0 { parts.append("\(Words.count(scrub.repairedBlockCount, "block")) repaired") }
         return parts.joined(separator: ", ")
     }
 
@@ -131,7 +131,7 @@ struct StatusCommand: ClientCommand {
         if let rpo = server.rpoSeconds { lines.append("  RPO now       \(Words.seconds(rpo))") }
         if let id = server.lastRecoveryPoint, let time = server.lastRecoveryPointTime {
             let held = server.heldPointCount > 0 ? ", \(server.heldPointCount) held" : ""
-            lines += Terminal.field("last point", "\(id), cut \(Words.time(time)) (\(server.recoveryPointCount) \(server.recoveryPointCount == 1 ? "point" : "points")\(held); policy \(server.policy))")
+            lines += Terminal.field("last point", "\(id), cut \(Words.time(time)) (\(Words.count(server.recoveryPointCount, "point"))\(held); policy \(server.policy))")
         } else {
             let isHere = server.state == .failoverCommitted
             lines.append("  last point    none" + (isHere ? ": the machine runs here, and is not protected" : ": nothing to recover from"))

@@ -75,7 +75,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
 
         func run(_ client: APIClient) async throws {
             let point: RecoveryPoint = try await client.post(RecoveryPointCommand.path(name, point, "/hold"), HoldPoint(name: holdName))
-            try show(point) { ["recovery point \(point.id) is held as \(point.hold ?? holdName)"] }
+            try show(point) { ["recovery point \(point.id) is held as \"\(point.hold ?? holdName)\""] }
         }
     }
 
@@ -111,7 +111,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
         let point = view.point
         var notes: [String] = []
         if view.isUnreadable { notes.append("DAMAGED: a layer of it cannot be read") }
-        if let count = view.damagedBlockCount { notes.append("DAMAGED: \(count) \(count == 1 ? "block" : "blocks")") }
+        if let count = view.damagedBlockCount { notes.append("DAMAGED: \(Words.count(count, "block"))") }
         if let hold = point.hold { notes.append("held as \"\(hold)\"") }
         if point.isOnDemand { notes.append("on demand" + (point.note.map { ": \($0)" } ?? "")) } else if let note = point.note { notes.append(note) }
         return [

@@ -69,11 +69,11 @@ struct ServerCommand: AsyncParsableCommand {
         var lines = ["  id            \(server.id)", "  site pair     \(server.sitePair)"]
         if let host = server.hostName { lines.append("  host          \(host), agent \(server.agentVersion ?? "?")") }
         if let generation = server.generation { lines.append("  generation    \(generation)") }
-        if let stored = server.storedBytes { lines.append("  stored        \(Words.bytes(stored))") }
-        lines.append("  policy        \(PolicyHelp.words(server.policy))" + (server.heldPointCount > 0 ? ", \(server.heldPointCount) held points" : ""))
+        if let stored = server.storedBytes { lines.append("  stored        \(Words.bytes(stored))" + (server.layerCount.map { " in \(Words.count($0, "layer"))" } ?? "")) }
+        lines.append("  policy        \(PolicyHelp.words(server.policy))" + (server.heldPointCount > 0 ? ", \(Words.count(server.heldPointCount, "held point"))" : ""))
         if let settings = server.settings {
-            lines.append(
-                "  replication   an epoch every \(settings.epochMilliseconds) ms, "
+            lines += Terminal.field(
+                "replication", "an epoch every \(settings.epochMilliseconds) ms, "
                     + (settings.throttleBytesPerSecond == 0 ? "no throttle" : "at most \(Words.bytes(settings.throttleBytesPerSecond))/s")
                     + ", automatic restart \(settings.automaticRestart ? "on" : "off"), machine \(settings.cpus) CPUs \(settings.memoryMiB) MiB")
         }

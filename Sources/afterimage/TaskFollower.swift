@@ -3,7 +3,7 @@ import ArgumentParser
 import Foundation
 
 struct WaitOption: ParsableArguments {
-    @Flag(help: "Wait until the task has ended; show its progress. Exit code 1 when it failed.")
+    @Flag(help: "Wait until the task has ended; show its progress. Exit code 1 when it failed. The task does not end when you interrupt this.")
     var wait = false
 }
 

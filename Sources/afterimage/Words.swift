@@ -5,6 +5,9 @@ import Replica
 
 /// Figures and times in words that people read.
 enum Words {
+    /// `1 layer`, `2 layers`
+    static func count(_ number: some BinaryInteger, _ noun: String) -> String { "\(number) \(noun)\(number == 1 ? "" : "s")" }
+
     static func bytes(_ count: UInt64) -> String { Amount.bytes(count) }
 
     static func seconds(_ seconds: Double) -> String {

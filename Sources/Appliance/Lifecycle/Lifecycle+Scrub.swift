@@ -71,7 +71,6 @@ extension Lifecycle {
         let batch = findings
         findings = []
         guard !batch.isEmpty, !isStopping else { return }
-        let hadDamage = !damage.isEmpty
         let lines = DamageWords.lines(batch)
         for finding in batch { note(finding) }
         let figures = store.statistics().scrub
@@ -82,7 +81,7 @@ extension Lifecycle {
         }
         if figures.badFileCount == 0 { damage.files = [:] }
         do {
-            let ended = passEnded(batch, hadDamage: hadDamage)
+            let ended = passEnded(batch)
             try await catalogue.write { db in
                 for line in lines {
                     let server = try line.group.flatMap { try ServerRecord.fetchOne(db, key: $0.rawValue) }
@@ -113,14 +112,14 @@ extension Lifecycle {
     }
 
     /// The line for the audit log when a pass ended that read something.
-    private func passEnded(_ batch: [ScrubFinding], hadDamage: Bool) -> String? {
+    private func passEnded(_ batch: [ScrubFinding]) -> String? {
         var last: ScrubStatistics?
         for case .passEnded(let figures) in batch { last = figures }
         guard let last else { return nil }
-        damage.lastPassEnd = Date(nanoseconds: last.lastPassEndNanoseconds)
         let read = last.readBytes - min(last.readBytes, damage.readBytesAtEnd)
         damage.readBytesAtEnd = last.readBytes
         guard read > 0 else { return nil }
+        damage.lastPassEnd = Date(nanoseconds: last.lastPassEndNanoseconds)
         return "\(Amount.bytes(read)) read; " + (damage.isEmpty ? "everything is as it was written" : "damage is known")
     }
 
