@@ -6,6 +6,6 @@ import CXXHash
 public enum BlockChecksum {
     @inlinable
     public static func of(_ bytes: UnsafeRawPointer, count: Int, blockIndex: UInt64) -> UInt64 {
-        XXH3_64bits_withSeed(bytes, count, blockIndex)
+        cxxhash_64_seeded(bytes, count, blockIndex)
     }
 }

@@ -60,7 +60,7 @@ enum IndexFile {
             let bytes = count * MemoryLayout<IndexExtent>.size
             let whole = roundUp(bytes, to: pageBytes)
             memset(buffer.baseAddress! + bytes, 0, whole - bytes)
-            for page in stride(from: 0, to: whole, by: pageBytes) { sums.append(XXH3_64bits(buffer.baseAddress! + page, pageBytes)) }
+            for page in stride(from: 0, to: whole, by: pageBytes) { sums.append(cxxhash_64(buffer.baseAddress! + page, pageBytes)) }
             try file.write(UnsafeRawBufferPointer(rebasing: buffer[..<whole]), at: offset)
             offset += UInt64(whole)
             count = 0
@@ -83,11 +83,11 @@ enum IndexFile {
         if table.count > 0 { try file.write(UnsafeRawBufferPointer(table), at: offset) }
         var header = Header(
             extentCount: UInt64(snapshot.index.count), layerCount: UInt64(layers.count), fileBytes: offset + UInt64(table.count), tableOffset: offset,
-            tableChecksum: XXH3_64bits(table.baseAddress!, table.count))
+            tableChecksum: cxxhash_64(table.baseAddress!, table.count))
         memset(buffer.baseAddress!, 0, extentsOffset)
         buffer.storeBytes(of: FileHeader(kind: .index, id: snapshot.top, store: store), as: FileHeader.self)
         buffer.storeBytes(of: header, toByteOffset: 64, as: Header.self)
-        header.checksum = XXH3_64bits(buffer.baseAddress!, 120)
+        header.checksum = cxxhash_64(buffer.baseAddress!, 120)
         buffer.storeBytes(of: header, toByteOffset: 64, as: Header.self)
         try file.write(UnsafeRawBufferPointer(rebasing: buffer[..<extentsOffset]), at: 0)
     }
@@ -137,7 +137,7 @@ enum IndexFile {
         guard try file.read(into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<extentsOffset]), at: 0) == extentsOffset else { throw damaged(0, "the file ends early") }
         let fileHeader = try FileHeader.verify(UnsafeRawBufferPointer(rebasing: buffer[..<FileHeader.byteCount]), path: file.path, kind: .index, id: top, store: store)
         let header = buffer.load(fromByteOffset: 64, as: Header.self)
-        guard header.checksum == XXH3_64bits(buffer.baseAddress!, 120) else { throw damaged(64, "the index header does not match its checksum") }
+        guard header.checksum == cxxhash_64(buffer.baseAddress!, 120) else { throw damaged(64, "the index header does not match its checksum") }
         // What lies between the header and the first page is zero, so that no bit of the file is without meaning.
         guard buffer[128..<extentsOffset].allSatisfy({ $0 == 0 }) else { throw damaged(128, "it should be zero behind the header") }
         let extentCount = Int(header.extentCount)
@@ -147,7 +147,7 @@ enum IndexFile {
         else { throw damaged(64, "the index header contradicts the file") }
         let table = UnsafeMutableRawBufferPointer.allocate(byteCount: layerBytes + pageCount * 8, alignment: 16)
         defer { table.deallocate() }
-        guard try file.read(into: table, at: header.tableOffset) == table.count, XXH3_64bits(table.baseAddress!, table.count) == header.tableChecksum else {
+        guard try file.read(into: table, at: header.tableOffset) == table.count, cxxhash_64(table.baseAddress!, table.count) == header.tableChecksum else {
             throw damaged(header.tableOffset, "the table does not match its checksum")
         }
         let layerCount = Int(header.layerCount)
@@ -164,7 +164,7 @@ enum IndexFile {
             guard try file.read(into: UnsafeMutableRawBufferPointer(rebasing: buffer[..<(pages * pageBytes)]), at: offset) == pages * pageBytes else { throw damaged(offset, "the file ends early") }
             for number in 0..<pages {
                 let start = buffer.baseAddress! + number * pageBytes
-                guard !isChecked || XXH3_64bits(start, pageBytes) == table.loadUnaligned(fromByteOffset: layerBytes + (page + number) * 8, as: UInt64.self) else {
+                guard !isChecked || cxxhash_64(start, pageBytes) == table.loadUnaligned(fromByteOffset: layerBytes + (page + number) * 8, as: UInt64.self) else {
                     throw damaged(offset + UInt64(number * pageBytes), "a page of extents does not match its checksum")
                 }
                 let count = min(ExtentIndex.chunkExtentsMax, extentCount - (page + number) * ExtentIndex.chunkExtentsMax)

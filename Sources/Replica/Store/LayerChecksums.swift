@@ -91,7 +91,7 @@ final class LayerChecksums: @unchecked Sendable {
     func take(_ memory: UnsafeRawPointer, _ range: Range<Int>, path: String) throws(StoreError) {
         for page in range {
             let bytes = memory + (page - range.lowerBound) * pageBytes
-            guard XXH3_64bits(bytes, pageBytes) == pages!.sums[page] else {
+            guard cxxhash_64(bytes, pageBytes) == pages!.sums[page] else {
                 throw .damaged(path: path, offsetBytes: pages!.offset(page), what: "a page of block checksums does not match its checksum")
             }
             cache!.put(pages!, page, bytes)

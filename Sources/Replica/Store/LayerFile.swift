@@ -62,22 +62,22 @@ enum LayerFile {
             blockBytes: UInt32(blockBytes), kind: identity.cut.kind.rawValue, consistency: identity.consistency.formatValue)
         bytes.storeBytes(of: FileHeader(kind: .layer, id: identity.id, store: store), as: FileHeader.self)
         bytes.storeBytes(of: header, toByteOffset: 64, as: LayerHeader.self)
-        header.checksum = XXH3_64bits(base, 184)
+        header.checksum = cxxhash_64(base, 184)
         bytes.storeBytes(of: header.checksum, toByteOffset: 184, as: UInt64.self)
 
         for page in 0..<fenceCount {
             let start = base + extentsOffset + page * pageBytes
-            let fence = LayerFence(firstBlock: extents[page * (pageBytes / 32)].startBlock, checksum: XXH3_64bits(start, pageBytes))
+            let fence = LayerFence(firstBlock: extents[page * (pageBytes / 32)].startBlock, checksum: cxxhash_64(start, pageBytes))
             bytes.storeBytes(of: fence, toByteOffset: fencesOffset + page * 16, as: LayerFence.self)
         }
         var pageSums: [UInt64] = []
         for page in 0..<checksumBytes / pageBytes {
-            let sum = XXH3_64bits(base + checksumsOffset + page * pageBytes, pageBytes)
+            let sum = cxxhash_64(base + checksumsOffset + page * pageBytes, pageBytes)
             pageSums.append(sum)
             bytes.storeBytes(of: sum, toByteOffset: fencesOffset + fenceCount * 16 + page * 8, as: UInt64.self)
         }
-        var trailer = LayerTrailer(magic: LayerTrailer.magicNow, headerChecksum: header.checksum, fencesChecksum: XXH3_64bits(base + fencesOffset, fenceBytes), checksum: 0)
-        trailer.checksum = withUnsafeBytes(of: &trailer) { XXH3_64bits($0.baseAddress!, 24) }
+        var trailer = LayerTrailer(magic: LayerTrailer.magicNow, headerChecksum: header.checksum, fencesChecksum: cxxhash_64(base + fencesOffset, fenceBytes), checksum: 0)
+        trailer.checksum = withUnsafeBytes(of: &trailer) { cxxhash_64($0.baseAddress!, 24) }
         bytes.storeBytes(of: trailer, toByteOffset: fileBytes - 32, as: LayerTrailer.self)
 
         let file = try storage.open(path(identity.id), .create, direct: false)

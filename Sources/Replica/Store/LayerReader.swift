@@ -26,7 +26,7 @@ final class LayerReader: Sendable {
         guard try file.read(into: head, at: 0) == pageBytes else { throw damaged(0, "the file ends early") }
         _ = try FileHeader.verify(UnsafeRawBufferPointer(head), path: file.path, kind: .layer, id: record.id, store: store)
         let header = head.load(fromByteOffset: 64, as: LayerHeader.self)
-        guard header.checksum == XXH3_64bits(head.baseAddress!, 184) else { throw damaged(64, "the layer header does not match its checksum") }
+        guard header.checksum == cxxhash_64(head.baseAddress!, 184) else { throw damaged(64, "the layer header does not match its checksum") }
         guard header.blockBytes == UInt32(blockBytes), header.fileBytes == size, header.extentsOffset == UInt64(pageBytes),
             header.extentsOffset <= header.checksumsOffset, header.checksumsOffset <= header.fencesOffset, header.fencesOffset <= size - 32
         else { throw damaged(64, "the layer header contradicts the file") }
@@ -36,10 +36,10 @@ final class LayerReader: Sendable {
         guard try file.read(into: tail, at: header.fencesOffset) == tail.count else { throw damaged(header.fencesOffset, "the file ends early") }
         let fenceBytes = tail.count - 32
         let trailer = tail.loadUnaligned(fromByteOffset: fenceBytes, as: LayerTrailer.self)
-        guard trailer.magic == LayerTrailer.magicNow, trailer.checksum == XXH3_64bits(tail.baseAddress! + fenceBytes, 24), trailer.checksum == record.digest,
+        guard trailer.magic == LayerTrailer.magicNow, trailer.checksum == cxxhash_64(tail.baseAddress! + fenceBytes, 24), trailer.checksum == record.digest,
             trailer.headerChecksum == header.checksum
         else { throw damaged(size - 32, "the trailer does not match the MANIFEST") }
-        guard trailer.fencesChecksum == XXH3_64bits(tail.baseAddress!, fenceBytes) else { throw damaged(header.fencesOffset, "the fences do not match their checksum") }
+        guard trailer.fencesChecksum == cxxhash_64(tail.baseAddress!, fenceBytes) else { throw damaged(header.fencesOffset, "the fences do not match their checksum") }
         let extentPageCount = Int(header.checksumsOffset - header.extentsOffset) / pageBytes
         let checksumPageCount = Int(header.fencesOffset - header.checksumsOffset) / pageBytes
         guard fenceBytes == extentPageCount * 16 + checksumPageCount * 8, Int(header.extentCount) * 32 <= extentPageCount * pageBytes,
@@ -111,7 +111,7 @@ final class LayerReader: Sendable {
         guard try file.read(into: UnsafeMutableRawBufferPointer(start: memory, count: count), at: offset) == count else {
             throw .damaged(path: file.path, offsetBytes: offset, what: "the file ends early")
         }
-        for (index, page) in pages.enumerated() where XXH3_64bits(memory + index * pageBytes, pageBytes) != expected[page] {
+        for (index, page) in pages.enumerated() where cxxhash_64(memory + index * pageBytes, pageBytes) != expected[page] {
             throw .damaged(path: file.path, offsetBytes: offset + UInt64(index * pageBytes), what: "a page of \(what) does not match its checksum")
         }
     }

@@ -100,7 +100,7 @@ final class LayerWriter {
     private func writeBuffer() throws(StoreError) {
         if used == 0 { return }
         for page in stride(from: 0, to: used, by: pageBytes) {
-            let sum = XXH3_64bits(buffer + page, pageBytes)
+            let sum = cxxhash_64(buffer + page, pageBytes)
             if checksumsOffset == nil {
                 extentFences.append(LayerFence(firstBlock: buffer.load(fromByteOffset: page, as: UInt64.self), checksum: sum))
             } else {
@@ -128,7 +128,7 @@ final class LayerWriter {
         memset(buffer, 0, pageBytes)
         buffer.storeBytes(of: FileHeader(kind: .layer, id: id, store: store), as: FileHeader.self)
         buffer.storeBytes(of: header, toByteOffset: 64, as: LayerHeader.self)
-        header.checksum = XXH3_64bits(buffer, 184)
+        header.checksum = cxxhash_64(buffer, 184)
         buffer.storeBytes(of: header, toByteOffset: 64, as: LayerHeader.self)
 
         let tail = UnsafeMutableRawBufferPointer.allocate(byteCount: fenceBytes + 32, alignment: 16)
@@ -136,8 +136,8 @@ final class LayerWriter {
         extentFences.withUnsafeBytes { if $0.count > 0 { memcpyBytes(tail.baseAddress!, $0.baseAddress!, $0.count) } }
         checksumPages.withUnsafeBytes { if $0.count > 0 { memcpyBytes(tail.baseAddress! + extentFences.count * 16, $0.baseAddress!, $0.count) } }
         var trailer = LayerTrailer(
-            magic: LayerTrailer.magicNow, headerChecksum: header.checksum, fencesChecksum: XXH3_64bits(tail.baseAddress!, fenceBytes), checksum: 0)
-        trailer.checksum = withUnsafeBytes(of: &trailer) { XXH3_64bits($0.baseAddress!, 24) }
+            magic: LayerTrailer.magicNow, headerChecksum: header.checksum, fencesChecksum: cxxhash_64(tail.baseAddress!, fenceBytes), checksum: 0)
+        trailer.checksum = withUnsafeBytes(of: &trailer) { cxxhash_64($0.baseAddress!, 24) }
         tail.storeBytes(of: trailer, toByteOffset: fenceBytes, as: LayerTrailer.self)
         try file.write(UnsafeRawBufferPointer(tail), at: fencesOffset)
         try file.write(UnsafeRawBufferPointer(start: buffer, count: pageBytes), at: 0)
