@@ -306,7 +306,8 @@ import Testing
         for _ in 0..<4 {
             let face = RecoveryPointStore(reader: reader, loop: loop)
             var cursors = (0..<6).map { _ in random.below(size / 512) * 512 }
-            let lengths = (0..<6).map { _ in 512 * (1 + random.below(random.below(2) == 0 ? 16 : 256)) }
+            // Small ones are read ahead of wherever they are, large ones where they fall into many pieces.
+            let lengths = (0..<6).map { _ in 512 * (1 + random.below([16, 256, 2048][random.below(3)])) }
             for _ in 0..<250 {
                 var items: [RequestBatch.Item] = []
                 for index in cursors.indices where random.below(4) > 0 {
@@ -325,6 +326,15 @@ import Testing
         }
         #expect(store.statistics().badBlockCount == 0)
         store.close()
+    }
+
+    @Test func largeRequestsAreReadAheadOfWhereTheyFallIntoManyPieces() {
+        let length: UInt32 = 1 << 20
+        #expect(ReadAhead.isWorthwhile(lengthBytes: 64 << 10, pieceCount: 1))
+        #expect(ReadAhead.isWorthwhile(lengthBytes: length, pieceCount: 16))
+        // In one place: two long pieces; or as many as it lies in buffers, beginning anywhere, when it was in many before.
+        #expect(!ReadAhead.isWorthwhile(lengthBytes: length, pieceCount: 2))
+        #expect(!ReadAhead.isWorthwhile(lengthBytes: length, pieceCount: Int(length) / (ReadAhead.bufferBlocks * 4096) + 1))
     }
 
     /// A block that was put right is served although it was wrong when it was read ahead.

@@ -144,7 +144,9 @@ final class BlockReads: IOHandler {
         if lineHead != nil || drained != nil { return wait(request) }
         let stream = ahead.stream(offsetBytes: request.pointee.offsetBytes, lengthBytes: request.pointee.lengthBytes)
         guard makePieces(request) else { return wait(request) }
-        if let stream, freeCount > Self.pieceCount / 2 { readAhead(stream) }
+        // One of them is the request's own.
+        let (length, made) = (request.pointee.lengthBytes, Int(request.pointee.scratch.0) - 1)
+        if let stream, freeCount > Self.pieceCount / 2, ReadAhead.isWorthwhile(lengthBytes: length, pieceCount: made) { readAhead(stream, length) }
         pieceEnded(request)
     }
 
@@ -274,8 +276,8 @@ final class BlockReads: IOHandler {
 
     // MARK: Ahead
 
-    private func readAhead(_ stream: Int) {
-        while let buffer = ahead.next(stream, in: map) { startAhead(buffer) }
+    private func readAhead(_ stream: Int, _ lengthBytes: UInt32) {
+        while let buffer = ahead.next(stream, lengthBytes: lengthBytes, in: map) { startAhead(buffer) }
     }
 
     private func startAhead(_ number: Int) {

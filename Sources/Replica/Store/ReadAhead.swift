@@ -1,18 +1,27 @@
 import BlockTap
 
 /// What `BlockReads` has read before it was asked for. A client that reads on and on, one request at a time, waits for the disk each time;
-/// here the next half megabyte is read in long pieces while it is busy with the last.
+/// here the next half megabyte is read in long pieces while it is busy with the last. One that has several large requests under way keeps
+/// the disk busy by itself, unless they fall into many pieces: each request waits for the last of its own, and meanwhile less and less is under way.
+/// For such a client some megabytes are read ahead.
 ///
 /// *Streams* are recognised by requests that begin where one ended: the third is read ahead of. *Buffers* hold what is stored in a
 /// segment, as it is: a piece that lies in one is decompressed and verified like any other. Blocks of sealed layers never change, so a buffer
 /// is right until it is used for something else; the open layer of a fork is not read ahead of. On-loop.
 struct ReadAhead {
     static let bufferBlocks = 32
-    static let bufferCount = 16
-    static let windowBlocks: UInt64 = 128
+    /// For small requests, and in all.
+    static let smallBufferCount = 16
+    static let bufferCount = 64
+    static let smallWindowBlocks: UInt64 = 128
+    static let windowBlocks: UInt64 = 1024
     static let streamCount = 8
-    /// Requests longer than this keep the disk busy by themselves.
-    static let requestBytesMax = 128 << 10
+    static let smallRequestBytesMax = 128 << 10
+    /// Longer ones are not looked at.
+    static let requestBytesMax = 4 << 20
+    /// A larger request is in many pieces when they are shorter than this on average. Less than a buffer, so that what lies in buffers is not
+    /// taken for it.
+    static let pieceBytesMany = 112 << 10
     /// Less that lies together is not worth it.
     static let runBlocksMin = 4
 
@@ -45,6 +54,8 @@ struct ReadAhead {
     var buffers = [Buffer](repeating: Buffer(), count: ReadAhead.bufferCount)
     private var streams = [Stream](repeating: Stream(), count: ReadAhead.streamCount)
     private var clock: UInt64 = 0
+    /// Buffers that may hold something.
+    private var inUse = 0
 
     func deallocate() { memory?.deallocate() }
 
@@ -74,7 +85,7 @@ struct ReadAhead {
     @inline(__always)
     func buffer(of extent: IndexExtent) -> (buffer: Int, blockCount: Int)? {
         if memory == nil || extent.slot == IndexExtent.openSlot { return nil }
-        for index in 0..<Self.bufferCount where buffers[index].blockCount > 0 && buffers[index].segment == extent.segment {
+        for index in 0..<inUse where buffers[index].blockCount > 0 && buffers[index].segment == extent.segment {
             let first = buffers[index].firstBlock
             guard extent.segmentBlock >= first, extent.segmentBlock < first + buffers[index].blockCount else { continue }
             let room = Int(first + buffers[index].blockCount - extent.segmentBlock)
@@ -89,11 +100,17 @@ struct ReadAhead {
         buffers[buffer].lastUse = clock
     }
 
-    /// The next run to read for a stream, and the buffer for it; nil when enough is on its way.
-    mutating func next(_ stream: Int, in map: BlockMap) -> Int? {
+    /// Whether to read ahead of requests like this one, which took so many pieces.
+    static func isWorthwhile(lengthBytes: UInt32, pieceCount: Int) -> Bool {
+        lengthBytes <= smallRequestBytesMax || pieceCount * pieceBytesMany >= Int(lengthBytes)
+    }
+
+    /// The next run to read for a stream of such requests, and the buffer for it; nil when enough is on its way.
+    mutating func next(_ stream: Int, lengthBytes: UInt32, in map: BlockMap) -> Int? {
+        let isSmall = lengthBytes <= Self.smallRequestBytesMax
         let volumeEnd = (map.sizeBytes + UInt64(blockBytes) - 1) / UInt64(blockBytes)
         let position = (streams[stream].nextByte + UInt64(blockBytes) - 1) / UInt64(blockBytes)
-        let end = min(volumeEnd, position + Self.windowBlocks)
+        let end = min(volumeEnd, position + (isSmall ? Self.smallWindowBlocks : Self.windowBlocks))
         var block = max(streams[stream].aheadBlock, position)
         // In steps of a buffer, not block after block behind the reader.
         while end >= block + UInt64(Self.bufferBlocks) || (end == volumeEnd && block < end) {
@@ -122,7 +139,7 @@ struct ReadAhead {
                 continue
             }
             var free: Int?
-            for index in 0..<Self.bufferCount where !buffers[index].isInFlight && buffers[index].users == 0 {
+            for index in 0..<(isSmall ? Self.smallBufferCount : Self.bufferCount) where !buffers[index].isInFlight && buffers[index].users == 0 {
                 if free == nil || buffers[index].lastUse < buffers[free!].lastUse { free = index }
             }
             guard let free else {
@@ -132,6 +149,7 @@ struct ReadAhead {
             if memory == nil { memory = .allocate(byteCount: Self.bufferCount * Self.bufferBlocks * blockBytes, alignment: pageBytes) }
             inFlight += 1
             startedCount += 1
+            inUse = max(inUse, free + 1)
             buffers[free] = Buffer(segment: run.segment, firstBlock: run.segmentBlock, blockCount: UInt32(stored), isInFlight: true, lastUse: clock)
             return free
         }
