@@ -66,6 +66,8 @@ struct ForkOpen: ParsableCommand {
     @Option(help: "The store.") var directory: String
 
     func run() throws {
+        // Cold: nothing is left of what was merged before.
+        for name in try FileManager.default.contentsOfDirectory(atPath: directory + "/indexes") { try FileManager.default.removeItem(atPath: "\(directory)/indexes/\(name)") }
         let store = try ReplicaStore.open(directory: directory, logger: quiet)
         let point = try store.newestPoint()
         func forkAndOpen(_ name: String) throws -> (seconds: Double, extents: Int) {

@@ -27,7 +27,7 @@ struct StoreOptions: Sendable {
     /// Memory for checksums of blocks, of all readers together.
     var checksumCacheBytes = 64 << 20
     /// A layer with more checksums is never held in memory as a whole.
-    var residentChecksumCountMax = 64 << 10
+    var residentChecksumCountMax = 32 << 10
     /// Layer files that are kept open for their checksums.
     var layerFilesOpenMax = 128
     /// A merged index is kept on disk when merging it anew takes as long as this many extents.
