@@ -76,7 +76,7 @@ final class Feeder: @unchecked Sendable {
     let store: ReplicaStore
     private var number: UInt64
     private var parent: DurablePosition?
-    private var sums: [UInt64] = []
+    private let sums = UnsafeMutableBufferPointer<UInt64>.allocate(capacity: 4096)
     private let answered = DispatchSemaphore(value: 0)
     private var failure: StoreError?
     private var isSealing = false
@@ -97,12 +97,14 @@ final class Feeder: @unchecked Sendable {
 
     func append(_ bytes: UnsafeRawBufferPointer, at offset: UInt64) throws {
         let count = bytes.count / blockBytes
-        sums.removeAll(keepingCapacity: true)
+        precondition(count <= sums.count)
         for block in 0..<count {
-            sums.append(BlockChecksum.of(bytes.baseAddress! + block * blockBytes, count: blockBytes, blockIndex: offset / UInt64(blockBytes) + UInt64(block)))
+            sums[block] = BlockChecksum.of(bytes.baseAddress! + block * blockBytes, count: blockBytes, blockIndex: offset / UInt64(blockBytes) + UInt64(block))
         }
-        try sums.withUnsafeBufferPointer { try writer.append(volume: 0, offsetBytes: offset, bytes: bytes, checksums: $0) }
+        try writer.append(volume: 0, offsetBytes: offset, bytes: bytes, checksums: UnsafeBufferPointer(rebasing: sums[..<count]))
     }
+
+    deinit { sums.deallocate() }
 
     /// Asks for the seal once the one before has been answered.
     func seal() throws {

@@ -232,13 +232,14 @@ public final class EpochWriter: @unchecked Sendable {
     }
 
     private func check(_ volume: Int, _ offset: UInt64, _ length: UInt64) throws(StoreError) {
-        if let failure {
-            dropBuffer()
-            throw failure
-        }
         switch fate.withLock({ $0 }) {
-        case .receiving: break
-        case .failed(let error): throw error
+        case .receiving:
+            // Once per buffer: a write that failed, or the epoch before, soon becomes its fate, and the seal looks again.
+            guard buffer == nil, let failure else { break }
+            throw failure
+        case .failed(let error):
+            dropBuffer()
+            throw error
         case .sealing, .sealed: throw .invalid("\(cut.epoch) of group \(group) is being sealed already")
         }
         guard volumes.indices.contains(volume) else { throw .invalid("group \(group) has no disk number \(volume)") }
