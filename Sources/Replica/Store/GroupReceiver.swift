@@ -190,17 +190,22 @@ final class GroupReceiver: Sendable {
         if store.options.deliberateFault == .dataNotSynced { return syncs }
         for id in segments.sorted() {
             guard let file = files.withLock({ $0.open[id] })?.file.file else { continue }
-            syncs.underway.begin()
-            let accepted = writes.sync(file) { error in
-                if let error { syncs.failed(error) }
-                syncs.underway.end()
-            }
-            if !accepted {
-                syncs.failed(.closed)
-                syncs.underway.end()
-            }
+            startSync(file, syncs)
         }
         return syncs
+    }
+
+    /// One more file.
+    func startSync(_ file: any StorageFile, _ syncs: EpochWrites) {
+        syncs.underway.begin()
+        let accepted = writes.sync(file) { error in
+            if let error { syncs.failed(error) }
+            syncs.underway.end()
+        }
+        if !accepted {
+            syncs.failed(.closed)
+            syncs.underway.end()
+        }
     }
 
     func finish(_ syncs: EpochWrites) throws(StoreError) {

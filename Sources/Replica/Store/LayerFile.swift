@@ -20,6 +20,8 @@ enum LayerFile {
         var fileBytes: UInt64
         /// The trailer's checksum.
         var digest: UInt64
+        /// For whoever syncs it.
+        var file: any StorageFile
         var checksums: LayerChecksums
         /// With `checksumIndex` as in the file.
         var extents: [StoredExtent]
@@ -87,7 +89,7 @@ enum LayerFile {
         let checksums = cache?.written(
             layer: identity.id, digest: trailer.checksum, sizeBytes: identity.sizeBytes, sums: kept, sectionOffset: UInt64(checksumsOffset), pageSums: pageSums)
         return Written(
-            fileBytes: UInt64(fileBytes), digest: trailer.checksum,
+            fileBytes: UInt64(fileBytes), digest: trailer.checksum, file: file,
             checksums: checksums ?? LayerChecksums(layer: identity.id, sizeBytes: identity.sizeBytes, copying: kept, digest: trailer.checksum), extents: extents)
     }
 

@@ -44,8 +44,8 @@ extension ReplicaStore {
         if generation > group.generation { throw .invalid("group \(id) is at \(group.generation), \(generation) is not known here") }
     }
 
-    /// On the store's thread, after all of the epoch's buffers have been handed over. Data and layers, then names, then the record: only
-    /// then is it acknowledged.
+    /// On the store's thread, after all of the epoch's buffers have been handed over. Data, layers and names, then the record: only then
+    /// is it acknowledged.
     func seal(_ writer: EpochWriter, consistency: Consistency, done: (Result<RecoveryPoint?, StoreError>) -> Void) {
         var added: (volumes: [Int], records: [LayerRecord], written: [LayerFile.Written])?
         done(publish(writer, consistency, &added))
@@ -70,7 +70,7 @@ extension ReplicaStore {
             }
             try checkGeneration(group, writer.group, writer.generation)
             try checkParent(writer.parent, of: writer.cut, writer.group, last: group.lastDurable)
-            // While the layers are written and synced; nothing names either before both are durable.
+            // Data, layers and their names become durable at the same time; nothing names any of them before all are.
             let data = writer.receiver.startSync(writer.segmentsUsed)
             syncs = data
             if let error = data.error { throw error }
@@ -83,14 +83,16 @@ extension ReplicaStore {
                     sizeBytes: pending.spec.geometry.sizeBytes, cut: writer.cut, consistency: consistency)
                 let (extents, sums) = pending.layer()
                 let layer = try sums.withUnsafeBufferPointer { sums throws(StoreError) in
-                    try LayerFile.write(storage, store: uuid, identity: identity, extents: extents, sums: sums, isSynced: options.deliberateFault != .layerNotSynced, cache: checksums)
+                    try LayerFile.write(storage, store: uuid, identity: identity, extents: extents, sums: sums, isSynced: false, cache: checksums)
                 }
                 written.append(layer)
+                if options.deliberateFault != .layerNotSynced { writer.receiver.startSync(layer.file, data) }
+                if let error = data.error { throw error }
                 changed.append(volume)
                 records.append(layer.record(parent: identity.parent))
             }
-            try writer.receiver.finish(data)
             if !written.isEmpty, options.deliberateFault != .namesNotSynced { try storage.syncDirectory("layers") }
+            try writer.receiver.finish(data)
 
             var point: RecoveryPoint?
             if writer.cut.kind == .exact {
