@@ -98,7 +98,7 @@ enum Terminal {
             let room = columns.map { $0 - indent } ?? 0
             let last = row[row.count - 1]
             guard let columns, last.count > room else { return [first + last] }
-            if room < sentenceColumns, columns > sentenceColumns + 4 { return [first] + wrapped(last, columns - 4).map { "    " + $0 } }
+            if room < sentenceColumns, columns > sentenceColumns + 4 { return [String(first.reversed().drop { $0 == " " }.reversed())] + wrapped(last, columns - 4).map { "    " + $0 } }
             let parts = room >= sentenceColumns ? wrapped(last, room) : [last]
             return parts.enumerated().map { ($0 == 0 ? first : String(repeating: " ", count: indent)) + $1 }
         }

@@ -92,6 +92,9 @@ public struct APIClient: Sendable {
             data = Data(buffer: try await response.body.collect(upTo: 256 << 20))
         } catch {
             if Task.isCancelled { throw CancellationError() }
+            if let error = error as? HTTPClientError, error == .remoteConnectionClosed {
+                throw Failure.unreachable("the appliance at \(profile.url) went away before it answered; when it is back, afterimage task list says what became of it")
+            }
             throw Failure.unreachable("cannot reach the appliance at \(profile.url): \(error)")
         }
         guard (200..<300).contains(Int(response.status.code)) else {
