@@ -184,18 +184,16 @@ final class GroupReceiver: Sendable {
         return file
     }
 
-    /// Begins to make the data of an epoch durable; `finish` what it returns.
-    func startSync(_ segments: Set<UInt32>) -> EpochWrites {
-        let syncs = EpochWrites()
-        if store.options.deliberateFault == .dataNotSynced { return syncs }
+    /// Begins to make data that has been written durable; `finish` the syncs.
+    func startSync(_ segments: Set<UInt32>, _ syncs: EpochWrites) {
+        if store.options.deliberateFault == .dataNotSynced { return }
         for id in segments.sorted() {
             guard let file = files.withLock({ $0.open[id] })?.file.file else { continue }
             startSync(file, syncs)
         }
-        return syncs
     }
 
-    /// One more file.
+    /// The same of one file.
     func startSync(_ file: any StorageFile, _ syncs: EpochWrites) {
         syncs.underway.begin()
         let accepted = writes.sync(file) { error in

@@ -56,25 +56,21 @@ extension ReplicaStore {
     private func publish(
         _ writer: EpochWriter, _ consistency: Consistency, _ added: inout (volumes: [Int], records: [LayerRecord], written: [LayerFile.Written])?
     ) -> Result<RecoveryPoint?, StoreError> {
-        writer.writes.underway.wait()
         if let failure = writer.failure {
             writer.receiver.fail(writer, failure)
             writer.receiver.unsealed(writer)
             return .failure(failure)
         }
         var written: [LayerFile.Written] = []
-        var syncs: EpochWrites?
+        let syncs = EpochWrites()
         do throws(StoreError) {
             guard let group = read({ $0.groups[writer.group] }), shared.withLock({ $0.receivers[writer.group] === writer.receiver }) else {
                 throw .unknownGroup(writer.group)
             }
             try checkGeneration(group, writer.group, writer.generation)
             try checkParent(writer.parent, of: writer.cut, writer.group, last: group.lastDurable)
-            // Data, layers and their names become durable at the same time; nothing names any of them before all are.
-            let data = writer.receiver.startSync(writer.segmentsUsed)
-            syncs = data
-            if let error = data.error { throw error }
-
+            // Data, layers and names become durable in any order; nothing names any of them before all are. The last of the data may be on its way
+            // while the layers are made.
             var changed: [Int] = []
             var records: [LayerRecord] = []
             for (volume, pending) in writer.volumes.enumerated() where !pending.isEmpty {
@@ -86,13 +82,17 @@ extension ReplicaStore {
                     try LayerFile.write(storage, store: uuid, identity: identity, extents: extents, sums: sums, isSynced: false, cache: checksums)
                 }
                 written.append(layer)
-                if options.deliberateFault != .layerNotSynced { writer.receiver.startSync(layer.file, data) }
-                if let error = data.error { throw error }
+                if options.deliberateFault != .layerNotSynced { writer.receiver.startSync(layer.file, syncs) }
+                if let error = syncs.error { throw error }
                 changed.append(volume)
                 records.append(layer.record(parent: identity.parent))
             }
+            writer.writes.underway.wait()
+            if let failure = writer.failure { throw failure }
+            writer.receiver.startSync(writer.segmentsUsed, syncs)
+            if let error = syncs.error { throw error }
             if !written.isEmpty, options.deliberateFault != .namesNotSynced { try storage.syncDirectory("layers") }
-            try writer.receiver.finish(data)
+            try writer.receiver.finish(syncs)
 
             var point: RecoveryPoint?
             if writer.cut.kind == .exact {
@@ -108,7 +108,7 @@ extension ReplicaStore {
             added = (changed, records, written)
             return .success(point)
         } catch {
-            syncs?.underway.wait()
+            syncs.underway.wait()
             // A record that may or may not have reached the disk names these files: then they stay, and the next start decides.
             if manifest.failure == nil {
                 for layer in written { try? storage.remove(LayerFile.path(layer.checksums.layer)) }
