@@ -2,7 +2,7 @@ import ArgumentParser
 import Foundation
 import Replica
 
-/// Exit codes of `store`; documented in docs/store-check.md.
+/// Exit codes of `store`; documented in docs/store-format.md.
 private enum StoreExit {
     static let damaged = ExitCode(1)
     static let impossible = ExitCode(3)

@@ -63,6 +63,8 @@ struct History {
     var held: Set<UInt64> = []
     /// Being held or released: either may be true.
     var unsureHeld: Set<UInt64> = []
+    /// That were held at the last commit.
+    var survivors: Set<UInt64> = []
     var forks: [UInt64: Fork] = [:]
     var commits: [Commit] = []
     var committing: Commit?
@@ -94,6 +96,8 @@ struct History {
         case "committing": committing = Commit(fork: n[0], epoch: n[1], writes: [n[2], n[3]], generation: n[4])
         case "committed":
             commits.append(committing!)
+            // Whatever becomes of them afterwards: the others are gone.
+            survivors = held
             committing = nil
         case "not-committed": committing = nil
         default: preconditionFailure("the log has a line that begins with \(words[0])")

@@ -92,13 +92,13 @@ final class TortureVerifier {
         let have = Set(points.map(\.epoch.rawValue))
         if have.count < points.count { problem("two points of one epoch") }
         for epoch in 1...max(1, history.acknowledged) where epoch <= history.acknowledged && Scene.kind(epoch) == .exact && !history.dropped.contains(epoch) && !have.contains(epoch) {
-            if epoch > history.baseEpoch || history.held.contains(epoch) { problem("the point of epoch \(epoch) was acknowledged and is gone") }
+            if epoch > history.baseEpoch || history.survivors.contains(epoch) { problem("the point of epoch \(epoch) was acknowledged and is gone") }
         }
         let states = history.states(have)
         for point in points {
             let epoch = point.epoch.rawValue
             if history.dropped.contains(epoch) { problem("the point of epoch \(epoch) was dropped and is there") }
-            if epoch <= history.baseEpoch, !history.held.contains(epoch) { problem("the point of epoch \(epoch) was not held, and a fork was committed") }
+            if epoch <= history.baseEpoch, !history.survivors.contains(epoch) { problem("the point of epoch \(epoch) was not held when a fork was committed, and is there") }
             if epoch > last { problem("the point of epoch \(epoch) is newer than the last epoch, \(last)") }
             if (point.hold != nil) != history.held.contains(epoch) { problem("the point of epoch \(epoch) is \(point.hold == nil ? "not " : "")held") }
             for volume in 0..<2 {

@@ -387,14 +387,17 @@ public struct StoreCheck {
         }
     }
 
-    /// Merged indexes are only copies: a damaged one is told of, and no recovery point is the worse for it.
+    /// Merged indexes are only copies, written without a sync: a kill leaves half of one, and no recovery point is the worse for it.
     private mutating func checkIndexes() {
         for name in (try? storage.list("indexes")) ?? [] {
             let top = UInt64(name.dropLast(".index".count))
             guard name.hasSuffix(".index"), let top, state.layers[top] != nil else { continue }
             do throws(StoreError) {
                 try IndexFile.verify(storage.open("indexes/" + name, .read, direct: false), top: top, store: state.uuid) { _ in } extents: { _ in }
-            } catch { damage("indexes/" + name, error) }
+            } catch {
+                let what = if case .damaged(_, let offset, let what) = error { "byte \(offset): \(what)" } else { "\(error)" }
+                report.notes.append("indexes/\(name) is of no use, and is removed when it is needed (\(what))")
+            }
         }
     }
 
