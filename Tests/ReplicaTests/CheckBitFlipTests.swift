@@ -14,7 +14,8 @@ import Testing
         var forks: [ForkID: [[UInt8]]] = [:]
     }
 
-    /// A small store with all that there is: several layers and segments, tombstones, overwritten blocks, two forks, merged layers.
+    /// A small store with all that there is: several layers and segments, compressed clusters, tombstones, overwritten blocks, merged layers,
+    /// holes, forks with a sealed layer and an open one, one of a fork, and merged indexes on disk.
     static func make(seed: UInt64) throws -> (MemoryStorage, Expected) {
         let storage = MemoryStorage()
         var random = SeededRandom(seed: seed)
@@ -24,10 +25,14 @@ import Testing
         options.segmentBytes = 64 << 10
         options.newUUID = { StoreUUID(high: 1, low: 2) }
         options.now = { 1_000_000_000 }
+        options.compression = seed % 2 == 0 ? .lz4 : .zstd
+        options.garbageBytesMin = 1
+        options.reclaimBytesMin = 1
+        options.indexFileCostMin = 1
         let store = try ReplicaStore(storage: storage, options: options, logger: quiet)
         try store.createGroup(webGroup, volumes: [spec("vda", bytes: UInt64(sizes[0])), spec("vdb", bytes: UInt64(sizes[1]))])
         var model = sizes.map { [UInt8](repeating: 0, count: $0) }
-        for epoch in 1...6 as ClosedRange<UInt64> {
+        for epoch in 1...8 as ClosedRange<UInt64> {
             let writer = try store.begin(epoch)
             for volume in 0..<2 {
                 for _ in 0..<3 {
@@ -47,7 +52,13 @@ import Testing
             }
             if let point = try sealStepped(store, writer) { expected.points[point.id] = model }
         }
-        for (number, point) in [store.recoveryPoints(webGroup)[2], store.recoveryPoints(webGroup)[5]].enumerated() {
+        let gone = [1, 2, 4].map { store.recoveryPoints(webGroup)[$0].id }
+        try store.dropRecoveryPoints(webGroup, gone)
+        for id in gone { expected.points[id] = nil }
+        var merged = 0
+        while let action = try store.upkeepStep() { if case .merged(let layers, _) = action { merged += layers } }
+        precondition(merged > 1, "nothing was merged")
+        for (number, point) in [store.recoveryPoints(webGroup)[1], store.recoveryPoints(webGroup)[4]].enumerated() {
             let id = ForkID("fork-\(number)")
             try store.fork(id, of: webGroup, at: point.id, purpose: "test")
             var images = expected.points[point.id]!
@@ -65,6 +76,21 @@ import Testing
                 try fork.close()
             }
             expected.forks[id] = images
+            if number == 1 { continue }
+            // Sealed, and the base of another one; both are written on.
+            let child = ForkID("fork-of-0")
+            try store.fork(child, ofFork: id, purpose: "test")
+            for (id, first) in [(id, 0), (child, 8192)] {
+                for volume in 0..<2 {
+                    let fork = try store.openFork(id, volume: volume)
+                    let bytes = noise(6000, &random)
+                    try bytes.withUnsafeBytes { try fork.write(offsetBytes: UInt64(first + 1000), $0) }
+                    var image = images[volume]
+                    image.replaceSubrange(first + 1000..<first + 7000, with: bytes)
+                    expected.forks[id, default: images][volume] = image
+                    try fork.close()
+                }
+            }
         }
         store.close()
         return (storage, expected)
@@ -141,6 +167,7 @@ import Testing
         let report = try StoreCheck.run(storage, readsData: true)
         #expect(report.isClean, "\(report.damages) \(report.badExtents)")
         #expect(report.unnamedFiles.isEmpty)
+        #expect(storage.files.keys.contains { $0.hasPrefix("indexes/") } && report.notes.isEmpty, "\(report.notes)")
         #expect(report.views.allSatisfy { $0.state == .exact })
         #expect(report.views.filter { $0.kind == "recovery point" }.count == expected.points.count * 2)
     }
@@ -164,6 +191,7 @@ import Testing
             let place = "seed \(seed), round \(round): bit \(bit) of byte \(byte) of \(path)"
             let outcome = Self.readAll(files, expected)
             #expect(outcome.wrong.isEmpty, "\(place): \(outcome.wrong.prefix(3))")
+            if path.hasPrefix("indexes/") { #expect(outcome.unreadable.isEmpty && !outcome.failedToOpen, "\(place): an index is only a copy") }
             let report: StoreCheck.Report
             do { report = try StoreCheck.run(MemoryStorage(files), readsData: true) } catch {
                 // Only a MANIFEST that says not even what it is.
@@ -171,6 +199,7 @@ import Testing
                 noticed += 1
                 continue
             }
+            if path.hasPrefix("indexes/") { #expect(report.isClean, "\(place): \(report.damages)") }
             if outcome.failedToOpen || !outcome.unreadable.isEmpty {
                 noticed += 1
                 #expect(!report.isClean, "\(place): check finds nothing, but reading fails")

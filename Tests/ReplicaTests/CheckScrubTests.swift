@@ -133,56 +133,6 @@ func place(_ store: ReplicaStore, layer: UInt64, block: UInt64) throws -> (path:
         store.close()
     }
 
-    /// A compressed cluster is rebuilt from its blocks when all of the damaged ones are there.
-    @Test func aCompressedClusterIsMadeWholeOrLeftAlone() throws {
-        let storage = MemoryStorage()
-        let store = try ReplicaStore(storage: storage, options: options(), logger: quiet)
-        try store.createGroup(webGroup, volumes: [spec("vda", bytes: 32 * 4096)])
-        // Eight blocks in two; the fourth was overwritten in the same epoch and belongs to nothing.
-        let plain = (0..<8 * 4096).map { UInt8(truncatingIfNeeded: $0 / 300) }
-        let packed = try #require(plain.withUnsafeBytes { ClusterAccess.pack($0, storedBlocks: 2) })
-        try store.thread.perform { () throws(StoreError) in
-            let (segment, layer) = store.shared.withLock { (UInt32($0.newFile()), $0.newFile()) }
-            let file = try SegmentFile.create(storage, store: store.uuid, id: segment)
-            try packed.withBytes { bytes throws(StoreError) in try file.file.write(bytes, at: 4096) }
-            let checksums = sums(plain, offset: 8 * 4096)
-            func extent(_ first: Int, _ count: Int) -> StoredExtent {
-                StoredExtent(
-                    startBlock: UInt64(8 + first), blockCount: UInt32(count), segment: segment, segmentBlock: 1, checksumIndex: UInt32(first), storedBytes: 2 * 4096,
-                    encoding: ExtentEncoding.cluster.rawValue, clusterSkip: UInt8(first), clusterBlocks: 8)
-            }
-            let cut = Cut(epoch: EpochNumber(1), kind: .exact, timeNanoseconds: 1, blockCount: 0)
-            let written = try checksums.withUnsafeBufferPointer { sums throws(StoreError) in
-                try LayerFile.write(
-                    storage, store: store.uuid, identity: LayerIdentity(id: layer, parent: 0, volumeIndex: 0, sizeBytes: 32 * 4096, cut: cut, consistency: .crash),
-                    extents: [extent(0, 3), extent(4, 4)], sums: sums)
-            }
-            let point = RecoveryPoint(id: RecoveryPointID("rp-1"), group: webGroup, epoch: cut.epoch, instance: "a", cutTimeNanoseconds: 1, consistency: .crash, receivedTimeNanoseconds: 1, dataBytes: 0)
-            try store.change(.epochSealed(webGroup, DurablePosition(instance: "a", epoch: cut.epoch, kind: .exact), volumes: [0], layers: [written.record(parent: 0)], point: point))
-        }
-        pass(store)
-        #expect(store.badExtents().isEmpty)
-        #expect(try StoreCheck.run(storage, readsData: true).isClean)
-        let path = try #require(storage.files.keys.first { $0.hasPrefix("segments/") })
-        // Its header: nothing of it can be decompressed.
-        storage.flip(path, byte: 4096 + 5)
-        pass(store)
-        #expect(store.badExtents().map(\.block) == [8, 12] && store.badExtents().map(\.count) == [3, 4])
-        let broken = storage.files
-        let wanted = store.wantedBlocks(webGroup, limit: 64)
-        #expect(wanted.map(\.block) == [8, 9, 10, 12, 13, 14, 15])
-        func bytes(_ block: WantedBlock) -> [UInt8] { Array(plain[(Int(block.block) - 8) * 4096..<(Int(block.block) - 7) * 4096]) }
-        #expect(try store.repair(webGroup, wanted.dropLast().map { ($0, bytes($0)) }).isEmpty)
-        #expect(throws: StoreError.self) { try bytes(wanted[0]).withUnsafeBytes { try store.repair(webGroup, volume: 0, block: 8, bytes: $0) } }
-        #expect(storage.files == broken)
-        #expect(try store.repair(webGroup, wanted.map { ($0, bytes($0)) }).count == 7)
-        #expect(store.badExtents().isEmpty)
-        pass(store)
-        #expect(store.badExtents().isEmpty)
-        store.close()
-        #expect(try StoreCheck.run(storage, readsData: true).isClean)
-    }
-
     @Test func theThreadReadsEverythingAndEndsWithTheStore() throws {
         let directory = TemporaryDirectory()
         let store = try openStore(directory)

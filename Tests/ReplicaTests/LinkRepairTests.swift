@@ -8,17 +8,17 @@ import Testing
 
 /// Blocks that rotted in the store come back from the source, as long as that still has them.
 @Suite(.timeLimit(.minutes(10))) struct LinkRepairTests {
-    /// Damages a block as the newest layer with it has it; returns the points that show it.
-    private func rot(_ appliance: TestAppliance, block: UInt64) throws {
+    /// Damages a block as the newest layer with it has it.
+    private func rot(_ appliance: TestAppliance, block: UInt64, at place: Int = 100) throws {
         let store = appliance.store
         for layer in store.read({ $0.layers.keys.sorted(by: >) }) {
-            guard let (path, byte) = try place(store, layer: layer, block: block) else { continue }
+            guard let (path, byte) = try ReplicaTests.place(store, layer: layer, block: block) else { continue }
             let file = open(appliance.directory.path + "/store/" + path, O_RDWR)
             defer { close(file) }
             var bad: UInt8 = 0
-            pread(file, &bad, 1, off_t(byte + 100))
+            pread(file, &bad, 1, off_t(byte + place))
             bad ^= 0x10
-            pwrite(file, &bad, 1, off_t(byte + 100))
+            pwrite(file, &bad, 1, off_t(byte + place))
             fsync(file)
             return
         }
@@ -129,6 +129,162 @@ import Testing
         }
         #expect(appliance.store.badExtents().map(\.block) == [2])
         await appliance.stop()
+    }
+
+    /// Whatever the source says: bytes that are not the ones that are wanted never come near the data.
+    @Test func randomAnswersRepairOnlyWhatTheyMatch() async throws {
+        let appliance = try await damaged()
+        var random = SeededRandom(seed: 77)
+        let segments = try segmentBytes(appliance)
+        // An answer that there is nothing keeps it from being asked before the next pass.
+        let store = appliance.store
+        let passes = Task {
+            while !Task.isCancelled {
+                while case .read? = store.scrubStep() {}
+                try await Task.sleep(for: .milliseconds(1))
+            }
+        }
+        for round in 0..<40 {
+            let peer = try await self.peer(appliance, answersWanted: true)
+            guard case .frame(.blocksWanted, _) = await peer.next() else {
+                Issue.record("it was not asked, round \(round)")
+                return
+            }
+            var meta: [UInt8] = []
+            var table = ByteBuffer()
+            BlocksMeta(question: UInt64(random.below(3)), places: Array(0..<random.below(3))).write(&table)
+            meta = Array(buffer: table)
+            for _ in 0..<random.below(4) { meta[random.below(meta.count)] ^= UInt8(1 << random.below(8)) }
+            if random.below(4) == 0 { meta.removeLast(random.below(meta.count)) }
+            let payload = random.below(4) == 0 ? [] : noise(4096 * random.below(3), &random)
+            peer.send(.blocks, payload: payload) { $0.writeBytes(meta) }
+            // Some say no more than that they have nothing; the stream goes on then.
+            peer.send(.epochSeal) { $0.put(UInt64(1)) }
+            #expect(await peer.refusal()?.code == "protocolError", "round \(round)")
+        }
+        passes.cancel()
+        _ = await passes.result
+        #expect(appliance.store.badExtents().map(\.block) == [2])
+        #expect(try segmentBytes(appliance) == segments)
+        await appliance.stop()
+    }
+
+    private func segmentBytes(_ appliance: TestAppliance) throws -> [String: Data] {
+        let directory = appliance.directory.path + "/store/segments"
+        return try Dictionary(uniqueKeysWithValues: FileManager.default.contentsOfDirectory(atPath: directory).map { ($0, try Data(contentsOf: URL(fileURLWithPath: directory + "/" + $0))) })
+    }
+
+    /// Blocks that are in compressed clusters, of the newest layer and of older ones.
+    @Test(arguments: [StoreCompression.lz4, .zstd]) func clustersThatRottedAreRepairedFromTheSource(compression: StoreCompression) async throws {
+        var options = StoreOptions()
+        options.compression = compression
+        let appliance = try TestAppliance(options: options)
+        try await appliance.start()
+        let source = ModelSource(sizes: [1 << 20], seed: 33)
+        source.fill { UInt8(truncatingIfNeeded: $0 >> 9) | 1 }
+        let sender = try appliance.sender(source)
+        sender.start()
+        await source.untilAcknowledged(exact: 2)
+        // Headers of clusters: all that is in them is lost.
+        for block in [0, 16, 96] as [UInt64] { try rot(appliance, block: block, at: 5) }
+        scrub(appliance.store)
+        #expect(appliance.store.statistics().scrub.badBlockCount + appliance.store.statistics().scrub.repairedBlockCount >= 24)
+        try await eventually("all is repaired") { appliance.store.badExtents().isEmpty }
+        scrub(appliance.store)
+        #expect(appliance.store.badExtents().isEmpty && appliance.store.statistics().scrub.repairedBlockCount >= 24)
+        source.writeRandomly(count: 20)
+        await source.untilAcknowledged(exact: source.acknowledgedExactCount + 2)
+        await sender.stop()
+        #expect(try appliance.checkRecoveryPoints(source) >= 4)
+        await appliance.stop()
+        #expect(try StoreCheck.run(directory: appliance.directory.path + "/store", readsData: true).isClean)
+    }
+
+    /// Some of it the source still has, some of it is overwritten there: each block for itself.
+    @Test func whatIsLeftOfAClusterAtTheSourceIsEnoughForThose() async throws {
+        let appliance = try TestAppliance()
+        try await appliance.start()
+        let image = (0..<1 << 20).map { UInt8(truncatingIfNeeded: $0 >> 9) | 1 }
+        try appliance.store.createGroup(TestAppliance.group, volumes: [VolumeSpec(name: "disk-0", geometry: BlockGeometry(sizeBytes: 1 << 20, logicalBlockBytes: 512))])
+        let writer = try appliance.store.begin(1, instance: "before", group: TestAppliance.group)
+        try writer.append(volume: 0, offsetBytes: 0, image)
+        _ = try writer.seal()
+        try rot(appliance, block: 32, at: 5)
+        scrub(appliance.store)
+        #expect(appliance.store.badExtents().map(\.block) == [32] && appliance.store.badExtents().map(\.count) == [16])
+        let peer = try await peer(appliance, answersWanted: true)
+        guard case .frame(.blocksWanted, _) = await peer.next() else {
+            Issue.record("it was not asked")
+            return
+        }
+        peer.send(.blocks, payload: Array(image[34 * 4096..<35 * 4096] + image[40 * 4096..<41 * 4096])) { BlocksMeta(question: 1, places: [2, 8]).write(&$0) }
+        try await eventually("two blocks are repaired") { appliance.store.statistics().scrub.repairedBlockCount == 2 }
+        #expect(appliance.store.badExtents().map(\.block) == [32, 35, 41] && appliance.store.badExtents().map(\.count) == [2, 5, 7])
+        await appliance.stop()
+    }
+
+    /// The agent says nothing: its epochs are taken all the same, and it is asked again on its next stream.
+    @Test func whoNeverAnswersReplicatesAllTheSame() async throws {
+        let appliance = try await damaged()
+        for round in 1...3 as ClosedRange<UInt64> {
+            let peer = try await peer(appliance, answersWanted: true)
+            guard case .frame(.blocksWanted, _) = await peer.next() else {
+                Issue.record("it was not asked, stream \(round)")
+                return
+            }
+            let number = EpochNumber(round)
+            for epoch in [EpochNumber(round * 10), EpochNumber(round * 10 + 1)] {
+                peer.send(.epochBegin) { EpochBeginMeta(cut: Cut(epoch: epoch, kind: .exact, timeNanoseconds: 1, blockCount: 0)).write(&$0) }
+                peer.send(.epochSeal) { EpochSealMeta(epoch: epoch, dataBytes: 0, zeroBytes: 0, digest: 0, consistency: .crash).write(&$0) }
+                guard case .frame(.ack, _) = await peer.next() else {
+                    Issue.record("no ACK, stream \(round), \(number)")
+                    return
+                }
+            }
+            // Closed between the question and its answer.
+            try await peer.channel.close()
+        }
+        #expect(appliance.store.badExtents().map(\.block) == [2])
+        await appliance.stop()
+    }
+
+    /// What was asked about is in another layer when the answer comes: nothing is touched, and the next pass asks again.
+    @Test func anAnswerThatComesAfterAMergeIsAskedForAgain() async throws {
+        let appliance = try await damaged()
+        let store = appliance.store
+        let told = Mutex<[String]>([])
+        store.scrubber.state.withLock { $0.onFinding = { if case .notRepaired(_, _, let block, _, let why) = $0 { told.withLock { $0.append("\(block): \(why)") } } } }
+        let good = try goodBlock()
+        let peer = try await peer(appliance, answersWanted: true)
+        guard case .frame(.blocksWanted, _) = await peer.next() else {
+            Issue.record("it was not asked")
+            return
+        }
+        // As upkeep does when it moves data away; to the same place here.
+        let layer = try #require(store.read { $0.layers.values.first })
+        let merged = try LayerMerge.write(store.storage, store: store.uuid, id: store.shared.withLock { $0.newFile() }, layers: [layer])
+        #expect(try store.publish([layer.id], merged))
+        let segments = try segmentBytes(appliance)
+        peer.send(.blocks, payload: good) { BlocksMeta(question: 1, places: [0]).write(&$0) }
+        try await eventually("it is said") { !told.withLock { $0.isEmpty } }
+        #expect(told.withLock { $0 } == ["2: its layer was merged meanwhile; the next pass finds it again"])
+        #expect(try segmentBytes(appliance) == segments)
+        scrub(store)
+        guard case .frame(.blocksWanted, _) = await peer.next() else {
+            Issue.record("it was not asked again")
+            return
+        }
+        peer.send(.blocks, payload: good) { BlocksMeta(question: 2, places: [0]).write(&$0) }
+        try await eventually("it is repaired") { store.badExtents().isEmpty }
+        scrub(store)
+        #expect(store.badExtents().isEmpty && store.statistics().scrub.repairedBlockCount == 1)
+        await appliance.stop()
+    }
+
+    /// Block 2 as `damaged` wrote it.
+    private func goodBlock() throws -> [UInt8] {
+        var random = SeededRandom(seed: 4)
+        return Array(noise(4 * 4096, &random)[2 * 4096..<3 * 4096])
     }
 
     /// An older agent does not know the question.

@@ -352,8 +352,8 @@ final class Receiver {
             store.notRepaired(wanted.filter { !had.contains($0) }, group: group, why: "the source has something else there now")
             do throws(StoreError) {
                 let repaired = Set(answered.isEmpty ? [] : try store.repair(group, answered))
-                // Part of a cluster that cannot be made whole.
-                store.notRepaired(had.filter { !repaired.contains($0) }, group: group, why: "the compressed cluster that it lies in cannot be made whole")
+                // The layers that have taken their place are known to be bad when the next pass has read them.
+                store.notRepaired(had.filter { !repaired.contains($0) }, group: group, why: "its layer was merged meanwhile; the next pass finds it again")
             } catch {
                 logger.error("cannot repair blocks with what the source sent: \(error)")
                 // Not to be tried again and again; the next pass finds them anew.

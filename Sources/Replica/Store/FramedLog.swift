@@ -1,4 +1,5 @@
 import CXXHash
+import Glibc
 
 /// An append-only file of checksummed frames: the MANIFEST and the forks' journals.
 ///
@@ -164,7 +165,8 @@ final class FramedLog {
         } catch {
             rewind(to: oldEnd, sequence: oldSequence)
             guard case .full = error else { throw error }
-            try file.truncate(to: oldEnd)
+            // When the frame cannot be taken back it may count: that is no lack of space any more, which would mean that nothing happened.
+            do { try file.truncate(to: oldEnd) } catch let failure { throw .io(errno: EIO, what: "cannot take back a record of \(file.path) for which there was no space: \(failure)") }
             throw error
         }
         try? markSynced()
