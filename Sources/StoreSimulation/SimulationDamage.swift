@@ -68,8 +68,9 @@ extension Simulation {
         var owed = 0
         for name in state.groups.keys.sorted() {
             let wanted = store.wantedBlocks(GroupID(name), limit: .max)
-            for cluster in Dictionary(grouping: wanted, by: { [$0.layer, $0.cluster, $0.cluster == 0 ? $0.block : 0] }).sorted(by: { $0.key.lexicographicallyPrecedes($1.key) }) {
-                let parts = cluster.value.map { ($0, bytes($0)) }
+            // A layer at a time: one whose data has to move to be right has another number after it.
+            for layer in Dictionary(grouping: wanted, by: \.layer).sorted(by: { $0.key < $1.key }) {
+                let parts = layer.value.map { ($0, bytes($0)) }
                 guard parts.allSatisfy({ $0.1 != nil }) else {
                     // Hashed at another size of the disk than the one that it came with.
                     owed += 1
