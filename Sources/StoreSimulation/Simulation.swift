@@ -196,8 +196,15 @@ public final class Simulation {
     }
 
     /// `log` is given what is done, and what the store says to that.
-    public static func run(seed: UInt64, steps: Int, log: ((String) -> Void)? = nil) throws -> Result {
-        try Simulation(seed: seed, steps: steps, log: log).run()
+    /// `faultNamed`: a mistake that the store is to make. Throws `SimulationFailure` when anything is not as it should be.
+    public static func run(seed: UInt64, steps: Int, faultNamed name: String? = nil, log: ((String) -> Void)? = nil) throws -> Result {
+        let fault = try name.map { name in
+            guard let fault = DeliberateFault.allCases.first(where: { "\($0)" == name }) else {
+                throw SimulationFailure(seed: seed, what: "there is no fault \"\(name)\", but: \(DeliberateFault.allCases.map { "\($0)" }.joined(separator: ", "))")
+            }
+            return fault
+        }
+        return try Simulation(seed: seed, steps: steps, deliberateFault: fault, log: log).run()
     }
 
     static func run(seed: UInt64, steps: Int, deliberateFault: DeliberateFault?) throws -> Result {

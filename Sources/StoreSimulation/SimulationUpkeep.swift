@@ -275,6 +275,12 @@ extension Simulation {
         }
         for fork in state.forks.values { for volume in fork.volumes { add(volume.image) } }
         let most = blocks.count * 13 / 10 + sealedCount * (slack + 2) + Int(options.garbageBytesMin) / SimulatedStorage.pageBytes * 13 / 10
-        try expect(sealedPages <= most, "\(sealedPages) pages in \(sealedCount) sealed segments for \(blocks.count) blocks that anybody can read")
+        func words(_ layer: LayerRecord) -> String {
+            "\(layer.id) on \(layer.parent)\(named.contains(layer.id) ? ", named" : ""), \(layer.sizeBytes) bytes, \(layer.segments.map { "\($0.blocks) in \($0.segment)" })"
+        }
+        try expect(sealedPages <= most, """
+            \(sealedPages) pages in \(sealedCount) sealed segments, not \(most), for \(blocks.count) blocks that anybody can read; \
+            least \(options.garbageBytesMin) and \(options.reclaimBytesMin) bytes; layers \(current.layers.values.sorted { $0.id < $1.id }.map(words))
+            """)
     }
 }

@@ -13,6 +13,7 @@ struct Simulate: ParsableCommand {
     @Option(help: "Begin no further seed after so many minutes.") var minutes: Double?
     @Flag(help: "Say at the end how often each of the things happened that a run is to be about.") var counts = false
     @Flag(help: "Name each seed on stderr before it runs, for one that ends the process.") var verbose = false
+    @Option(help: ArgumentHelp("A mistake for the store to make, to see how soon it is found out.", visibility: .hidden)) var fault: String?
     @Flag(help: "Tell on stderr what is done, and what the store says to that.") var log = false
 
     func validate() throws {
@@ -30,7 +31,7 @@ struct Simulate: ParsableCommand {
             let seed = (self.seed ?? 1) &+ UInt64(number)
             if verbose { FileHandle.standardError.write(Data("seed \(seed)\n".utf8)) }
             do {
-                total += try Simulation.run(seed: seed, steps: steps, log: log ? { FileHandle.standardError.write(Data(($0 + "\n").utf8)) } : nil)
+                total += try Simulation.run(seed: seed, steps: steps, faultNamed: fault, log: log ? { FileHandle.standardError.write(Data(($0 + "\n").utf8)) } : nil)
                 passed += 1
             } catch {
                 say("\(error)")

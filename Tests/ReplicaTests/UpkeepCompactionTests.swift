@@ -5,8 +5,8 @@ import Testing
 
 /// Plans alone, over random trees of layers.
 @Suite struct UpkeepCompactionTests {
-    private func layer(_ id: UInt64, parent: UInt64, data: UInt64, file: UInt64, size: UInt64 = 1 << 30) -> LayerRecord {
-        LayerRecord(id: id, parent: parent, sizeBytes: size, fileBytes: file, digest: 0, extentCount: 1, dataBytes: data, segments: [])
+    private func layer(_ id: UInt64, parent: UInt64, data: UInt64, file: UInt64, zero: UInt64 = 0, size: UInt64 = 1 << 30) -> LayerRecord {
+        LayerRecord(id: id, parent: parent, sizeBytes: size, fileBytes: file, digest: 0, extentCount: 1, dataBytes: data, zeroBytes: zero, segments: [])
     }
 
     /// A group with points here and there, and forks with layers of their own, some of them on others.
@@ -113,5 +113,20 @@ import Testing
             }
             #expect(found == plain)
         }
+    }
+
+    /// A base with much data, and on top of it what a file system gave up: nothing is overwritten with data, yet most of the base is garbage.
+    @Test func dataThatWasDiscardedIsMergedAway() throws {
+        func state(zero: UInt64) -> StoreState {
+            var state = StoreState(uuid: StoreUUID(high: 1, low: 1))
+            state.apply(.groupCreated(webGroup, volumes: [spec("vda", bytes: 1 << 30)]))
+            for epoch in 1...2 as ClosedRange<UInt64> {
+                let added = epoch == 1 ? layer(1, parent: 0, data: 512 << 20, file: 1 << 20) : layer(2, parent: 1, data: 0, file: 12_000, zero: zero)
+                state.apply(.epochSealed(webGroup, DurablePosition(instance: "a", epoch: EpochNumber(epoch), kind: .exact), volumes: [0], layers: [added], point: nil))
+            }
+            return state
+        }
+        #expect(Compaction.plan(state(zero: 400 << 20), Compaction.Limits())?.map(\.id) == [1, 2])
+        #expect(Compaction.plan(state(zero: 8 << 20), Compaction.Limits()) == nil, "too little to be worth it")
     }
 }

@@ -144,6 +144,6 @@ final class LayerWriter {
         if isSynced { try file.dataSync() }
         return LayerRecord(
             id: id, parent: identity.parent, sizeBytes: identity.sizeBytes, fileBytes: fileBytes, digest: trailer.checksum, extentCount: extentCount,
-            dataBytes: tally.dataBytes, segments: tally.segments)
+            dataBytes: tally.dataBytes, zeroBytes: tally.zeroBytes, segments: tally.segments)
     }
 }

@@ -131,6 +131,6 @@ extension LayerFile.Written {
         for extent in extents { tally.add(extent) }
         return LayerRecord(
             id: checksums.layer, parent: parent, sizeBytes: checksums.sizeBytes, fileBytes: fileBytes, digest: digest, extentCount: extents.count,
-            dataBytes: tally.dataBytes, segments: tally.segments)
+            dataBytes: tally.dataBytes, zeroBytes: tally.zeroBytes, segments: tally.segments)
     }
 }

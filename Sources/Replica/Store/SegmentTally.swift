@@ -3,13 +3,17 @@ import BlockTap
 /// Which blocks of which segments the extents of a layer need, counted as they come in the order of the volume.
 struct SegmentTally {
     private(set) var dataBytes: UInt64 = 0
+    private(set) var zeroBytes: UInt64 = 0
     private var uses: [UInt32: SegmentUse] = [:]
     /// Clusters seen last. The parts of one lie within its 16 blocks of the volume, so that at most 15 others come between them.
     private var clusters: [(segment: UInt32, block: UInt32)] = []
     private var next = 0
 
     mutating func add(_ extent: StoredExtent) {
-        if extent.isZero { return }
+        if extent.isZero {
+            zeroBytes += UInt64(extent.blockCount) * UInt64(blockBytes)
+            return
+        }
         if extent.isCompressed {
             // Parts of one cluster need it once.
             let place = (extent.segment, extent.segmentBlock)

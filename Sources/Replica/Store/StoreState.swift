@@ -41,6 +41,8 @@ struct LayerRecord: Codable, Sendable {
     var extentCount: Int
     /// Bytes of data in segments.
     var dataBytes: UInt64
+    /// Bytes of the volume that it says are zero.
+    var zeroBytes: UInt64
     var segments: [SegmentUse]
 }
 

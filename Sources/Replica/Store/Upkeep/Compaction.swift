@@ -10,8 +10,9 @@ import Synchronization
 ///   more than `surplusMax`, the window with the fewest bytes of index per layer saved goes; but, as long as there are any, of those
 ///   windows only in which no layer is larger than all others together. So a byte of index that is rewritten lands in a layer at
 ///   least twice as large as the one that it came from: it is rewritten O(log) times.
-/// - *Garbage.* Of a run's data at most all but the largest layer's can have been overwritten inside the run. When that, over all runs,
-///   is more than 1/`garbageShare` of the data, the window with the most such data per byte of index goes.
+/// - *Garbage.* Of a run's data at most all but the largest layer's can have been overwritten with data inside the run, and at most as much as
+///   its upper layers say is zero was given up (a file system that discards what it has freed). When the two, over all runs, are more
+///   than 1/`garbageShare` of the data, the window with the most such data per byte of index goes.
 ///
 /// Each merge leaves fewer layers, so this ends.
 enum Compaction {
@@ -74,23 +75,40 @@ enum Compaction {
         var count = 1
         var indexBytes: UInt64
         var indexBytesLargest: UInt64
-        var dataBytes: UInt64
-        var dataBytesLargest: UInt64
+        var garbage: Garbage
 
         init(_ layer: LayerRecord) {
             (indexBytes, indexBytesLargest) = (layer.fileBytes, layer.fileBytes)
-            (dataBytes, dataBytesLargest) = (layer.dataBytes, layer.dataBytes)
+            garbage = Garbage(layer)
         }
 
         mutating func append(_ layer: LayerRecord) {
             count += 1
             indexBytes += layer.fileBytes
             indexBytesLargest = max(indexBytesLargest, layer.fileBytes)
-            dataBytes += layer.dataBytes
-            dataBytesLargest = max(dataBytesLargest, layer.dataBytes)
+            garbage.append(layer)
         }
 
-        var garbageMax: UInt64 { dataBytes - dataBytesLargest }
+        var garbageMax: UInt64 { garbage.most }
+    }
+
+    /// Data of neighbours that others of them, on top, may have overwritten: a bound, since nobody looks into the layers for it.
+    private struct Garbage {
+        private var dataBytes: UInt64
+        private var dataBytesLargest: UInt64
+        private var dataBytesNewest: UInt64
+        private var zeroBytes: UInt64 = 0
+
+        init(_ lowest: LayerRecord) { (dataBytes, dataBytesLargest, dataBytesNewest) = (lowest.dataBytes, lowest.dataBytes, lowest.dataBytes) }
+
+        mutating func append(_ layer: LayerRecord) {
+            dataBytes += layer.dataBytes
+            dataBytesLargest = max(dataBytesLargest, layer.dataBytes)
+            dataBytesNewest = layer.dataBytes
+            zeroBytes += layer.zeroBytes
+        }
+
+        var most: UInt64 { min(dataBytes - dataBytesNewest, dataBytes - dataBytesLargest + zeroBytes) }
     }
 
     struct Run {
@@ -100,7 +118,11 @@ enum Compaction {
         var layers: [LayerRecord]
 
         /// Data that may be overwritten inside the run.
-        var garbageMax: UInt64 { layers.reduce(0) { $0 + $1.dataBytes } - layers.reduce(0) { max($0, $1.dataBytes) } }
+        var garbageMax: UInt64 {
+            var garbage = Garbage(layers[0])
+            for layer in layers.dropFirst() { garbage.append(layer) }
+            return garbage.most
+        }
     }
 
     /// All layers, each in one run, in a fixed order.
