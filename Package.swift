@@ -29,12 +29,13 @@ let package = Package(
     ],
     targets: [
         .target(name: "CIoUring", linkerSettings: [.linkedLibrary("uring")]),
+        .target(name: "CLiveTap", exclude: ["live-tap.bpf.c"], linkerSettings: [.linkedLibrary("bpf")]),
         .systemLibrary(name: "CXXHash", pkgConfig: "libxxhash", providers: [.apt(["libxxhash-dev"])]),
         .systemLibrary(name: "CLZ4", pkgConfig: "liblz4", providers: [.apt(["liblz4-dev"])]),
         .systemLibrary(name: "CZstd", pkgConfig: "libzstd", providers: [.apt(["libzstd-dev"])]),
         .systemLibrary(name: "CLibNBD", pkgConfig: "libnbd", providers: [.apt(["libnbd-dev"])]),
         .systemLibrary(name: "CLibAIO", providers: [.apt(["libaio-dev"])]),
-        .target(name: "BlockTap", dependencies: ["CIoUring"], swiftSettings: settings),
+        .target(name: "BlockTap", dependencies: ["CIoUring", "CLiveTap"], swiftSettings: settings),
         .target(
             name: "Replica",
             dependencies: [
@@ -99,7 +100,7 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
-        .testTarget(name: "BlockTapTests", dependencies: ["BlockTap"]),
+        .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "CLiveTap"]),
         .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
         .testTarget(
             name: "ApplianceTests",

@@ -1,8 +1,9 @@
 # Builds the release once, and finds what was built.
+source "$(dirname "${BASH_SOURCE[0]}")/bpf.sh"
 build_dir=${AFTERIMAGE_BUILD:-$repository/.build}
 
 # What Swift links the product with; qemu-utils, nbd and fio are for the tests and benchmarks.
-build_packages=(liburing-dev libaio-dev libnbd-dev liblz4-dev libzstd-dev libxxhash-dev libsqlite3-dev pkg-config git)
+build_packages=(liburing-dev libbpf-dev libaio-dev libnbd-dev liblz4-dev libzstd-dev libxxhash-dev libsqlite3-dev pkg-config git)
 run_packages=(util-linux e2fsprogs python3 openssl)
 test_packages=(qemu-utils libnbd-bin nbdkit fio xfsprogs)
 
@@ -30,6 +31,7 @@ as_owner() {
 # The compiler and the package manager leave things in their temporary directory, so they get one that is removed.
 build_release() {
     find_swift
+    build_bpf
     local scratch log status=0 command
     scratch=$(mktemp -d "${TMPDIR:-/tmp}/afterimage-build.XXXXXX")
     defer rm -rf "$scratch"

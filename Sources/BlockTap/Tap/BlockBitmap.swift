@@ -68,6 +68,25 @@ final class BlockBitmap {
         }
     }
 
+    /// Sets the bits of a whole word, block `number` × 64 being its lowest.
+    func formUnion(word number: Int, bits: UInt64) {
+        precondition(number < wordCount)
+        let old = words[number]
+        if old | bits == old { return }
+        words[number] = old | bits
+        count += UInt64((bits & ~old).nonzeroBitCount)
+        markSummary(number)
+    }
+
+    /// Calls `body(word number, its bits)` for every word that has some.
+    func forEachSetWord(_ body: (Int, UInt64) -> Void) {
+        forEachSetChunk { firstWord, chunkWords in
+            for word in firstWord..<(firstWord + chunkWords) where words[word] != 0 { body(word, words[word]) }
+        }
+    }
+
+    func word(_ number: Int) -> UInt64 { words[number] }
+
     func clear(first: UInt64, length: UInt64) {
         if count == 0 { return }
         forEachWord(first: first, length: length) { word, mask in

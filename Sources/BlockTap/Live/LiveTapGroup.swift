@@ -1,0 +1,136 @@
+import Dispatch
+import Glibc
+
+/// The disks of one protected server, followed by the live tap: one consistency group, with a thread of its own.
+///
+/// `LiveEpochEngine` is the algorithm; this is its face to other threads. What the kernel's half knows stays in the kernel when this goes
+/// or the process is killed: the next group on the same `pinDirectory` goes on from there, under the same `instance`.
+public final class LiveTapGroup: EpochSource, @unchecked Sendable {
+    public let instance: String
+    public let disks: [SourceDisk]
+    /// Whether what an earlier process knew was taken over, so that the replica can go on from where it is.
+    public let wasAdopted: Bool
+    public static var drainBufferBytes: Int { DrainQueue.bufferBytes }
+
+    private let loop: EventLoop
+    private let engine: EpochEngineBox
+
+    /// On the loop's thread only.
+    private final class EpochEngineBox: @unchecked Sendable {
+        let engine: LiveEpochEngine
+        init(_ engine: LiveEpochEngine) { self.engine = engine }
+    }
+
+    /// Whether this build and this kernel can.
+    public static var isAvailable: Bool { LiveTapAttachment.isAvailable && access("/sys/kernel/btf/vmlinux", R_OK) == 0 }
+
+    /// `pinDirectory`: on a bpffs, one per group; its parent must exist.
+    public init(
+        disks: [(name: String, path: String)], pinDirectory: String, configuration: LiveTapConfiguration = LiveTapConfiguration(),
+        log: (@Sendable (String) -> Void)? = nil
+    ) async throws {
+        let loop = try EventLoop(name: "live-tap", entries: 64)
+        do {
+            let engine = try await loop.run { () -> Result<EpochEngineBox, any Error> in
+                Result {
+                    let followed = try disks.map { try LiveDisk(name: $0.name, path: $0.path) }
+                    let attachment = try LiveTapAttachment(directory: pinDirectory, disks: followed)
+                    return EpochEngineBox(try LiveEpochEngine(attachment: attachment, disks: followed, configuration: configuration))
+                }
+            }.get()
+            self.engine = engine
+        } catch {
+            loop.shutdown()
+            throw error
+        }
+        self.loop = loop
+        let engine = self.engine
+        (instance, self.disks, wasAdopted) = await loop.run {
+            let engine = engine.engine
+            engine.onEvent = log
+            return (engine.instance(), engine.disks.map { SourceDisk(name: $0.disk.name, geometry: $0.disk.geometry) }, !engine.isFresh)
+        }
+        engine.engine.queue.resume = { [weak self] in self?.pump() }
+    }
+
+    deinit { loop.shutdown() }
+
+    /// Detaches the kernel's half of a group that no process has open: nothing is tracked any more.
+    public static func detach(pinDirectory: String) { LiveTapAttachment.remove(directory: pinDirectory) }
+
+    /// Ends the thread; what the kernel's half knows stays.
+    public func close() { loop.shutdown() }
+
+    private func pump() {
+        loop.execute { [self] in
+            if engine.engine.pump() { pump() }
+        }
+    }
+
+    public func beginFullSync() {
+        let engine = engine
+        loop.execute { engine.engine.beginFullSync() }
+    }
+
+    public var needsFuzzyCut: Bool {
+        get async {
+            let engine = engine
+            return await loop.runUnlessShutDown { engine.engine.needsFuzzyCut } ?? false
+        }
+    }
+
+    public func cut(fuzzyBytesMax: UInt64) async throws -> Cut {
+        let engine = engine
+        let result = await loop.runUnlessShutDown { Result { try engine.engine.cut(fuzzyBytesMax: fuzzyBytesMax) } }
+        guard let result else { throw EpochError.closed }
+        let cut = try result.get()
+        pump()
+        return cut
+    }
+
+    public func nextItem() -> DrainItem? { engine.engine.queue.pop() }
+    public func setWakeup(_ wakeup: (@Sendable () -> Void)?) { engine.engine.queue.setWakeup(wakeup) }
+    public func release(_ buffer: DrainBuffer) { engine.engine.queue.freeBuffer(slot: buffer.slot) }
+
+    public func acknowledge(_ epoch: EpochNumber) {
+        let engine = engine
+        loop.execute { engine.engine.acknowledge(epoch) }
+    }
+
+    public func abandonAll() async {
+        let engine = engine
+        await loop.runUnlessShutDown { engine.engine.abandonAll() }
+    }
+
+    public var statistics: SourceStatistics {
+        get async {
+            let engine = engine
+            return await loop.runUnlessShutDown { engine.engine.statistics } ?? SourceStatistics()
+        }
+    }
+
+    public var liveStatistics: LiveTapStatistics {
+        get async {
+            let engine = engine
+            return await loop.runUnlessShutDown { engine.engine.liveStatistics } ?? LiveTapStatistics()
+        }
+    }
+
+    /// How often the kernel skipped a copy of a program that would have interrupted itself.
+    public var recursionMisses: [String: UInt64] {
+        get async {
+            let engine = engine
+            return await loop.runUnlessShutDown { engine.engine.recursionMisses } ?? [:]
+        }
+    }
+
+    /// For tests: what the algorithm does wrong on purpose, and which events the kernel's half drops, in bursts of `burst` out of `period`
+    /// nanoseconds.
+    package func inject(_ faults: LiveTapFaults, issues: (period: UInt64, burst: UInt64) = (0, 0), completions: (period: UInt64, burst: UInt64) = (0, 0)) async {
+        let engine = engine
+        await loop.run {
+            engine.engine.faults = faults
+            engine.engine.drop(issues: issues, completions: completions)
+        }
+    }
+}

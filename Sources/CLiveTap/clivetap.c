@@ -1,0 +1,122 @@
+#include "clivetap.h"
+
+#include <bpf/bpf.h>
+#include <bpf/libbpf.h>
+#include <errno.h>
+#include <linux/fs.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+const unsigned char clivetap_program[] __attribute__((aligned(8))) = {
+#if __has_include("live-tap-program.h")
+#include "live-tap-program.h"
+#endif
+    0 // so that it is never empty
+};
+const size_t clivetap_program_bytes = sizeof clivetap_program - 1;
+
+struct clivetap { struct bpf_object *object; };
+
+static char *log_text;
+static size_t log_bytes;
+
+static int print(enum libbpf_print_level level, const char *format, va_list arguments) {
+    if (level != LIBBPF_WARN || !log_text) return 0;
+    size_t used = strlen(log_text);
+    if (used + 1 < log_bytes) vsnprintf(log_text + used, log_bytes - used, format, arguments);
+    return 0;
+}
+
+void clivetap_set_log(char *log, size_t bytes) {
+    log_text = log;
+    log_bytes = bytes;
+    libbpf_set_print(print);
+}
+
+int clivetap_open(clivetap **tap) {
+    LIBBPF_OPTS(bpf_object_open_opts, options, .object_name = "afterimage_tap");
+    struct bpf_object *object = bpf_object__open_mem(clivetap_program, clivetap_program_bytes, &options);
+    if (!object) return -errno;
+    *tap = calloc(1, sizeof **tap);
+    (*tap)->object = object;
+    return 0;
+}
+
+static struct bpf_map *map_named(clivetap *tap, const char *name) { return bpf_object__find_map_by_name(tap->object, name); }
+
+int clivetap_set_entries(clivetap *tap, const char *map, uint32_t entries) {
+    return bpf_map__set_max_entries(map_named(tap, map), entries);
+}
+int clivetap_load(clivetap *tap) { return bpf_object__load(tap->object); }
+int clivetap_map(clivetap *tap, const char *map) { return bpf_map__fd(map_named(tap, map)); }
+
+int clivetap_attach(clivetap *tap, const char *program, const char *pin_path) {
+    struct bpf_link *link = bpf_program__attach(bpf_object__find_program_by_name(tap->object, program));
+    if (!link) return -errno;
+    int result = bpf_link__pin(link, pin_path);
+    bpf_link__destroy(link); // its pin keeps it attached
+    return result;
+}
+
+void clivetap_close(clivetap *tap) {
+    bpf_object__close(tap->object);
+    free(tap);
+}
+
+int clivetap_pin(int fd, const char *path) { return bpf_obj_pin(fd, path) < 0 ? -errno : 0; }
+
+int clivetap_get(const char *path) {
+    int fd = bpf_obj_get(path);
+    return fd < 0 ? -errno : fd;
+}
+
+int clivetap_create_words(uint32_t count) {
+    LIBBPF_OPTS(bpf_map_create_opts, options, .map_flags = BPF_F_MMAPABLE);
+    int fd = bpf_map_create(BPF_MAP_TYPE_ARRAY, "tap_words", 4, 8, count, &options);
+    return fd < 0 ? -errno : fd;
+}
+
+int clivetap_put(int map, uint32_t key, uint32_t value) { return bpf_map_update_elem(map, &key, &value, BPF_ANY) < 0 ? -errno : 0; }
+int clivetap_look_up(int map, uint32_t key, uint32_t *value) { return bpf_map_lookup_elem(map, &key, value) < 0 ? -errno : 0; }
+
+int clivetap_map_by_id(uint32_t id) {
+    int fd = bpf_map_get_fd_by_id(id);
+    return fd < 0 ? -errno : fd;
+}
+
+int clivetap_map_entries(int map, uint32_t *entries) {
+    struct bpf_map_info info = {0};
+    uint32_t bytes = sizeof info;
+    if (bpf_obj_get_info_by_fd(map, &info, &bytes) < 0) return -errno;
+    *entries = info.max_entries;
+    return 0;
+}
+
+int clivetap_recursion_misses(int link, uint64_t *misses) {
+    struct bpf_link_info link_info = {0};
+    uint32_t bytes = sizeof link_info;
+    if (bpf_obj_get_info_by_fd(link, &link_info, &bytes) < 0) return -errno;
+    int program = bpf_prog_get_fd_by_id(link_info.prog_id);
+    if (program < 0) return -errno;
+    struct bpf_prog_info info = {0};
+    bytes = sizeof info;
+    int result = bpf_obj_get_info_by_fd(program, &info, &bytes) < 0 ? -errno : 0;
+    close(program);
+    *misses = info.recursion_misses;
+    return result;
+}
+
+int clivetap_mount_bpffs(const char *path) { return mount("bpf", path, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700") < 0 ? -errno : 0; }
+
+bool clivetap_is_bpffs(const char *path) {
+    struct statfs facts;
+    return statfs(path, &facts) == 0 && facts.f_type == 0xcafe4a11; // BPF_FS_MAGIC
+}
+
+int clivetap_freeze(int fd) { return ioctl(fd, FIFREEZE, 0) < 0 ? -errno : 0; }
+int clivetap_thaw(int fd) { return ioctl(fd, FITHAW, 0) < 0 ? -errno : 0; }

@@ -1,0 +1,160 @@
+import Foundation
+import Testing
+
+@testable import BlockTap
+
+/// Against the kernel: loop devices, the program attached, every proven point checked exactly.
+@Suite(
+    .serialized,
+    .enabled(if: LiveTapBed.isAvailable, "needs root, loop devices, a kernel with BTF, and the live tap's program (tools/test compiles it)"))
+struct LiveTapTests {
+    @Test("Every proven point is a state that the disks had, and in the end the replica is the disks", arguments: [1, 2])
+    func provenPointsAreExact(disks: Int) async throws {
+        let bed = try LiveTapBed(disks: disks, bytes: 32 << 20)
+        try await bed.start()
+        let writers = DependentWriters(bed)
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        var proven = 0
+        for _ in 0..<100 {
+            try await writers.progress(by: 50)
+            guard try await bed.carry().kind == .exact else { continue }
+            proven += 1
+            let violations = writers.violations(in: bed.images)
+            try #require(violations.isEmpty, "\(violations.prefix(3))")
+        }
+        try await finish(bed, writers)
+        #expect(proven > 0)
+        await report("proven points, \(disks) disks", bed, writers, proven)
+    }
+
+    @Test("Epochs given back and sent again, and groups that die and are taken over, lose no write")
+    func survivesLossAndTakeOver() async throws {
+        let bed = try LiveTapBed(disks: 2, bytes: 32 << 20)
+        try await bed.start()
+        let instance = bed.group.instance
+        let writers = DependentWriters(bed, .init(pauseMicroseconds: 50))
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        try await bed.carryUntilProven()
+        for round in 0..<40 {
+            try await writers.progress(by: 30)
+            let cut = try await bed.carry(acknowledges: round % 3 != 1)
+            if cut.kind == .exact {
+                let violations = writers.violations(in: bed.images)
+                try #require(violations.isEmpty, "\(violations.prefix(3))")
+            }
+            if round % 3 == 1 { await bed.group.abandonAll() }
+            if round % 4 == 3 {
+                bed.kill()
+                try await bed.start()
+                try #require(bed.group.wasAdopted)
+                #expect(bed.group.instance == instance)
+            }
+        }
+        try await finish(bed, writers)
+        await report("loss and take-over", bed, writers, 0)
+    }
+
+    @Test("Completions that the kernel does not show cost reads, not writes: points stay exact, and it is counted")
+    func unseenCompletions() async throws {
+        let bed = try LiveTapBed(disks: 2, bytes: 32 << 20)
+        try await bed.start()
+        let writers = DependentWriters(bed, .init(pauseMicroseconds: 20))
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        await bed.group.inject([], completions: (period: 20_000_000, burst: 3_000_000))
+        var proven = 0
+        for _ in 0..<60 {
+            try await writers.progress(by: 50)
+            guard try await bed.carry().kind == .exact else { continue }
+            proven += 1
+            let violations = writers.violations(in: bed.images)
+            try #require(violations.isEmpty, "\(violations.prefix(3))")
+        }
+        await bed.group.inject([])
+        let figures = await bed.group.liveStatistics
+        #expect(figures.droppedCompletionCount > 0)
+        #expect(figures.unseenCompletionCount > 0)
+        #expect(figures.resyncCount == 0)
+        #expect(proven > 0)
+        try await finish(bed, writers)
+        await report("completions dropped", bed, writers, proven)
+    }
+
+    @Test("Issues that the kernel does not show are never passed over: no wrong point, a resync that says so, and then exact again")
+    func unseenIssues() async throws {
+        let bed = try LiveTapBed(disks: 1, bytes: 32 << 20)
+        try await bed.start()
+        let writers = DependentWriters(bed, .init(pauseMicroseconds: 20))
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        try await bed.carryUntilProven()
+        for _ in 0..<5 {
+            await bed.group.inject([], issues: (period: 50_000_000, burst: 1_000_000), completions: (period: 30_000_000, burst: 1_000_000))
+            for _ in 0..<10 {
+                try await writers.progress(by: 50)
+                guard try await bed.carry().kind == .exact else { continue }
+                let violations = writers.violations(in: bed.images)
+                try #require(violations.isEmpty, "\(violations.prefix(3))")
+            }
+            await bed.group.inject([])
+            try await bed.carryUntilProven()
+            let violations = writers.violations(in: bed.images)
+            try #require(violations.isEmpty, "\(violations.prefix(3))")
+        }
+        let figures = await bed.group.liveStatistics
+        #expect(figures.droppedIssueCount > 0)
+        #expect(figures.resyncCount > 0)
+        #expect(bed.events.withLock { $0.contains { $0.contains("writes were missed") } })
+        try await finish(bed, writers)
+        await report("issues dropped", bed, writers, 0)
+    }
+
+    @Test("Mutants are caught", arguments: [
+        LiveTapFaults.forgetInFlightAtCut, .skipCollisionCheck, .singleBuffer, .unsharedCut,
+    ])
+    func mutantsAreCaught(fault: LiveTapFaults) async throws {
+        let bed = try LiveTapBed(disks: 2, bytes: 32 << 20)
+        try await bed.start()
+        let writers = DependentWriters(bed)
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        try await bed.carryUntilProven()
+        await bed.group.inject(fault)
+        var points = 0
+        for _ in 0..<400 {
+            try await writers.progress(by: 20)
+            guard try await bed.carry().kind == .exact else { continue }
+            points += 1
+            if !writers.violations(in: bed.images).isEmpty {
+                print("mutant \(fault.rawValue) caught at point \(points)")
+                return
+            }
+        }
+        Issue.record("mutant \(fault.rawValue) was not caught in \(points) points")
+    }
+
+    // MARK: -
+
+    /// Ends the writers; the replica becomes the disks.
+    private func finish(_ bed: LiveTapBed, _ writers: DependentWriters) async throws {
+        writers.stop()
+        #expect(writers.failures.withLock { $0 } == [])
+        try await bed.carryUntilProven()
+        let violations = writers.violations(in: bed.images)
+        #expect(violations.isEmpty, "\(violations.prefix(3))")
+        #expect(try bed.imagesEqualDisks())
+    }
+
+    private func report(_ what: String, _ bed: LiveTapBed, _ writers: DependentWriters, _ proven: Int) async {
+        let s = await bed.group.liveStatistics
+        let misses = await bed.group.recursionMisses
+        print("\(what): \(writers.writeCount) writes, \(proven) points; process: \(s.provenCount) proven, \(s.unprovenCount) unproven, \(s.roundCount) rounds (max \(s.roundsMax)), \(s.collisionCount) collisions, open \(s.openReconciliationCount), resyncs \(s.resyncCount) \(s.resyncReason ?? ""); attached: issued \(s.issuedCount), completed \(s.completedCount), unseen completions \(s.unseenCompletionCount), unmatched \(s.unmatchedCount), dropped \(s.droppedIssueCount)/\(s.droppedCompletionCount), misses \(misses)")
+    }
+}
