@@ -100,7 +100,9 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
-        .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "CLiveTap"]),
+        // A process with nothing but a live tap in it, for tests to kill.
+        .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap"]),
+        .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "CLiveTap", "live-tap-holder"]),
         .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
         .testTarget(
             name: "ApplianceTests",

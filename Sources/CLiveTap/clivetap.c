@@ -1,9 +1,11 @@
+#define _GNU_SOURCE
 #include "clivetap.h"
 
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include <errno.h>
 #include <linux/fs.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -109,6 +111,22 @@ int clivetap_recursion_misses(int link, uint64_t *misses) {
     close(program);
     *misses = info.recursion_misses;
     return result;
+}
+
+int clivetap_run_on(int processor) {
+    static _Thread_local cpu_set_t before;
+    static _Thread_local bool is_moved;
+    if (processor < 0) {
+        if (!is_moved) return 0;
+        is_moved = false;
+        return sched_setaffinity(0, sizeof before, &before) < 0 ? -errno : 0;
+    }
+    if (!is_moved && sched_getaffinity(0, sizeof before, &before) < 0) return -errno;
+    is_moved = true;
+    cpu_set_t only;
+    CPU_ZERO(&only);
+    CPU_SET((unsigned)processor % CPU_SETSIZE, &only);
+    return sched_setaffinity(0, sizeof only, &only) < 0 ? -errno : 0;
 }
 
 int clivetap_mount_bpffs(const char *path) { return mount("bpf", path, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700") < 0 ? -errno : 0; }

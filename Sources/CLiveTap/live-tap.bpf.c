@@ -61,7 +61,6 @@ static __always_inline void add(__u64 *counter, __u64 n) { __sync_fetch_and_add(
 
 struct marking {
     __u64 first, last;
-    __u64 beyond;                                                  // past the end of the bitmaps: 0 or 1
     __u64 bio;                                                     // discards of many ranges: the next one,
     __u64 lowest, highest;                                         // and what they span
     __u32 chunk_base, chunk_count;
@@ -84,10 +83,7 @@ static long mark_word(__u32 i, struct marking *m) {
     if (from < m->first) mask &= ~0ULL << (m->first & 63);
     if (from + 63 > m->last) mask &= ~0ULL >> (63 - (m->last & 63));
     __u32 chunk = number >> (CLIVETAP_CHUNK_BLOCK_BITS - 6);
-    if (chunk >= m->chunk_count) {
-        m->beyond = 1;
-        return 0;
-    }
+    if (chunk >= m->chunk_count) return 0;
     __u32 place = (m->chunk_base + chunk) * 3 + m->index;
     void *map = bpf_map_lookup_elem(&chunks, &place);
     if (!map) {
@@ -179,7 +175,6 @@ static __always_inline void prepare(struct marking *m, struct clivetap_disk *dis
     m->chunk_base = disk->chunk_base;
     m->chunk_count = disk->chunk_count;
     m->summary_words = s->summary_words;
-    m->beyond = 0;
     m->index = *(volatile __u64 *)&s->index & 1;
 }
 
@@ -231,8 +226,8 @@ static __always_inline int issue(struct request *rq, __u32 copy) {
     } else if (copy == 0) {
         add(&disk->unslotted, 1);
     }
+    if (copy == 0 && m.highest >= disk->block_count) add(&disk->beyond, 1);
     mark_request(&m, rq, op);
-    if (m.beyond) add(&disk->beyond, 1);
     if (is_new && slot) {
         add(&disk->issued_sectors, sectors);
         add(&disk->issued, 1);

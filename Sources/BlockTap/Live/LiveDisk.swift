@@ -12,6 +12,10 @@ struct LiveDisk {
     /// Hardware queues, and tags of each: a write in flight has one of them.
     let queueCount: Int
     let tagCount: Int
+    /// A processor of each hardware queue.
+    let processors: [Int]
+    /// Tells this disk from another one that had its number before (Linux 5.15; 0 when the kernel does not say).
+    let sequence: UInt64
     /// `/sys/dev/block/…/stat`, open.
     let statistics: SysfsStatistics
 
@@ -39,6 +43,10 @@ struct LiveDisk {
         device = try BlockDevice.open(path: path, access: .readOnly, exclusive: false)
         queueCount = queues.count
         tagCount = queues.compactMap { fileText("\(sysfs.directory)/mq/\($0)/nr_tags").flatMap { Int($0.trimmingNewline) } }.max() ?? 0
+        processors = queues.compactMap { queue in
+            fileText("\(sysfs.directory)/mq/\(queue)/cpu_list").flatMap { $0.split(whereSeparator: { !$0.isNumber }).first.flatMap { Int($0) } }
+        }
+        sequence = fileText(sysfs.directory + "/diskseq").flatMap { UInt64($0.trimmingNewline) } ?? 0
         guard tagCount > 0 else { throw refuse("its queues have no tags") }
         statistics = try SysfsStatistics(directory: sysfs.directory)
     }
@@ -51,9 +59,11 @@ struct LiveDisk {
 final class SysfsStatistics {
     private let stat: Int32
     private let inflight: Int32
+    private let isKeptPath: String
 
     init(directory: String) throws(SystemError) {
         stat = open(directory + "/stat", O_RDONLY | O_CLOEXEC)
+        isKeptPath = directory + "/queue/iostats"
         inflight = open(directory + "/inflight", O_RDONLY | O_CLOEXEC)
         guard stat >= 0, inflight >= 0 else { throw SystemError(errno: errno, doing: "read the statistics in \(directory)") }
     }
@@ -68,6 +78,9 @@ final class SysfsStatistics {
         let fields = Self.numbers(stat)
         return (fields.count > 6 ? fields[6] : 0) + (fields.count > 13 ? fields[13] : 0)
     }
+
+    /// Whether the kernel keeps it (an administrator can turn it off at any time).
+    var isKept: Bool { fileText(isKeptPath)?.trimmingNewline == "1" }
 
     /// Writes that the driver has.
     func writesInFlight() -> Int64 { Self.numbers(inflight).dropFirst().first ?? 0 }

@@ -26,6 +26,10 @@ final class LiveReconciliation {
     private(set) var openCount: UInt64 = 0
     private(set) var flushCount: UInt64 = 0
 
+    /// Verdicts in a row that stayed open although there were sharp looks.
+    private var openStreak = 0
+    private static let openStreakMax = 100
+
     private static let probeBytes = blockBytes
     private static let settleNanoseconds: UInt64 = 5_000_000_000
 
@@ -77,29 +81,39 @@ final class LiveReconciliation {
         var open = Array(disks.indices)
         var negative = Array(repeating: (excess: Int64(0), count: 0), count: disks.count)
         var looks = 0
+        var wasSharp = false
         while true {
             for index in open {
                 if let words = missing(index) { return .missed(words) }
                 let sample = sample(index)
                 if sample.floor > 0 { return .missed("\(disks[index].name): \(sample.floor) sectors were written and not seen to be issued") }
                 guard sample.isSharp else { continue }
+                wasSharp = true
                 if sample.excess == 0 {
                     open.removeAll { $0 == index }
-                } else if sample.excess < 0 {
-                    // Only a baseline taken while completions were unseen is too high; (a completion between program and account lasts
-                    // nanoseconds, not several looks).
+                } else if sample.excess < 0, UInt64(-sample.excess) <= maps.disks[index].baseline_slack {
+                    // A baseline taken while completions were unseen is too high. (A completion on its way from the program to the
+                    // kernel's account looks the same, but lasts nanoseconds, not several looks.)
                     negative[index] = sample.excess == negative[index].excess ? (sample.excess, negative[index].count + 1) : (sample.excess, 1)
-                    if negative[index].count == 4 {
+                    if negative[index].count == 4, disks[index].statistics.isKept {
                         maps.disks[index].baseline_sectors += sample.excess
+                        maps.disks[index].baseline_slack -= UInt64(-sample.excess)
                         negative[index] = (0, 0)
                     }
                 }
             }
-            if open.isEmpty { return .exact }
+            if open.isEmpty {
+                openStreak = 0
+                return .exact
+            }
             looks += 1
             if Self.now() > deadline {
                 openCount += 1
-                return .open
+                if wasSharp { openStreak += 1 }
+                guard openStreak > Self.openStreakMax else { return .open }
+                openStreak = 0
+                let names = open.map { disks[$0].name + (disks[$0].statistics.isKept ? "" : " (its I/O statistics are off)") }
+                return .missed("\(names.joined(separator: ", ")): what was seen and the kernel's account have not agreed for long")
             }
             if looks % 16 == 8 { for index in open { useAllTags(index) } }
         }
@@ -114,8 +128,8 @@ final class LiveReconciliation {
         return nil
     }
 
-    /// As many small reads at once as the disk has tags: a tag that a read has got is not a write's any more, and its slot is freed. (Of several
-    /// hardware queues only those of this processor; those of the others are left to the disk's own traffic.)
+    /// As many small reads at once as the disk has tags: a tag that a read has got is not a write's any more, and its slot is freed. Once per hardware queue, on a
+    /// processor that uses it.
     func useAllTags(_ index: Int) {
         flushCount += 1
         let disk = disks[index]
@@ -128,7 +142,11 @@ final class LiveReconciliation {
                 fd: disk.device.fd, offsetBytes: UInt64(i) * stride % max(UInt64(length), disk.geometry.sizeBytes / UInt64(length) * UInt64(length)) / UInt64(length) * UInt64(length),
                 lengthBytes: length, memory: probeMemory + i * length)
         }
-        reader.read(ranges, depth: count) { _, _ in }
+        defer { _ = clivetap_run_on(-1) }
+        for processor in disk.processors {
+            if disk.processors.count > 1, clivetap_run_on(Int32(processor)) < 0 { continue }
+            reader.read(ranges, depth: count) { _, _ in }
+        }
     }
 
     /// After attaching: waits until every write that was in flight before is known to have ended (all tags seen, or nothing in flight),
@@ -159,6 +177,7 @@ final class LiveReconciliation {
                 usleep(1000)
             }
             if let last { maps.disks[index].baseline_sectors = last }
+            maps.disks[index].baseline_slack = UInt64(maps.sectorsInFlight(disk: index))
             maps.disks[index].baseline_unmatched = maps.disks[index].unmatched
             maps.disks[index].unslotted = 0
             maps.disks[index].beyond = 0

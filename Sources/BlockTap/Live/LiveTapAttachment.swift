@@ -1,3 +1,4 @@
+import CIoUring
 import CLiveTap
 import Glibc
 
@@ -12,6 +13,8 @@ final class LiveTapAttachment {
     /// Whether an earlier process attached it, so that nothing was missed since.
     let wasAdopted: Bool
     private let links: [Int32]
+    /// The directory, locked: one process at a time.
+    private let lock: Int32
 
     private static let mapNames = ["state", "disks", "numbers", "slots", "summary", "chunks"]
     private static let programs = (0..<Int(CLIVETAP_COPIES)).map { "issue_\($0)" } + ["requeue", "complete"]
@@ -27,30 +30,55 @@ final class LiveTapAttachment {
             throw SystemError(errno: ENOSYS, what: "this build has no live tap: its BPF program was not compiled (run tools/lib/bpf.sh, then build again)")
         }
         guard disks.count <= Int(CLIVETAP_DISKS_MAX) else { throw SystemError(errno: E2BIG, what: "a live tap follows at most \(CLIVETAP_DISKS_MAX) disks") }
+        let lock = try Self.locked(directory)
+        do throws(SystemError) {
+            let adopted = try Self.adopt(directory, disks)
+            (maps, links) = if let adopted { adopted } else { try Self.attach(directory, disks) }
+            wasAdopted = adopted != nil
+        } catch {
+            close(lock)
+            throw error
+        }
         self.directory = directory
-        if let (maps, links) = try Self.adopt(directory, disks) {
-            self.maps = maps
-            self.links = links
-            wasAdopted = true
-        } else {
-            Self.remove(directory: directory)
-            do throws(SystemError) {
-                maps = try Self.create(directory, disks)
-                links = Self.openLinks(directory)
-            } catch {
-                Self.remove(directory: directory)
-                throw error
-            }
-            wasAdopted = false
+        self.lock = lock
+    }
+
+    private static func attach(_ directory: String, _ disks: [LiveDisk]) throws(SystemError) -> (LiveTapMaps, [Int32]) {
+        empty(directory)
+        do throws(SystemError) {
+            return (try create(directory, disks), openLinks(directory))
+        } catch {
+            empty(directory)
+            throw error
         }
     }
 
-    deinit { for link in links { close(link) } }
+    deinit {
+        for link in links { close(link) }
+        close(lock)
+    }
+
+    private static func locked(_ directory: String) throws(SystemError) -> Int32 {
+        guard mkdir(directory, 0o700) == 0 || errno == EEXIST else { throw SystemError(errno: errno, doing: "make \(directory) (is its parent a bpffs?)") }
+        let fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        guard fd >= 0 else { throw SystemError(errno: errno, doing: "open \(directory)") }
+        // A killed process may take a moment to be gone.
+        for _ in 0..<100 {
+            if ciouring_flock_exclusive(fd) == 0 { return fd }
+            usleep(50_000)
+        }
+        close(fd)
+        throw SystemError(errno: EAGAIN, what: "cannot use \(directory): another process has this live tap (is a second agent running?)")
+    }
 
     /// Detaches and forgets. What is pinned by nobody and open nowhere is gone.
     static func remove(directory: String) {
-        for name in directoryEntries(directory) { unlink(directory + "/" + name) }
+        empty(directory)
         rmdir(directory)
+    }
+
+    private static func empty(_ directory: String) {
+        for name in directoryEntries(directory) { unlink(directory + "/" + name) }
     }
 
     /// How often the kernel skipped a program that would have interrupted itself, per program.
@@ -85,7 +113,7 @@ final class LiveTapAttachment {
             disks.indices.allSatisfy({ index in
                 let known = maps.disks[index], disk = disks[index]
                 return known.device == disk.kernelNumber && known.block_count == disk.blockCount && Int(known.queue_count) == disk.queueCount
-                    && Int(known.tag_count) == disk.tagCount
+                    && Int(known.tag_count) == disk.tagCount && known.disk_sequence == disk.sequence
             })
         else {
             for link in links { close(link) }
@@ -107,7 +135,6 @@ final class LiveTapAttachment {
     }()
 
     private static func create(_ directory: String, _ disks: [LiveDisk]) throws(SystemError) -> LiveTapMaps {
-        guard mkdir(directory, 0o700) == 0 || errno == EEXIST else { throw SystemError(errno: errno, doing: "make \(directory) (is its parent a bpffs?)") }
         logTurn.wait()
         defer { logTurn.signal() }
         return try load(directory, disks)
@@ -161,6 +188,7 @@ final class LiveTapAttachment {
             maps.disks[index].queue_count = UInt32(disk.queueCount)
             maps.disks[index].tag_count = UInt32(disk.tagCount)
             maps.disks[index].block_count = disk.blockCount
+            maps.disks[index].disk_sequence = disk.sequence
             chunkBase += LiveTapMaps.chunkCount(blocks: disk.blockCount)
             slotBase += disk.queueCount * disk.tagCount
         }

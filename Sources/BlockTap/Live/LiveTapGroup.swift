@@ -50,7 +50,10 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
             engine.onEvent = log
             return (engine.instance(), engine.disks.map { SourceDisk(name: $0.disk.name, geometry: $0.disk.geometry) }, !engine.isFresh)
         }
-        engine.engine.queue.resume = { [weak self] in self?.pump() }
+        // (set once, before anybody can starve it)
+        engine.engine.queue.resume = { [weak loop, weak engine] in
+            if let loop, let engine { Self.pump(loop, engine) }
+        }
     }
 
     deinit { loop.shutdown() }
@@ -61,9 +64,10 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
     /// Ends the thread; what the kernel's half knows stays.
     public func close() { loop.shutdown() }
 
-    private func pump() {
-        loop.execute { [self] in
-            if engine.engine.pump() { pump() }
+    /// Without `self`: whoever lets go of that last must not be the loop's thread.
+    private static func pump(_ loop: EventLoop, _ engine: EpochEngineBox) {
+        loop.execute {
+            if engine.engine.pump() { pump(loop, engine) }
         }
     }
 
@@ -84,7 +88,7 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         let result = await loop.runUnlessShutDown { Result { try engine.engine.cut(fuzzyBytesMax: fuzzyBytesMax) } }
         guard let result else { throw EpochError.closed }
         let cut = try result.get()
-        pump()
+        Self.pump(loop, engine)
         return cut
     }
 

@@ -68,9 +68,11 @@ final class BlockBitmap {
         }
     }
 
-    /// Sets the bits of a whole word, block `number` × 64 being its lowest.
+    /// Sets the bits of a whole word, block `number` × 64 being its lowest; those past the end are ignored.
     func formUnion(word number: Int, bits: UInt64) {
-        precondition(number < wordCount)
+        guard number < wordCount else { return }
+        let left = blockCount - UInt64(number) * 64
+        let bits = left < 64 ? bits & ~(~0 &<< left) : bits
         let old = words[number]
         if old | bits == old { return }
         words[number] = old | bits

@@ -34,6 +34,9 @@ int clivetap_map_entries(int map, uint32_t *entries);
 // How often the kernel skipped the program behind this link because it would have interrupted itself.
 int clivetap_recursion_misses(int link, uint64_t *misses);
 
+// The calling thread runs on this processor only; on any that it might before, when negative.
+int clivetap_run_on(int processor);
+
 int clivetap_mount_bpffs(const char *path);
 bool clivetap_is_bpffs(const char *path);
 

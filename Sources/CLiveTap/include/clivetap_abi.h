@@ -57,12 +57,14 @@ struct clivetap_disk {
     __u64 unmatched, unmatched_sectors;                            // completions of what was never seen to be issued
     __u64 requeued, requeued_sectors;
     __u64 unslotted;                                               // issued with a tag that has no slot
-    __u64 beyond;                                                  // blocks past the end of the bitmaps
+    __u64 beyond;                                                  // writes past the disk's end as it was attached
     __u64 undescribed;                                             // pass-through requests that may have written
     __u64 dropped_issues, dropped_completions;                     // by deliberate fault
     // Ours only: the kernel's sectors written and discarded minus `issued_sectors` when nothing was in flight.
     __s64 baseline_sectors;
+    __u64 baseline_slack;                                          // sectors in slots then: by as much it may be too high
     __u64 baseline_unmatched;
+    __u64 disk_sequence;                                           // /sys/block/*/diskseq: tells a disk from its successor
 };
 
 // The write in flight under one tag. In use while `sectors` is not 0.
@@ -81,7 +83,7 @@ struct clivetap_slot {
 static_assert(sizeof(struct clivetap_slot) == 64, "");
 #else
 _Static_assert(sizeof(struct clivetap_slot) == 64, "shared with a program in the kernel");
-_Static_assert(sizeof(struct clivetap_disk) == 176, "shared with a program in the kernel");
+_Static_assert(sizeof(struct clivetap_disk) == 192, "shared with a program in the kernel");
 _Static_assert(sizeof(struct clivetap_state) == 96, "shared with a program in the kernel");
 #endif
 #endif

@@ -17,7 +17,7 @@ struct LiveTapTests {
         defer { writers.stop() }
         try await bed.fullSync()
         var proven = 0
-        for _ in 0..<100 {
+        for _ in 0..<60 {
             try await writers.progress(by: 50)
             guard try await bed.carry().kind == .exact else { continue }
             proven += 1
@@ -68,7 +68,7 @@ struct LiveTapTests {
         try await bed.fullSync()
         await bed.group.inject([], completions: (period: 20_000_000, burst: 3_000_000))
         var proven = 0
-        for _ in 0..<60 {
+        for _ in 0..<40 {
             try await writers.progress(by: 50)
             guard try await bed.carry().kind == .exact else { continue }
             proven += 1
