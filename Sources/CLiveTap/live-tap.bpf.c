@@ -205,14 +205,20 @@ static __always_inline int issue(struct request *rq, __u32 copy) {
         return 0;
     }
 
+    // The copies run one after the other for one request: one that is behind comes after one that has counted it, and has nothing left to do
+    // when the slot is this request's. (One that was skipped before is behind as well, and is then wrong about being late. The next copy
+    // is not; and if all were, nobody counts the request, and the kernel's account tells.)
     __u32 sectors = bytes >> 9;
+    if (copy > 0 && slot && slot->seen[copy] != slot->event && slot->request == (__u64)rq && slot->sectors == sectors
+        && slot->first <= rq->__sector >> 3 && slot->last >= rq->__sector >> 3) {
+        slot->seen[copy] = slot->event;
+        return 0;
+    }
     struct marking m;
     prepare(&m, disk, s);
     span(&m, rq, op);
     int is_new = 1;
     if (slot) {
-        // The copies run one after the other for one request: one that is behind comes after one that has counted it. (One that
-        // was skipped before is behind as well, and is then wrong about being late: it marks nevertheless, and the next one counts.)
         is_new = slot->seen[copy] == slot->event;
         if (is_new) {
             if (slot->sectors) add(&disk->overwritten, 1);
