@@ -4,7 +4,9 @@
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/fs.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/vfs.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 const unsigned char clivetap_program[] __attribute__((aligned(8))) = {
@@ -136,5 +139,61 @@ bool clivetap_is_bpffs(const char *path) {
     return statfs(path, &facts) == 0 && facts.f_type == 0xcafe4a11; // BPF_FS_MAGIC
 }
 
-int clivetap_freeze(int fd) { return ioctl(fd, FIFREEZE, 0) < 0 ? -errno : 0; }
-int clivetap_thaw(int fd) { return ioctl(fd, FITHAW, 0) < 0 ? -errno : 0; }
+static void thaw_all(const int *fds, int count) {
+    for (int i = count - 1; i >= 0; i--) ioctl(fds[i], FITHAW, 0);
+}
+
+// The guard: only async-signal-safe calls, as after any fork of a process with threads.
+static _Noreturn void guard_freeze(const int *fds, int count, int limit_ms, int told) {
+    setsid();
+    for (int fd = 0; fd < 4096; fd++) {
+        bool is_needed = fd == told;
+        for (int i = 0; i < count; i++) is_needed |= fd == fds[i];
+        if (!is_needed) close(fd); // above all the caller's locks and pipes
+    }
+    struct pollfd poll_told = {.fd = told, .events = POLLIN};
+    // A freeze that takes longer than the limit is thawed as soon as it is there: until the caller says that it has ended, or is gone.
+    int left = limit_ms;
+    while (poll(&poll_told, 1, left) <= 0) {
+        thaw_all(fds, count);
+        left = 5;
+    }
+    char byte;
+    if (read(told, &byte, 1) != 1) thaw_all(fds, count);
+    _exit(0);
+}
+
+int clivetap_freeze(const int *fds, int count, int limit_ms, int guard[2]) {
+    for (int i = 0; i < count; i++) syncfs(fds[i]); // so that the freeze itself is short
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC) < 0) return -errno;
+    pid_t pid = fork();
+    if (pid < 0) {
+        int error = errno;
+        close(ends[0]);
+        close(ends[1]);
+        return -error;
+    }
+    if (pid == 0) guard_freeze(fds, count, limit_ms, ends[0]);
+    close(ends[0]);
+    guard[0] = pid;
+    guard[1] = ends[1];
+    for (int i = 0; i < count; i++) {
+        if (ioctl(fds[i], FIFREEZE, 0) == 0) continue;
+        int error = errno;
+        clivetap_thaw(fds, i, guard);
+        return -error;
+    }
+    return 0;
+}
+
+int clivetap_thaw(const int *fds, int count, const int guard[2]) {
+    int result = 0;
+    for (int i = count - 1; i >= 0; i--) {
+        if (ioctl(fds[i], FITHAW, 0) < 0) result = -ETIMEDOUT;
+    }
+    if (write(guard[1], "d", 1) != 1) result = -ETIMEDOUT; // the guard has been killed: what it did is unknown
+    close(guard[1]);
+    while (waitpid(guard[0], NULL, 0) < 0 && errno == EINTR) {}
+    return result;
+}

@@ -2,12 +2,12 @@ import BlockTap
 import Glibc
 
 /// A process that has a live tap and does what it is told on its standard input, one byte each: `s` begin a full sync, `c` cut and hand out the
-/// epoch, `a` it is acknowledged. What it hands out goes to standard output. For tests that kill it at any moment.
+/// epoch, `a` it is acknowledged, `z` freeze the file system mounted where FREEZE says, for two seconds at most, and hang. What it hands out goes to standard output. For tests that kill it at any moment.
 ///
 /// Frames: kind (u8), 3 bytes 0, disk (u32), offset or number (u64), length (u64), then `length` bytes for `h`ello (the instance) and `d`ata.
 /// `h`: the number is 1 when the tap of an earlier process was taken over. `c`: the number is the epoch, the disk 1 when it is exact, the length 1
 /// when a full sync has more. `z`: zeroes. `e`: the end of an epoch; the offset is how many completions the kernel has not shown so far.
-/// `x`: an error; the length is that of its words.
+/// `f`: it is frozen. `x`: an error; the length is that of its words.
 @main
 struct Holder {
     static func main() async {
@@ -51,6 +51,10 @@ struct Holder {
                         case .abandoned(_, let reason): throw SystemError(errno: EIO, what: reason.rawValue)
                         }
                     }
+                case UInt8(ascii: "z"):
+                    _ = try FileSystemFreeze.hold(mountPoints: [String(cString: getenv("FREEZE"))], limitMilliseconds: 2000)
+                    put("f")
+                    while true { sleep(1) }
                 default: break
                 }
             }

@@ -26,6 +26,9 @@ public struct LiveTapConfiguration: Sendable {
     public var roundsMilliseconds = 2000
     public var reconcileMilliseconds = 50
     public var drainBufferCount = 64
+    /// Mount points of the group's file systems, to be frozen when rounds do not converge; none: never.
+    public var freezable: [String] = []
+    public var freezeMilliseconds = 500
     public init() {}
 }
 
@@ -38,6 +41,10 @@ public struct LiveTapStatistics: Sendable, Codable, Hashable {
     public var roundsMax: UInt64 = 0
     /// Blocks that were written again before they had been read.
     public var collisionCount: UInt64 = 0
+    /// Epochs for which the file systems were frozen, how long at most, and how often that was longer than the limit.
+    public var freezeCount: UInt64 = 0
+    public var freezeMillisecondsMax: Double = 0
+    public var freezeFailedCount: UInt64 = 0
     /// Looks at the kernel's account that decided nothing.
     public var openReconciliationCount: UInt64 = 0
     /// Times that writes were missed and everything had to be compared or copied again; and why, the last time.
@@ -210,42 +217,68 @@ package final class LiveEpochEngine {
         var collided: [LiveStage.Place] = []
         var rounds: UInt64 = 0
         stage.clear()
+        var step = Step.goOn
         repeat {
-            outcome.timeNanoseconds = try flip()
+            step = try round(&blocks, &collided, &outcome)
             rounds += 1
-            var round: [BlockBitmap] = []
-            for disk in disks {
-                round.append(disk.dirty)
-                blocks[disk.index].formUnion(disk.dirty)
-                disk.dirty = BlockBitmap(blockCount: disk.disk.blockCount)
-            }
-            guard blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount) else {
-                outcome.isStaged = false
-                break
-            }
-            guard let collisions = readRound(round, first: collided) else {
-                // Unreadable: nothing of it is handed out as if it were read.
-                outcome.isStaged = false
-                break
-            }
-            collided = collisions
-            figures.collisionCount += UInt64(collisions.count)
-            if !collisions.isEmpty { continue }
-            if faults.contains(.skipReconciliation) {
-                outcome.isProven = true
-                break
-            }
-            switch reconciliation.verdict(withinMilliseconds: configuration.reconcileMilliseconds) {
-            case .exact: outcome.isProven = true
-            case .open: continue
-            case .missed(let reason): resync(reason)
-            }
-            break
-        } while rounds < UInt64(configuration.roundsMax) && LiveReconciliation.now() < deadline
+        } while step == .goOn && rounds < UInt64(configuration.roundsMax) && LiveReconciliation.now() < deadline
+        if step == .goOn, !configuration.freezable.isEmpty {
+            try frozenRound(&blocks, &collided, &outcome)
+            rounds += 1
+        }
         figures.roundCount += rounds
         figures.roundsMax = max(figures.roundsMax, rounds)
         if outcome.isProven { figures.provenCount += 1 } else { figures.unprovenCount += 1 }
         return outcome
+    }
+
+    private enum Step { case goOn, ended }
+
+    private func round(_ blocks: inout [BlockBitmap], _ collided: inout [LiveStage.Place], _ outcome: inout Outcome) throws(SystemError) -> Step {
+        outcome.timeNanoseconds = try flip()
+        var round: [BlockBitmap] = []
+        for disk in disks {
+            round.append(disk.dirty)
+            blocks[disk.index].formUnion(disk.dirty)
+            disk.dirty = BlockBitmap(blockCount: disk.disk.blockCount)
+        }
+        // What is too large for the stage, or cannot be read, is not handed out as if it had been read.
+        guard blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount), let collisions = readRound(round, first: collided) else {
+            outcome.isStaged = false
+            return .ended
+        }
+        collided = collisions
+        figures.collisionCount += UInt64(collisions.count)
+        if !collisions.isEmpty { return .goOn }
+        if faults.contains(.skipReconciliation) {
+            outcome.isProven = true
+            return .ended
+        }
+        switch reconciliation.verdict(withinMilliseconds: configuration.reconcileMilliseconds) {
+        case .exact: outcome.isProven = true
+        case .open: return .goOn
+        case .missed(let reason): resync(reason)
+        }
+        return .ended
+    }
+
+    /// The last resort: one round while the file systems are held still. Its proof is the same: that nothing collided. (Whoever writes to the
+    /// disk past the file systems is not held.)
+    private func frozenRound(_ blocks: inout [BlockBitmap], _ collided: inout [LiveStage.Place], _ outcome: inout Outcome) throws(SystemError) {
+        let freeze: FileSystemFreeze
+        do throws(SystemError) {
+            freeze = try FileSystemFreeze.hold(mountPoints: configuration.freezable, limitMilliseconds: configuration.freezeMilliseconds)
+        } catch {
+            figures.freezeFailedCount += 1
+            onEvent?("\(error)")
+            return
+        }
+        figures.freezeCount += 1
+        let result = Result { () throws(SystemError) in try round(&blocks, &collided, &outcome) }
+        let (wasHeld, milliseconds) = freeze.thaw()
+        figures.freezeMillisecondsMax = max(figures.freezeMillisecondsMax, milliseconds)
+        if !wasHeld { figures.freezeFailedCount += 1 }
+        _ = try result.get()
     }
 
     /// The cut. Afterwards `dirty` holds every block written before it since it was last read, and `carried` those that may still land.

@@ -40,8 +40,11 @@ int clivetap_run_on(int processor);
 int clivetap_mount_bpffs(const char *path);
 bool clivetap_is_bpffs(const char *path);
 
-int clivetap_freeze(int fd);                                       // FIFREEZE
-int clivetap_thaw(int fd);                                         // FITHAW
+// Freezes the mounted file systems that `fds` are of (FIFREEZE), after starting a process of its own that thaws them when `limit_ms` have passed
+// or when the caller is gone, whatever became of it. `guard`: two numbers for clivetap_thaw. 0 or a negative errno (then nothing is frozen).
+int clivetap_freeze(const int *fds, int count, int limit_ms, int guard[2]);
+// 0, or -ETIMEDOUT when they did not stay frozen until now. They are not frozen afterwards.
+int clivetap_thaw(const int *fds, int count, const int guard[2]);
 
 static inline uint64_t clivetap_load_word(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 static inline void clivetap_store_word(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }

@@ -56,6 +56,63 @@ struct LiveTapKillTests {
     }
 }
 
+/// The freeze, and what becomes of it when its process is killed or hangs.
+@Suite(
+    .serialized,
+    .enabled(if: LiveTapBed.isAvailable, "needs root, loop devices, a kernel with BTF, and the live tap's program (tools/test compiles it)"))
+struct FileSystemFreezeTests {
+    @Test("A process killed, or hanging, inside a freeze: the file system is thawed", arguments: [true, false])
+    func thawedWithoutUs(isKilled: Bool) throws {
+        let bed = try LiveTapBed(disks: 1, bytes: 32 << 20)
+        let mount = try MountPoint()
+        try Program.run(["mkfs.ext4", "-q", bed.loops[0].path])
+        try Program.run(["mount", bed.loops[0].path, mount.path])
+        let holder = try HeldTap(bed, environment: ["FREEZE": mount.path])
+        holder.tell("z")
+        #expect(try holder.isFrozen())
+        let began = ContinuousClock.now
+        if isKilled { holder.kill() }
+        try Program.run(["timeout", "30", "touch", mount.path + "/a"])
+        print("thawed \(ContinuousClock.now - began) after \(isKilled ? "the process was killed" : "freezing")")
+        if !isKilled { holder.kill() }
+    }
+
+    @Test("Rounds that do not converge end in a short freeze, and its point is exact")
+    func freezesWhenRoundsDoNotConverge() async throws {
+        let bed = try LiveTapBed(disks: 1, bytes: 64 << 20)
+        let mount = try MountPoint()
+        try Program.run(["mkfs.ext4", "-q", bed.loops[0].path])
+        try Program.run(["mount", bed.loops[0].path, mount.path])
+        bed.configuration.freezable = [mount.path]
+        bed.configuration.freezeMilliseconds = 10_000
+        bed.configuration.roundsMax = 1
+        try await bed.start()
+        try await bed.fullSync()
+        let log = try SyncedLog(directory: mount.path)
+        log.start()
+        defer { log.stop() }
+        for _ in 0..<60 {
+            try await log.progress(by: 2)
+            let synced = log.synced
+            guard try await bed.carry().kind == .exact, await bed.group.liveStatistics.freezeCount > 1 else { continue }
+            let copy = try LoopDevice(bytes: bed.bytes)
+            try #require(pwrite(copy.file.fd, bed.images[0], bed.bytes, 0) == bed.bytes)
+            try Program.run(["blockdev", "--flushbufs", copy.path])
+            let there = try MountPoint()
+            try Program.run(["mount", "-o", "ro", copy.path, there.path])
+            #expect(try SyncedLog.records(directory: there.path) >= synced)
+            try there.unmount()
+            break
+        }
+        let figures = await bed.group.liveStatistics
+        #expect(figures.freezeCount > 0)
+        #expect(figures.freezeFailedCount == 0)
+        print("\(figures.freezeCount) freezes, \(figures.freezeMillisecondsMax) ms at most, \(figures.provenCount) proven, \(figures.unprovenCount) not")
+        log.stop()
+        try mount.unmount()
+    }
+}
+
 /// `live-tap-holder` on a bed's disks, its epochs applied to the bed's images.
 final class HeldTap {
     enum Outcome { case carried(isExact: Bool, hasMore: Bool), died }
@@ -70,8 +127,9 @@ final class HeldTap {
 
     struct Failure: Error, CustomStringConvertible { var description: String }
 
-    init(_ bed: LiveTapBed) throws {
+    init(_ bed: LiveTapBed, environment: [String: String] = [:]) throws {
         self.bed = bed
+        process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
         signal(SIGPIPE, SIG_IGN)
         process.executableURL = try Self.executable()
         process.arguments = [bed.pins] + bed.loops.map(\.path)
@@ -105,6 +163,11 @@ final class HeldTap {
     func kill() {
         Foundation.kill(process.processIdentifier, SIGKILL)
         process.waitUntilExit()
+    }
+
+    func isFrozen() throws -> Bool {
+        var frame = Frame()
+        return Self.read(output.fileHandleForReading.fileDescriptor, &frame) && frame.kind == UInt8(ascii: "f")
     }
 
     func carry(killAfterMicroseconds: UInt32? = nil) throws -> Outcome {
