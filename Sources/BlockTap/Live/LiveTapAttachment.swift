@@ -16,7 +16,7 @@ final class LiveTapAttachment {
     /// The directory, locked: one process at a time.
     private let lock: Int32
 
-    private static let mapNames = ["state", "disks", "numbers", "slots", "summary", "chunks"]
+    private static let mapNames = ["state", "disks", "slots", "summary", "chunks"]
     private static let programs = (0..<Int(CLIVETAP_COPIES)).map { "issue_\($0)" } + ["requeue", "complete"]
     /// Bitmaps of disks larger than this together are made when they are first needed.
     private static let eagerChunksMax = 32
@@ -181,7 +181,6 @@ final class LiveTapAttachment {
         var chunkBase = 0
         var slotBase = 0
         for (index, disk) in disks.enumerated() {
-            maps.disks[index].device = disk.kernelNumber
             maps.disks[index].chunk_base = UInt32(chunkBase)
             maps.disks[index].chunk_count = UInt32(LiveTapMaps.chunkCount(blocks: disk.blockCount))
             maps.disks[index].slot_base = UInt32(slotBase)
@@ -196,9 +195,7 @@ final class LiveTapAttachment {
             for chunk in 0..<chunkCount { try maps.ensureChunk(chunk) }
         }
         for name in mapNames { try check(clivetap_pin(clivetap_map(tap, name), "\(directory)/map-\(name)"), "pin a map in \(directory)") }
-        for (index, disk) in disks.enumerated() {
-            try check(clivetap_put(clivetap_map(tap, "numbers"), disk.kernelNumber, UInt32(index)), "name \(disk.device.path) to the live tap's program")
-        }
+        for (index, disk) in disks.enumerated() { maps.disks[index].device = disk.kernelNumber }
         for program in programs { try check(clivetap_attach(tap, program, "\(directory)/link-\(program)"), "attach the live tap to the block layer") }
         maps.state.pointee.magic = CLIVETAP_MAGIC
         return maps

@@ -3,8 +3,7 @@
 //
 // Maps, by pin name:
 //   state     1 × clivetap_state
-//   disks     CLIVETAP_DISKS_MAX × clivetap_disk
-//   numbers   hash: dev_t as the kernel has it (major << 20 | minor) → place in `disks`
+//   disks     CLIVETAP_DISKS_MAX × clivetap_disk; the first whose `device` is 0 ends the list
 //   slots     clivetap_slot, one per tag of every hardware queue of every disk
 //   summary   u64 words; 4 sections of state.summary_words each: CLIVETAP_SUMMARY_* (below)
 //   chunks    maps of CLIVETAP_CHUNK_WORDS u64 words: at (chunk × 3 + {0, 1: issued, 2: outstanding}); absent until needed
@@ -44,7 +43,7 @@ struct clivetap_state {
 };
 
 struct clivetap_disk {
-    __u32 device;
+    __u32 device;                                                  // as the kernel has it: major << 20 | minor; written last
     __u32 chunk_base, chunk_count;
     __u32 slot_base, queue_count, tag_count;                       // slot = slot_base + queue × tag_count + tag
     __u64 block_count;
