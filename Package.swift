@@ -102,7 +102,7 @@ let package = Package(
             ]),
         // A process with nothing but a live tap in it, for tests to kill.
         .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap"]),
-        .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "CLiveTap", "live-tap-holder"]),
+        .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "live-tap-holder"]),
         .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
         .testTarget(
             name: "ApplianceTests",

@@ -274,8 +274,14 @@ package final class LiveEpochEngine {
             return
         }
         figures.freezeCount += 1
+        // The log may lie on what is frozen.
+        let log = onEvent
+        var lines: [String] = []
+        onEvent = { lines.append($0) }
         let result = Result { () throws(SystemError) in try round(&blocks, &collided, &outcome) }
         let (wasHeld, milliseconds) = freeze.thaw()
+        onEvent = log
+        for line in lines { log?(line) }
         figures.freezeMillisecondsMax = max(figures.freezeMillisecondsMax, milliseconds)
         if !wasHeld { figures.freezeFailedCount += 1 }
         _ = try result.get()

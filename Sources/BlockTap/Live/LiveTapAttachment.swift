@@ -200,14 +200,4 @@ final class LiveTapAttachment {
         maps.state.pointee.magic = CLIVETAP_MAGIC
         return maps
     }
-
-    // MARK: bpffs
-
-    /// Makes sure that `path` is a bpffs (`/sys/fs/bpf` on most systems) and returns it.
-    static func bpffs(at path: String = "/sys/fs/bpf") throws(SystemError) -> String {
-        if clivetap_is_bpffs(path) { return path }
-        let result = clivetap_mount_bpffs(path)
-        guard result == 0 else { throw SystemError(errno: -result, doing: "mount a bpffs on \(path)") }
-        return path
-    }
 }

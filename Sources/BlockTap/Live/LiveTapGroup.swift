@@ -1,4 +1,4 @@
-import Dispatch
+import CLiveTap
 import Glibc
 
 /// The disks of one protected server, followed by the live tap: one consistency group, with a thread of its own.
@@ -57,6 +57,13 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
     }
 
     deinit { loop.shutdown() }
+
+    /// Makes sure that `path` is a bpffs (as `/sys/fs/bpf` is on most systems): mounts one there if it is not.
+    public static func bpffs(at path: String) throws(SystemError) {
+        if clivetap_is_bpffs(path) { return }
+        let result = clivetap_mount_bpffs(path)
+        guard result == 0 else { throw SystemError(errno: -result, doing: "mount a bpffs on \(path)") }
+    }
 
     /// Detaches the kernel's half of a group that no process has open: nothing is tracked any more.
     public static func detach(pinDirectory: String) { LiveTapAttachment.remove(directory: pinDirectory) }

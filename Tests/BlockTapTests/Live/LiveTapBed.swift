@@ -1,5 +1,4 @@
 import CIoUring
-import CLiveTap
 import Foundation
 import Synchronization
 import Testing
@@ -29,7 +28,7 @@ final class LiveTapBed: @unchecked Sendable {
             return image
         }
         directory = try TemporaryDirectory()
-        guard clivetap_mount_bpffs(directory.path) == 0 else { throw SystemError(errno: errno, doing: "mount a bpffs for a test") }
+        try LiveTapGroup.bpffs(at: directory.path)
     }
 
     deinit {
