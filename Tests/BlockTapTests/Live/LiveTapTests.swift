@@ -140,6 +140,24 @@ struct LiveTapTests {
         Issue.record("mutant \(fault.rawValue) was not caught in \(points) points")
     }
 
+    @Test("Believing the program without asking the kernel is caught as soon as the kernel hides issues")
+    func reconciliationIsNeeded() async throws {
+        let bed = try LiveTapBed(disks: 1, bytes: 32 << 20)
+        try await bed.start()
+        let writers = DependentWriters(bed)
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        try await bed.carryUntilProven()
+        await bed.group.inject(.skipReconciliation, issues: (period: 20_000_000, burst: 2_000_000), completions: (period: 20_000_000, burst: 2_500_000))
+        for _ in 0..<400 {
+            try await writers.progress(by: 20)
+            guard try await bed.carry().kind == .exact else { continue }
+            if !writers.violations(in: bed.images).isEmpty { return }
+        }
+        Issue.record("not caught in 400 points")
+    }
+
     // MARK: -
 
     /// Ends the writers; the replica becomes the disks.
