@@ -246,10 +246,13 @@ final class GroupReceiver: Sendable {
         store.shared.withLock { $0.statistics.abandonedEpochCount += 1 }
         giveBack()
         if case .full = error { store.spaceRefused() }
-        // After the MANIFEST's own failure neither: its last record may have reached the disk, and names what lies there.
         let isSpoilt = if case .io = error { true } else { store.manifest.failure != nil }
-        if isSpoilt { state.withLock { $0.sealedEnd = nil } }
+        if isSpoilt { leaveSegment() }
     }
+
+    /// Nothing more goes into the segment that sealed data ends in: the disk behind it failed, or a record with an unknown fate may name what
+    /// lies there.
+    func leaveSegment() { state.withLock { $0.sealedEnd = nil } }
 
     /// Cuts everything off that no sealed epoch owns. What is still queued for failed epochs will not be written, and an epoch
     /// that began behind a failed one fails as well, so nothing that counts lies there.

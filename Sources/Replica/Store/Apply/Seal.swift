@@ -116,6 +116,8 @@ extension ReplicaStore {
                 upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
                 writer.receiver.fail(writer, error)
             } else {
+                // Before anybody can begin where this one did.
+                writer.receiver.leaveSegment()
                 writer.end(.failed(error))
                 logger.critical("the MANIFEST cannot be written: the store takes nothing more until it is opened again", metadata: ["error": "\(error)"])
             }
