@@ -215,9 +215,7 @@ extension ReplicaStore {
             guard let id else { return .some(nil) }
             let pinned = shared.withLock { shared -> (LayerRecord, UInt64)? in
                 guard let record = shared.state.layers[id] else { return nil }
-                let number = shared.nextPin
-                shared.nextPin += 1
-                shared.pins[number] = Pin([record])
+                let number = shared.add(Pin([record]))
                 return (record, number)
             }
             if let pinned { return pinned }
@@ -265,9 +263,7 @@ extension ReplicaStore {
         }
         if bad.isEmpty { return [] }
         let (state, number) = shared.withLock { shared -> (StoreState, UInt64) in
-            let number = shared.nextPin
-            shared.nextPin += 1
-            shared.pins[number] = Pin(Array(shared.state.layers.values))
+            let number = shared.add(Pin(Array(shared.state.layers.values)))
             return (shared.state, number)
         }
         defer { unpin(number) }

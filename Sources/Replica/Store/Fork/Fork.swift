@@ -103,9 +103,7 @@ extension ReplicaStore {
             var held = Pin(chain)
             held.segments.insert(record.segment)
             held.journals.insert(record.journal)
-            let pin = shared.nextPin
-            shared.nextPin += 1
-            shared.pins[pin] = held
+            let pin = shared.add(held)
             shared.openForks[key] = OpenForkVolume(fork: id, pin: isForSealing ? nil : pin)
             return (fork, record, chain, pin)
         }

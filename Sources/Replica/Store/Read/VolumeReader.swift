@@ -41,9 +41,7 @@ extension ReplicaStore {
             guard let point = groupRecord.points.last(where: { $0.point.id == id }) else { throw .unknownRecoveryPoint(group, id) }
             guard point.volumes.indices.contains(volume) else { throw .invalid("group \(group) has no disk number \(volume) at \(id)") }
             let chain = shared.state.chain(point.volumes[volume].top)
-            let pin = shared.nextPin
-            shared.nextPin += 1
-            shared.pins[pin] = Pin(chain)
+            let pin = shared.add(Pin(chain))
             return (point.volumes[volume], chain, pin)
         }
         do throws(StoreError) {
