@@ -193,7 +193,11 @@ public final class ReplicaStore: @unchecked Sendable {
 
     /// Ends unfinished epochs and gives the directory free. Open readers and forks must have been closed. Idempotent.
     public func close() {
-        if !shared.withLock({ $0.isClosed }) { writeLastIndexFiles() }
+        if !shared.withLock({ $0.isClosed }) {
+            // Behind the index of the last epoch, which was acknowledged before it was brought forward.
+            try? thread.perform {}
+            writeLastIndexFiles()
+        }
         end()
     }
 
