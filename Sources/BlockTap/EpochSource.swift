@@ -20,11 +20,49 @@ public struct Cut: Sendable, Codable, Hashable {
     public var timeNanoseconds: UInt64
     /// Blocks to be drained, all disks together.
     public var blockCount: UInt64
-    public init(epoch: EpochNumber, kind: EpochKind, timeNanoseconds: UInt64, blockCount: UInt64) {
+    /// Of an exact epoch: how it is known that the replica equals the disks at the cut.
+    public var proof: CutProof?
+    public init(epoch: EpochNumber, kind: EpochKind, timeNanoseconds: UInt64, blockCount: UInt64, proof: CutProof? = nil) {
         self.epoch = epoch
         self.kind = kind
         self.timeNanoseconds = timeNanoseconds
         self.blockCount = blockCount
+        self.proof = proof
+    }
+}
+
+/// What an exact epoch is asked to be.
+public enum CutConsistency: UInt8, Sendable, Codable {
+    /// What a power cut at that instant would have left.
+    case crash = 0
+    /// The mounted file systems of the group are frozen at the cut: nothing of theirs is only in memory.
+    case fileSystem = 1
+}
+
+/// How it is known that an exact epoch is the disks at one instant.
+public struct CutProof: Sendable, Codable, Hashable {
+    public enum Method: String, Sendable, Codable {
+        /// The tap stands in the way of every write: copied before it was overwritten.
+        case copyBeforeWrite
+        /// Read again until nothing was written meanwhile.
+        case rounds
+        /// And in the end while the file systems were frozen.
+        case freeze
+    }
+    public var method: Method
+    /// Less than what was asked for when the file systems could not be frozen in time.
+    public var consistency: CutConsistency
+    public var roundCount: UInt32
+    /// Blocks that were written again before they had been read.
+    public var collisionCount: UInt64
+    /// 0 unless frozen.
+    public var freezeMilliseconds: Double
+    public init(method: Method, consistency: CutConsistency = .crash, roundCount: UInt32 = 0, collisionCount: UInt64 = 0, freezeMilliseconds: Double = 0) {
+        self.method = method
+        self.consistency = consistency
+        self.roundCount = roundCount
+        self.collisionCount = collisionCount
+        self.freezeMilliseconds = freezeMilliseconds
     }
 }
 
@@ -99,8 +137,9 @@ public protocol EpochSource: AnyObject, Sendable {
     /// Whether blocks of a full sync are still to be cut into a fuzzy epoch.
     var needsFuzzyCut: Bool { get async }
     /// Closes the running epoch. While a full sync has blocks left the epoch is fuzzy and takes at most `fuzzyBytesMax` of them;
-    /// otherwise it is exact. Throws `EpochError.draining` while the previous epoch has not been handed out whole.
-    func cut(fuzzyBytesMax: UInt64) async throws -> Cut
+    /// otherwise it is exact, if the source can prove it (else fuzzy, and complete). Throws `EpochError.draining` while the previous epoch
+    /// has not been handed out whole.
+    func cut(fuzzyBytesMax: UInt64, consistency: CutConsistency) async throws -> Cut
     /// The next item, or nil when there is none yet; `setWakeup`'s closure is called when that changes.
     func nextItem() -> DrainItem?
     func setWakeup(_ wakeup: (@Sendable () -> Void)?)
@@ -118,6 +157,8 @@ public protocol EpochSource: AnyObject, Sendable {
 }
 
 extension EpochSource {
+    public func cut(fuzzyBytesMax: UInt64) async throws -> Cut { try await cut(fuzzyBytesMax: fuzzyBytesMax, consistency: .crash) }
+
     /// A source that can only be drained.
     public func read(disk: Int, offsetBytes: UInt64, lengthBytes: Int) async -> [UInt8]? { nil }
 }

@@ -154,7 +154,7 @@ final class ModelSource: EpochSource, @unchecked Sendable {
 
     var needsFuzzyCut: Bool { get async { lock.withLock { !unsynced.isEmpty } } }
 
-    func cut(fuzzyBytesMax: UInt64) async throws -> Cut {
+    func cut(fuzzyBytesMax: UInt64, consistency: CutConsistency) async throws -> Cut {
         try lock.withLock {
             guard queue.isEmpty else { throw EpochError.draining(lastEpoch) }
             lastEpoch = lastEpoch.next

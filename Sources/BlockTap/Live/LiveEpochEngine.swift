@@ -165,7 +165,7 @@ package final class LiveEpochEngine {
 
     // MARK: Cut
 
-    package func cut(fuzzyBytesMax: UInt64) throws -> Cut {
+    package func cut(fuzzyBytesMax: UInt64, consistency: CutConsistency = .crash) throws -> Cut {
         if let draining { throw EpochError.draining(draining.number) }
         let number = EpochNumber(maps.state.pointee.last_epoch + 1)
         // Before anything can be sent under this number.

@@ -90,9 +90,9 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         }
     }
 
-    public func cut(fuzzyBytesMax: UInt64) async throws -> Cut {
+    public func cut(fuzzyBytesMax: UInt64, consistency: CutConsistency) async throws -> Cut {
         let engine = engine
-        let result = await loop.runUnlessShutDown { Result { try engine.engine.cut(fuzzyBytesMax: fuzzyBytesMax) } }
+        let result = await loop.runUnlessShutDown { Result { try engine.engine.cut(fuzzyBytesMax: fuzzyBytesMax, consistency: consistency) } }
         guard let result else { throw EpochError.closed }
         let cut = try result.get()
         Self.pump(loop, engine)

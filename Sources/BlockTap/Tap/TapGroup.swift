@@ -46,7 +46,7 @@ public final class TapGroup: EpochSource, @unchecked Sendable {
         get async { await loop.runUnlessShutDown { self.engine.needsFuzzyCut } ?? false }
     }
 
-    public func cut(fuzzyBytesMax: UInt64) async throws -> Cut {
+    public func cut(fuzzyBytesMax: UInt64, consistency: CutConsistency) async throws -> Cut {
         let result = await loop.runUnlessShutDown { Result { () throws(EpochError) in try self.engine.cut(fuzzyBytesMax: fuzzyBytesMax) } }
         guard let result else { throw EpochError.closed }
         return try result.get()
