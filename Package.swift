@@ -77,7 +77,7 @@ let package = Package(
         .executableTarget(
             name: "order-check",
             dependencies: [
-                "Replica", "CLibNBD",
+                "Replica", "CIoUring", "CLibNBD",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),

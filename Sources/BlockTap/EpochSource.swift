@@ -37,6 +37,8 @@ public enum CutConsistency: UInt8, Sendable, Codable {
     case crash = 0
     /// The mounted file systems of the group are frozen at the cut: nothing of theirs is only in memory.
     case fileSystem = 1
+    /// And the applications were told beforehand (scripts before and after).
+    case application = 2
 }
 
 /// How it is known that an exact epoch is the disks at one instant.
@@ -106,6 +108,17 @@ public struct SourceDisk: Sendable, Codable, Hashable {
     public init(name: String, geometry: BlockGeometry) {
         self.name = name
         self.geometry = geometry
+    }
+}
+
+/// Where a source is that an earlier process had: its bitmaps are relative to `acknowledged`.
+public struct SourceResumption: Sendable, Hashable {
+    /// The replica must hold this epoch or a later one.
+    public var acknowledged: EpochNumber
+    public var lastCut: EpochNumber
+    public init(acknowledged: EpochNumber, lastCut: EpochNumber) {
+        self.acknowledged = acknowledged
+        self.lastCut = lastCut
     }
 }
 

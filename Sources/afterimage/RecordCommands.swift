@@ -1,5 +1,6 @@
 import Appliance
 import ArgumentParser
+import BlockTap
 import Foundation
 
 struct TaskCommand: AsyncParsableCommand {
@@ -142,6 +143,7 @@ struct StatusCommand: ClientCommand {
                     + (server.secondsLeft.map { ", \(Words.seconds($0)) left" } ?? ""))
         }
         if let behind = server.behindBytes { lines.append("  behind        \(Words.bytes(behind))") }
+        if let live = server.agent?.live { lines += liveTap(live) }
         for machine in server.instances {
             var line = "  \(machine.kind == .drill ? "drill" : "machine")".padding(toLength: 16, withPad: " ", startingAt: 0)
             line += "\(machine.step.rawValue)" + (machine.recoveryPoint.map { ", from \($0)" } ?? "")
@@ -149,6 +151,20 @@ struct StatusCommand: ClientCommand {
             lines.append(line)
         }
         lines += Terminal.field("next", server.next)
+        return lines
+    }
+
+    /// What the live tap can prove, and what the kernel kept from it.
+    private static func liveTap(_ live: LiveTapStatistics) -> [String] {
+        let cuts = live.provenCount + live.unprovenCount
+        var words = "\(live.provenCount) of \(Words.count(cuts, "cut")) proven"
+        if cuts > 0 { words += String(format: ", %.1f rounds each (%d at most)", Double(live.roundCount) / Double(cuts), live.roundsMax) }
+        words += ", \(Words.count(live.collisionCount, "collision"))"
+        if live.freezeCount > 0 { words += String(format: "; froze %d times, %.0f ms at most", live.freezeCount, live.freezeMillisecondsMax) }
+        if live.freezeFailedCount > 0 { words += "; \(Words.count(live.freezeFailedCount, "freeze")) did not hold" }
+        if live.unseenCompletionCount > 0 { words += "; \(Words.count(live.unseenCompletionCount, "completion")) of \(live.completedCount) not shown by the kernel (harmless)" }
+        var lines = Terminal.field("live tap", words)
+        if live.resyncCount > 0 { lines += Terminal.field("missed", "\(Words.count(live.resyncCount, "time")): \(live.resyncReason ?? "?")") }
         return lines
     }
 }

@@ -1,4 +1,5 @@
 import BlockTap
+import CIoUring
 import CLibNBD
 import Glibc
 import Synchronization
@@ -50,9 +51,9 @@ final class DependentChain: @unchecked Sendable {
         return (stripe * chainCount + number) * Self.stripeBlocks + own % Self.stripeBlocks
     }
 
-    /// Runs until `stop`; for a thread of its own. `sockets`: the tap's NBD sockets, one per disk.
-    func run(sockets: [String]) {
-        var connections: [NBDConnection?] = sockets.map { NBDConnection(socketPath: $0) }
+    /// Runs until `stop`; for a thread of its own. `connect`: to the disk of that number; nil when that is not possible now.
+    func run(connect: (Int) -> (any ChainTarget)?) {
+        var connections = diskBlocks.indices.map(connect)
         let memory = UnsafeMutableRawPointer.allocate(byteCount: Self.blocksPerWriteMax * blockBytes, alignment: blockBytes)
         defer { memory.deallocate() }
         var sequence: UInt64 = 0
@@ -71,7 +72,7 @@ final class DependentChain: @unchecked Sendable {
             while connections[disk]?.write(memory, count: count, offset: offset, durable: durable) != true {
                 // The server is gone; its successor will listen on the same path.
                 if isStopping.load(ordering: .acquiring) { return }
-                connections[disk] = NBDConnection(socketPath: sockets[disk])
+                connections[disk] = connect(disk)
                 if connections[disk] == nil { usleep(20_000) }
             }
             acknowledgedCount.store(sequence, ordering: .releasing)
@@ -128,8 +129,31 @@ final class DependentChain: @unchecked Sendable {
     }
 }
 
+/// Where a chain's writes go.
+protocol ChainTarget {
+    /// False when the write may not have happened; it is then issued again. `durable`: it survives a power cut when this returns.
+    func write(_ memory: UnsafeRawPointer, count: Int, offset: Int, durable: Bool) -> Bool
+}
+
+/// A block device, or a file of a mounted file system, past the page cache.
+final class DirectFile: ChainTarget {
+    private let fd: Int32
+
+    /// `isSynchronous`: every write is durable, with what leads to it.
+    init?(path: String, isSynchronous: Bool) {
+        fd = open(path, O_RDWR | ciouring_o_direct | O_CLOEXEC | (isSynchronous ? O_DSYNC : 0))
+        guard fd >= 0 else { return nil }
+    }
+
+    deinit { close(fd) }
+
+    func write(_ memory: UnsafeRawPointer, count: Int, offset: Int, durable: Bool) -> Bool {
+        pwrite(fd, memory, count, off_t(offset)) == count && (!durable || fdatasync(fd) == 0)
+    }
+}
+
 /// One libnbd connection. libnbd does not reconnect: a failed one is thrown away and made anew.
-final class NBDConnection {
+final class NBDConnection: ChainTarget {
     private let handle: OpaquePointer?
 
     /// Nil when nobody serves the socket now.
@@ -140,7 +164,7 @@ final class NBDConnection {
 
     deinit { nbd_close(handle) }
 
-    /// `durable`: with FUA.
+    /// Durable with FUA.
     func write(_ memory: UnsafeRawPointer, count: Int, offset: Int, durable: Bool) -> Bool {
         nbd_pwrite(handle, memory, count, UInt64(offset), durable ? LIBNBD_CMD_FLAG_FUA : 0) == 0
     }

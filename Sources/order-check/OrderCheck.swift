@@ -11,7 +11,8 @@ import Synchronization
 struct OrderCheck: AsyncParsableCommand {
     static let configuration = CommandConfiguration(commandName: "order-check", abstract: "Proves that recovery points are crash-consistent.")
 
-    @Option(help: "Which tap carries the writes (nbd).") var tap = "nbd"
+    @Option(help: "Which tap follows the writes: nbd or live.") var tap = TestBed.Tap.nbd
+    @Option(help: "What is on the disks of the live tap: none, ext4 or xfs.") var fs = TestBed.FileSystem.none
     @Option(help: "How long the writers run.") var seconds = 20
     @Option(help: "Disks in the consistency group.") var disks = 2
     @Option(help: "Size of each disk in MiB.") var size = 8
@@ -24,13 +25,13 @@ struct OrderCheck: AsyncParsableCommand {
     @Flag(help: "Keep the run's directory.") var keep = false
 
     func validate() throws {
-        guard tap == "nbd" else { throw ValidationError("--tap \(tap): only nbd is built") }
+        guard tap == .live || fs == .none else { throw ValidationError("--fs is for --tap live: the nbd tap has no file system on this side") }
         guard disks > 0, chains > 0, size > 0 else { throw ValidationError("--disks, --chains and --size must be positive") }
     }
 
     func run() async throws {
         let binary = afterimage ?? URL(fileURLWithPath: CommandLine.arguments[0]).deletingLastPathComponent().appendingPathComponent("afterimage").path
-        let bed = try TestBed(binary: binary)
+        let bed = try TestBed(binary: binary, tap: tap, fileSystem: fs)
         defer { if !keep { bed.tearDown() } }
         do {
             let chains = try write(bed)
@@ -54,12 +55,13 @@ struct OrderCheck: AsyncParsableCommand {
         try bed.afterimage(["agent", "enroll", "--token", try token(in: added), "--state", bed.path("agent")])
         let diskBlocks = Array(repeating: (size << 20) / blockBytes, count: disks)
         let chains = (0..<self.chains).map { DependentChain(number: $0, chainCount: self.chains, diskBlocks: diskBlocks, pauseMicroseconds: pauseUs) }
-        try waitUntil("the tap listens") {
-            guard (0..<disks).allSatisfy({ FileManager.default.fileExists(atPath: bed.socket($0)) }) else { throw TestBed.Failure(description: "no socket yet") }
+        if tap == .nbd {
+            try waitUntil("the tap listens") {
+                guard (0..<disks).allSatisfy({ FileManager.default.fileExists(atPath: bed.socket($0)) }) else { throw TestBed.Failure(description: "no socket yet") }
+            }
         }
-        let sockets = (0..<disks).map(bed.socket)
         let threads = chains.map { chain in
-            let thread = Thread { chain.run(sockets: sockets) }
+            let thread = Thread { chain.run(connect: bed.target) }
             thread.start()
             return thread
         }
@@ -77,6 +79,8 @@ struct OrderCheck: AsyncParsableCommand {
         chains.forEach { $0.stop() }
         while threads.contains(where: { !$0.isFinished }) { usleep(10_000) }
         print("\(chains.reduce(0) { $0 + $1.acknowledged }) writes acknowledged in \(seconds) s by \(self.chains) chains on \(disks) disks, \(kills) kills")
+        // Holds every write that was acknowledged.
+        try waitUntil("there is a last recovery point") { try bed.afterimage(["recovery-point", "create", "server", "--wait"]) }
         bed.stop("agent")
         bed.stop("appliance")
         return chains
@@ -102,10 +106,11 @@ struct OrderCheck: AsyncParsableCommand {
         let tally = Mutex(Tally())
         // Reads of old points are many and small: several at a time.
         DispatchQueue.concurrentPerform(iterations: points.count) { i in
-            let verdict = Result { try self.judge(points[i], of: group.id, in: store, chains) }
+            let verdict = Result { try self.judge(points[i], of: group.id, in: store, chains, bed) }
             tally.withLock { $0.count(points[i].id, verdict) }
         }
         let (passed, failedPoints, newestSeen) = tally.withLock { ($0.passed, $0.failed, $0.newestSeen) }
+        if !points.contains(where: \.isOnDemand) { throw TestBed.Failure(description: "the last recovery point is gone") }
         print("\(points.count) recovery points checked; newest write seen: \(newestSeen)")
         let isTooFew = points.count < pointsMin
         if isTooFew { print("fewer than \(pointsMin) recovery points") }
@@ -130,30 +135,69 @@ struct OrderCheck: AsyncParsableCommand {
         }
     }
 
-    /// Reads one recovery point whole and lets every chain judge it.
+    /// Reads one recovery point whole and lets every chain judge it. The last one, made on demand when nobody wrote any more, must hold all that was
+    /// acknowledged.
     private func judge(
-        _ point: RecoveryPoint, of group: GroupID, in store: ReplicaStore, _ chains: [DependentChain]
+        _ point: RecoveryPoint, of group: GroupID, in store: ReplicaStore, _ chains: [DependentChain], _ bed: TestBed
     ) throws -> (newest: UInt64, violations: [String]) {
         let bytes = size << 20
-        let images = (0..<disks).map { _ in UnsafeMutableRawPointer.allocate(byteCount: bytes, alignment: blockBytes) }
+        let images = (0..<disks).map { _ in UnsafeMutableRawBufferPointer.allocate(byteCount: bytes, alignment: blockBytes) }
         defer { images.forEach { $0.deallocate() } }
         for disk in 0..<disks {
             let reader = try store.openRecoveryPoint(group, point.id, volume: disk)
-            try reader.read(offsetBytes: 0, into: UnsafeMutableRawBufferPointer(start: images[disk], count: bytes))
+            if fs == .none { try reader.read(offsetBytes: 0, into: images[disk]) } else {
+                try readFile(reader, image: bed.path("\(point.id).\(disk).img"), bed, into: images[disk])
+            }
         }
         var newestSeen: UInt64 = 0
         var violations: [String] = []
         for chain in chains {
             let verdict = chain.check { disk, block in
-                let at = images[disk] + block * blockBytes
+                let at = images[disk].baseAddress! + block * blockBytes
                 return (at.load(as: UInt64.self), at.load(fromByteOffset: 8, as: UInt64.self))
             }
             switch verdict {
-            case .exact(let newest): newestSeen = max(newestSeen, newest)
+            case .exact(let newest):
+                newestSeen = max(newestSeen, newest)
+                if point.isOnDemand, newest < chain.acknowledged {
+                    violations.append("chain \(chain.number): lost: write \(chain.acknowledged) was acknowledged, \(newest) is the newest here")
+                }
             case .violation(let words): violations.append("chain \(chain.number): \(words)")
             }
         }
         return (newestSeen, violations)
+    }
+
+    /// The chains' file in the file system that a recovery point holds: mounted, as after a power cut, and checked.
+    private func readFile(_ reader: VolumeReader, image: String, _ bed: TestBed, into file: UnsafeMutableRawBufferPointer) throws {
+        defer { try? FileManager.default.removeItem(atPath: image) }
+        let fd = open(image, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o600)
+        guard fd >= 0 else { throw TestBed.Failure(description: "cannot make \(image)") }
+        defer { close(fd) }
+        let total = (size + fs.megabytes) << 20
+        guard ftruncate(fd, off_t(total)) == 0 else { throw TestBed.Failure(description: "cannot size \(image)") }
+        let piece = UnsafeMutableRawBufferPointer.allocate(byteCount: 1 << 20, alignment: blockBytes)
+        defer { piece.deallocate() }
+        for offset in stride(from: 0, to: total, by: piece.count) {
+            try reader.read(offsetBytes: UInt64(offset), into: piece)
+            for block in stride(from: 0, to: piece.count, by: blockBytes) {
+                let part = UnsafeRawBufferPointer(rebasing: piece[block..<block + blockBytes])
+                if part.first == 0, memcmp(part.baseAddress!, part.baseAddress! + 1, part.count - 1) == 0 { continue }
+                guard pwrite(fd, part.baseAddress!, part.count, off_t(offset + block)) == part.count else {
+                    throw TestBed.Failure(description: "cannot write \(image)")
+                }
+            }
+        }
+        try bed.withMounted(image) { directory in
+            let handle = open(directory + "/chains", O_RDONLY | O_CLOEXEC)
+            defer { close(handle) }
+            var done = 0
+            while done < file.count {
+                let count = pread(handle, file.baseAddress! + done, file.count - done, off_t(done))
+                guard count > 0 else { throw TestBed.Failure(description: "\(directory)/chains is not whole") }
+                done += count
+            }
+        }
     }
 
     private func token(in json: String) throws -> String {
@@ -176,3 +220,6 @@ struct OrderCheck: AsyncParsableCommand {
         }
     }
 }
+
+extension TestBed.Tap: ExpressibleByArgument {}
+extension TestBed.FileSystem: ExpressibleByArgument {}

@@ -2,8 +2,11 @@ import Foundation
 
 /// Both sites of one run as separate processes on loopback, with loop devices as disks; everything is named after the run and
 /// removed by `tearDown`.
-final class TestBed {
+// Its processes and devices are changed by one thread; other threads read what stays.
+final class TestBed: @unchecked Sendable {
     let binary: String
+    let tap: Tap
+    let fileSystem: FileSystem
     let directory: URL
     let profile: String
     private(set) var devices: [String] = []
@@ -14,8 +17,23 @@ final class TestBed {
 
     struct Failure: Error, CustomStringConvertible { var description: String }
 
-    init(binary: String) throws {
+    enum Tap: String { case nbd, live }
+
+    /// What is on the disks: nothing, or one on each, mounted, with the chains' blocks in a file of it.
+    enum FileSystem: String {
+        case none, ext4, xfs
+
+        /// Besides the file.
+        var megabytes: Int { self == .none ? 0 : self == .ext4 ? 24 : 320 }
+        var makeCommand: [String] { self == .ext4 ? ["mkfs.ext4", "-q", "-F"] : ["mkfs.xfs", "-q", "-f"] }
+        var checkCommand: [String] { self == .ext4 ? ["e2fsck", "-f", "-n"] : ["xfs_repair", "-n"] }
+        var mountOptions: String { self == .xfs ? "nouuid" : "noatime" }
+    }
+
+    init(binary: String, tap: Tap, fileSystem: FileSystem) throws {
         self.binary = binary
+        self.tap = tap
+        self.fileSystem = fileSystem
         directory = URL(fileURLWithPath: (ProcessInfo.processInfo.environment["TMPDIR"] ?? "/tmp") + "/order-check.\(getpid())")
         try FileManager.default.createDirectory(at: directory, withIntermediateDirectories: true)
         profile = directory.appendingPathComponent("appliance/client.json").path
@@ -24,14 +42,53 @@ final class TestBed {
 
     func path(_ name: String) -> String { directory.appendingPathComponent(name).path }
     func socket(_ disk: Int) -> String { path("s/d\(disk).sock") }
+    func mountPoint(_ disk: Int) -> String { path("m\(disk)") }
+
+    /// For a chain of writes to a disk.
+    func target(_ disk: Int) -> (any ChainTarget)? {
+        switch (tap, fileSystem) {
+        case (.nbd, _): NBDConnection(socketPath: socket(disk))
+        case (.live, .none): DirectFile(path: devices[disk], isSynchronous: false)
+        case (.live, _): DirectFile(path: mountPoint(disk) + "/chains", isSynchronous: true)
+        }
+    }
 
     func makeDisks(count: Int, megabytes: Int) throws {
         for i in 0..<count {
             let image = path("disk\(i).img")
             FileManager.default.createFile(atPath: image, contents: nil)
-            guard truncate(image, off_t(megabytes) << 20) == 0 else { throw Failure(description: "cannot make \(image)") }
+            guard truncate(image, off_t(megabytes + fileSystem.megabytes) << 20) == 0 else { throw Failure(description: "cannot make \(image)") }
             devices.append(try output("losetup", ["--find", "--show", "--direct-io=on", image]).trimmingCharacters(in: .whitespacesAndNewlines))
+            guard fileSystem != .none else { continue }
+            try output(fileSystem.makeCommand[0], Array(fileSystem.makeCommand.dropFirst()) + [devices[i]])
+            try mount(devices[i], at: mountPoint(i))
+            // Written once, so that later writes change only what they are about.
+            try output("dd", ["if=/dev/zero", "of=\(mountPoint(i))/chains", "bs=1M", "count=\(megabytes)", "conv=fsync", "status=none"])
         }
+    }
+
+    func mount(_ device: String, at directory: String) throws {
+        try FileManager.default.createDirectory(atPath: directory, withIntermediateDirectories: true)
+        try output("mount", ["-t", fileSystem.rawValue, "-o", fileSystem.mountOptions, device, directory])
+    }
+
+    /// A loop device over `image` and its file system, mounted while `body` reads in it; checked afterwards.
+    func withMounted<T>(_ image: String, _ body: (String) throws -> T) throws -> T {
+        let device = try output("losetup", ["--find", "--show", image]).trimmingCharacters(in: .whitespacesAndNewlines)
+        defer { _ = try? output("losetup", ["--detach", device]) }
+        let directory = image + ".m"
+        try mount(device, at: directory)
+        let result: T
+        do {
+            result = try body(directory)
+            try output("umount", [directory])
+        } catch {
+            _ = try? output("umount", [directory])
+            throw error
+        }
+        try FileManager.default.removeItem(atPath: directory)
+        try output(fileSystem.checkCommand[0], Array(fileSystem.checkCommand.dropFirst()) + [device])
+        return result
     }
 
     func startAppliance() throws {
@@ -43,7 +100,7 @@ final class TestBed {
 
     func startAgent() throws {
         let disks = devices.enumerated().flatMap { ["--disk", "d\($0.offset)=\($0.element)"] }
-        agent = try start("agent", ["agent", "run", "--state", path("agent"), "--socket-dir", path("s")] + disks)
+        agent = try start("agent", ["agent", "run", "--tap", tap.rawValue, "--state", path("agent"), "--socket-dir", path("s")] + disks)
     }
 
     func kill(_ which: String) {
@@ -69,7 +126,9 @@ final class TestBed {
             Foundation.kill(process.processIdentifier, SIGKILL)
             process.waitUntilExit()
         }
+        if tap == .live { _ = try? afterimage(["agent", "detach", "--state", path("agent")]) }
         for i in devices.indices {
+            if fileSystem != .none { _ = try? output("umount", ["--lazy", mountPoint(i)]) }
             // Whose device it is now is asked, not remembered.
             let now = (try? output("losetup", ["--associated", path("disk\(i).img"), "--noheadings", "--output", "NAME"])) ?? ""
             for device in now.split(separator: "\n") { _ = try? output("losetup", ["--detach", String(device)]) }
@@ -92,6 +151,7 @@ final class TestBed {
         return process
     }
 
+    @discardableResult
     private func output(_ program: String, _ arguments: [String]) throws -> String {
         let process = Process()
         process.executableURL = URL(fileURLWithPath: "/usr/bin/env")

@@ -86,7 +86,7 @@ import Testing
             let loop = try EventLoop(name: "tap")
             let group = await TapGroup(loop: loop, disks: [(name: "root", device: device)], instance: UUID().uuidString)
             let replication = AgentReplication(
-                source: group,
+                tap: PlainTap(source: group),
                 endpoint: LinkEndpoint(
                     host: "127.0.0.1", port: port, identity: TLSIdentity(certificatePEM: issued.certificatePEM, keyPEM: agent.keyPEM),
                     caCertificatePEM: authority.certificatePEM),
@@ -110,6 +110,13 @@ import Testing
                 try await Task.sleep(for: .milliseconds(2))
             }
         }
+    }
+
+    private struct PlainTap: AgentTap {
+        let source: any EpochSource
+        let base = ReplicationBase()
+        var hello: AgentHello { AgentHello(agentVersion: "test", hostName: "test", kernel: "", instance: source.instance, disks: []) }
+        func stop() async {}
     }
 
     private final class Permissive: LinkServerDelegate {

@@ -140,7 +140,7 @@ final class TwoSites {
 
     func startAgent() throws {
         agent = try Daemon(
-            ["agent", "run", "--state", directory.path + "/g", "--socket-dir", directory.path + "/t", "--disk", "vda=\(directory.path)/disk.img"],
+            ["agent", "run", "--tap", "nbd", "--state", directory.path + "/g", "--socket-dir", directory.path + "/t", "--disk", "vda=\(directory.path)/disk.img"],
             logPath: directory.path + "/agent.log")
     }
 

@@ -16,7 +16,7 @@ appliance_command() {
         --link "127.0.0.1:$link_port" --qemu "$AFTERIMAGE_QEMU" --accel tcg "${appliance_options[@]}")
 }
 agent_command() { # DEVICE
-    agent_command=("$afterimage" agent run --state "$primary_state" --disk "vda=$1" --socket-dir "$sockets")
+    agent_command=("$afterimage" agent run --tap nbd --state "$primary_state" --disk "vda=$1" --socket-dir "$sockets")
 }
 
 appliance_answers() { "$afterimage" status --json </dev/null >/dev/null 2>&1; }

@@ -9,16 +9,16 @@ make_run_dir
 size=64
 protect "$size"
 other=$run_dir/other
-agent() { "$afterimage" agent run --state "$other" --socket-dir "$other/s" "$@"; }
+agent() { "$afterimage" agent run --tap nbd --state "$other" --socket-dir "$other/s" "$@"; }
 export -f agent
 export afterimage other
-refused_agent() { refuses "$1" "$2" timeout -k 1 20 "$afterimage" agent run --state "$other" --socket-dir "$other/s" "${@:3}"; }
+refused_agent() { refuses "$1" "$2" timeout -k 1 20 "$afterimage" agent run --tap nbd --state "$other" --socket-dir "$other/s" "${@:3}"; }
 
 # --- the agent and its disk ------------------------------------------------------------------------------------------
 refused_agent "agent: a missing device" "/dev/no-such-disk.*no such" --disk vda=/dev/no-such-disk
 refused_agent "agent: a directory as device" "neither|not a (block device|disk)|is a directory|regular file" --disk "vda=$run_dir"
 refused_agent "agent: a second agent on the same disk" "$loop_device.*(in use|held|busy|exclusive)" --disk "vda=$loop_device"
-refuses "agent: a second agent with the same state directory" "another agent.*$primary_state" timeout -k 1 20 "$afterimage" agent run --state "$primary_state" \
+refuses "agent: a second agent with the same state directory" "another agent.*$primary_state" timeout -k 1 20 "$afterimage" agent run --tap nbd --state "$primary_state" \
     --socket-dir "$other/s" --disk "vdb=$run_dir/nothing"
 
 truncate -s 32M "$run_dir/mounted.img"
@@ -30,7 +30,7 @@ refused_agent "agent: a mounted device, with its mount point" "$mounted.*mounted
 umount "$run_dir/mnt"
 
 # A disk that was 32 MiB when it was served, and is 16 MiB now.
-start "$run_dir/small.log" "$afterimage" agent run --state "$other" --socket-dir "$other/s" --disk "vda=$mounted"
+start "$run_dir/small.log" "$afterimage" agent run --tap nbd --state "$other" --socket-dir "$other/s" --disk "vda=$mounted"
 until_true 20 test -S "$other/s/vda.sock" || not_ok "agent: serves the small disk" "$(tail -n 2 "$run_dir/small.log")"
 stop_process "$started_pid"
 losetup -d "$mounted"

@@ -12,21 +12,35 @@ public struct AgentConfiguration: Sendable {
         }
     }
 
+    public enum TapKind: String, Sendable, CaseIterable {
+        /// Follows disks where they are, mounted and busy.
+        case live
+        /// Stands between a disk and whoever uses it by NBD.
+        case nbd
+    }
+
     /// Keys, certificate and what is known of the disks; mode 0700.
     public var stateDirectory: String
+    public var tapKind: TapKind
     /// Where the NBD taps' sockets (`NAME.sock`) are made.
     public var socketDirectory: String
     public var disks: [Disk]
     /// Accept that a disk is smaller than when it was last protected.
     public var acceptsSmallerDisks: Bool
     public var tap: TapConfiguration
+    public var live: LiveTapConfiguration
 
-    public init(stateDirectory: String, socketDirectory: String, disks: [Disk], acceptsSmallerDisks: Bool = false, tap: TapConfiguration = TapConfiguration()) {
+    public init(
+        stateDirectory: String, tapKind: TapKind, socketDirectory: String, disks: [Disk], acceptsSmallerDisks: Bool = false,
+        tap: TapConfiguration = TapConfiguration(), live: LiveTapConfiguration = LiveTapConfiguration()
+    ) {
+        self.tapKind = tapKind
         self.stateDirectory = stateDirectory
         self.socketDirectory = socketDirectory
         self.disks = disks
         self.acceptsSmallerDisks = acceptsSmallerDisks
         self.tap = tap
+        self.live = live
     }
 }
 

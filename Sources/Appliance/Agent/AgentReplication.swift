@@ -4,16 +4,14 @@ import Replica
 
 /// What the appliance's commands amount to at the agent: at most one Sender over the tap group.
 actor AgentReplication {
-    private let source: TapGroup
+    private let tap: any AgentTap
     private let endpoint: LinkEndpoint
     private let logger: Logger
-    /// One for all Senders: a new order (another epoch length, throttle or generation) goes on from the tap's bitmaps.
-    private let base = ReplicationBase()
     private var sender: Sender?
     private var order: ReplicationOrder?
 
-    init(source: TapGroup, endpoint: LinkEndpoint, logger: Logger) {
-        self.source = source
+    init(tap: any AgentTap, endpoint: LinkEndpoint, logger: Logger) {
+        self.tap = tap
         self.endpoint = endpoint
         self.logger = logger
     }
@@ -29,11 +27,16 @@ actor AgentReplication {
             }
             await stop()
             logger.info("replication of group \(order.group) starts, \(order.generation), disks \(order.disks.joined(separator: ", "))")
-            guard order.disks == source.disks.map(\.name) else {
-                logger.error("the appliance asks for disks \(order.disks), this agent serves \(source.disks.map(\.name)): not replicating")
+            guard order.disks == tap.source.disks.map(\.name) else {
+                logger.error("the appliance asks for disks \(order.disks), this agent has \(tap.source.disks.map(\.name)): not replicating")
                 return
             }
-            let sender = Sender(source: source, endpoint: endpoint, order: order, logger: logger, base: base)
+            do { try tap.willReplicate(order.group) } catch {
+                logger.error("cannot write down whose replica is kept: \(error); not replicating")
+                return
+            }
+            // One base for all Senders: a new order (another epoch length, throttle or generation) goes on from the tap's bitmaps.
+            let sender = Sender(source: tap.source, endpoint: endpoint, order: order, logger: logger, base: tap.base)
             self.sender = sender
             self.order = order
             sender.start()
@@ -50,7 +53,8 @@ actor AgentReplication {
 
     func status() async -> AgentStatus {
         var status = sender?.status ?? AgentStatus()
-        status.source = await source.statistics
+        status.source = await tap.source.statistics
+        status.live = await tap.live()
         return status
     }
 

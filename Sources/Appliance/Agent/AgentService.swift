@@ -4,8 +4,8 @@ import Logging
 import Replica
 import ServiceLifecycle
 
-/// The agent: serves the disks through their taps from its first moment, enrolled or not, connected or not; and carries their
-/// epochs to the appliance when that asks for it. Nothing that happens on the link reaches the taps' clients.
+/// The agent: has the disks behind their taps from its first moment, enrolled or not, connected or not; and carries their
+/// epochs to the appliance when that asks for it. Nothing that happens on the link reaches whoever writes to the disks.
 public struct AgentService: Service {
     let configuration: AgentConfiguration
     let logger: Logger
@@ -18,20 +18,20 @@ public struct AgentService: Service {
     /// Runs until cancelled or told to shut down gracefully.
     public func run() async throws {
         let state = try AgentState(directory: configuration.stateDirectory)
-        let taps = try await AgentTaps(configuration: configuration, state: state, logger: logger)
+        let tap = try await configuration.open(state, logger: logger)
         do {
-            try await replicate(state, taps)
+            try await replicate(state, tap)
         } catch is CancellationError {
         }
-        await taps.stop()
+        await tap.stop()
     }
 
-    private func replicate(_ state: AgentState, _ taps: AgentTaps) async throws {
+    private func replicate(_ state: AgentState, _ tap: any AgentTap) async throws {
         try await cancelWhenGracefulShutdown {
             let (endpoint, serverName) = try await enrolment(state)
             logger.info("server \(serverName) replicates to \(endpoint.host):\(endpoint.port)")
-            let replication = AgentReplication(source: taps.group, endpoint: endpoint, logger: logger)
-            let hello = taps.hello
+            let replication = AgentReplication(tap: tap, endpoint: endpoint, logger: logger)
+            let hello = tap.hello
             let control = AgentControlClient(
                 endpoint: endpoint, hello: { hello }, status: { await replication.status() }, onCommand: { await replication.carryOut($0) }, logger: logger)
             control.start()
@@ -48,7 +48,7 @@ public struct AgentService: Service {
         while true {
             if let enrolment = try state.enrolment() { return enrolment }
             if !hasSaid {
-                logger.notice("not enrolled yet: the disks are served and not replicated; run the command that `afterimage server add` prints")
+                logger.notice("not enrolled yet: the disks are not replicated; run the command that `afterimage server add` prints")
                 hasSaid = true
             }
             try await Task.sleep(for: .milliseconds(300))

@@ -6,7 +6,9 @@ import Replica
 /// has protected.
 ///
 ///     STATE/lock                    held while the agent runs
-///     STATE/disks.json              name → size in bytes when last served
+///     STATE/disks.json              name → size in bytes when last protected
+///     STATE/tap-name                what the live tap's pins are called after
+///     STATE/tracked.json            whose replica the live tap's bitmaps are relative to
 ///     STATE/enrolment/{key.pem,cert.pem,ca.pem,link.json}
 final class AgentState: @unchecked Sendable {
     let directory: URL
@@ -37,20 +39,51 @@ final class AgentState: @unchecked Sendable {
     private var disksFile: URL { directory.appendingPathComponent("disks.json") }
 
     /// Refuses a disk that shrank since it was last protected, then remembers the sizes.
-    func rememberSizes(_ disks: [(name: String, device: BlockDevice)], acceptsSmaller: Bool) throws {
+    func rememberSizes(_ disks: [(name: String, path: String, bytes: UInt64)], acceptsSmaller: Bool) throws {
         var sizes: [String: UInt64] = [:]
         if let data = try? Data(contentsOf: disksFile) { sizes = try JSONDecoder().decode([String: UInt64].self, from: data) }
-        for (name, device) in disks {
-            if let before = sizes[name], device.geometry.sizeBytes < before, !acceptsSmaller {
+        for (name, path, bytes) in disks {
+            if let before = sizes[name], bytes < before, !acceptsSmaller {
                 throw AgentError(
-                    "disk \(name) (\(device.path)) has \(device.geometry.sizeBytes) bytes now and had \(before) when it was last protected: "
+                    "disk \(name) (\(path)) has \(bytes) bytes now and had \(before) when it was last protected: "
                         + "is it the right device? (--accept-smaller-disks if it is; its replica is then made anew)")
             }
-            sizes[name] = device.geometry.sizeBytes
+            sizes[name] = bytes
         }
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys]
         try KeyFile.write(String(decoding: try encoder.encode(sizes), as: UTF8.self), to: disksFile.path, mode: 0o600)
+    }
+
+    // MARK: live tap
+
+    /// Made once.
+    func tapName() throws -> String {
+        let file = directory.appendingPathComponent("tap-name")
+        if let name = try? String(contentsOf: file, encoding: .utf8), !name.isEmpty { return name }
+        let name = String(UInt64.random(in: .min ... .max), radix: 16)
+        try KeyFile.write(name, to: file.path, mode: 0o600)
+        return name
+    }
+
+    struct Tracked: Codable {
+        var group: String
+        var instance: String
+    }
+
+    private var trackedFile: URL { directory.appendingPathComponent("tracked.json") }
+
+    func tracked() throws -> Tracked? {
+        guard let data = try? Data(contentsOf: trackedFile) else { return nil }
+        return try JSONDecoder().decode(Tracked.self, from: data)
+    }
+
+    func track(_ tracked: Tracked?) throws {
+        guard let tracked else {
+            try? FileManager.default.removeItem(at: trackedFile)
+            return
+        }
+        try KeyFile.write(String(decoding: try JSONEncoder().encode(tracked), as: UTF8.self), to: trackedFile.path, mode: 0o600)
     }
 
     // MARK: enrolment

@@ -128,6 +128,11 @@ package final class LiveEpochEngine {
     /// `isFresh`: whether what an earlier process knew is lost, or was never there.
     package private(set) var isFresh: Bool
 
+    /// What the replica must hold, and how far numbers went, when another process's knowledge was taken over.
+    var resumption: SourceResumption? {
+        isFresh ? nil : SourceResumption(acknowledged: EpochNumber(maps.state.pointee.last_acknowledged), lastCut: EpochNumber(maps.state.pointee.last_epoch))
+    }
+
     init(attachment: LiveTapAttachment, disks: [LiveDisk], configuration: LiveTapConfiguration) throws(SystemError) {
         self.attachment = attachment
         self.configuration = configuration
@@ -454,6 +459,8 @@ package final class LiveEpochEngine {
     package func acknowledge(_ number: EpochNumber) {
         while let epoch = unacknowledged.first, epoch.number <= number {
             unacknowledged.removeFirst()
+            // First: a process that is killed after the next line has bits too many, never too few.
+            maps.state.pointee.last_acknowledged = epoch.number.rawValue
             let later = unacknowledged + (draining.map { [$0] } ?? [])
             for disk in disks where !epoch.isFullSync {
                 maps.acknowledge(disk: disk.index, epoch.blocks[disk.index], keep: [disk.dirty, disk.carried] + later.map { $0.blocks[disk.index] })

@@ -9,7 +9,8 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
     public let instance: String
     public let disks: [SourceDisk]
     /// Whether what an earlier process knew was taken over, so that the replica can go on from where it is.
-    public let wasAdopted: Bool
+    public var wasAdopted: Bool { resumption != nil }
+    public let resumption: SourceResumption?
     public static var drainBufferBytes: Int { DrainQueue.bufferBytes }
 
     private let loop: EventLoop
@@ -45,10 +46,10 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         }
         self.loop = loop
         let engine = self.engine
-        (instance, self.disks, wasAdopted) = await loop.run {
+        (instance, self.disks, resumption) = await loop.run {
             let engine = engine.engine
             engine.onEvent = log
-            return (engine.instance(), engine.disks.map { SourceDisk(name: $0.disk.name, geometry: $0.disk.geometry) }, !engine.isFresh)
+            return (engine.instance(), engine.disks.map { SourceDisk(name: $0.disk.name, geometry: $0.disk.geometry) }, engine.resumption)
         }
         // (set once, before anybody can starve it)
         engine.engine.queue.resume = { [weak loop, weak engine] in

@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define CLIVETAP_ABI 1
+#define CLIVETAP_ABI 2
 #define CLIVETAP_MAGIC 0x3170615465766941ULL                      // "AiveTap1"
 #define CLIVETAP_DISKS_MAX 64
 #define CLIVETAP_COPIES 3                                          // of the issue program
@@ -35,6 +35,7 @@ struct clivetap_state {
     __u64 summary_words;                                           // per section
     // Ours only, here because they must outlive the process.
     __u64 last_epoch;
+    __u64 last_acknowledged;                                       // epoch; set before anything is taken from `outstanding` for it
     __u64 is_synced;                                               // `outstanding` says all that the replica lacks
     __u8 instance[16];
     // Deliberate faults (tests): events are dropped while (clock % period) < burst; nanoseconds, 0: none.
@@ -83,7 +84,7 @@ static_assert(sizeof(struct clivetap_slot) == 64, "");
 #else
 _Static_assert(sizeof(struct clivetap_slot) == 64, "shared with a program in the kernel");
 _Static_assert(sizeof(struct clivetap_disk) == 192, "shared with a program in the kernel");
-_Static_assert(sizeof(struct clivetap_state) == 96, "shared with a program in the kernel");
+_Static_assert(sizeof(struct clivetap_state) == 104, "shared with a program in the kernel");
 #endif
 #endif
 

@@ -84,6 +84,8 @@ public struct AgentStatus: Sendable, Codable, Hashable {
     /// Since the agent started: payload bytes that entered the TLS stream.
     public var sentBytes: UInt64 = 0
     public var source: SourceStatistics = SourceStatistics()
+    /// Of a live tap.
+    public var live: LiveTapStatistics?
     public var lastAcknowledgedEpoch: EpochNumber = .none
     /// Cut time of the last acknowledged exact epoch, nanoseconds since 1970; 0 = none yet.
     public var lastRecoveryPointNanoseconds: UInt64 = 0

@@ -29,6 +29,16 @@ public final class ReplicationBase: Sendable {
 
     public init() {}
 
+    /// Of a source that outlived the process which had it before. `group`: whose replica that process's epochs went to, written down before
+    /// the first of them could be acknowledged.
+    public init(resuming group: GroupID, instance: String, from resumption: SourceResumption) {
+        state.withLock { state in
+            state.known = Known(group: group, instance: instance, floor: resumption.acknowledged, isFullSyncing: false)
+            state.lastCut = resumption.lastCut
+            state.lastAcknowledged = resumption.acknowledged
+        }
+    }
+
     func read<T>(_ body: (inout State) -> T) -> T where T: Sendable {
         state.withLock { body(&$0) }
     }

@@ -1,0 +1,47 @@
+import BlockTap
+import Foundation
+import Logging
+import Replica
+
+/// The agent's disks behind their taps: one consistency group.
+protocol AgentTap: Sendable {
+    var source: any EpochSource { get }
+    /// What an earlier process of this agent had replicated, if the tap still knows it.
+    var base: ReplicationBase { get }
+    var hello: AgentHello { get }
+    /// Before the first epoch of the source can be acknowledged on this group's behalf.
+    func willReplicate(_ group: GroupID) throws
+    /// Figures of a live tap.
+    func live() async -> LiveTapStatistics?
+    func stop() async
+}
+
+extension AgentTap {
+    func willReplicate(_ group: GroupID) throws {}
+    func live() async -> LiveTapStatistics? { nil }
+}
+
+extension AgentConfiguration {
+    func open(_ state: AgentState, logger: Logger) async throws -> any AgentTap {
+        guard !disks.isEmpty else { throw AgentError("no disk to protect: give at least one --disk NAME=DEVICE") }
+        var names: Set<String> = []
+        for disk in disks {
+            guard !disk.name.isEmpty, disk.name.allSatisfy({ $0.isASCII && ($0.isLetter || $0.isNumber || $0 == "-" || $0 == "_") }) else {
+                throw AgentError("\"\(disk.name)\" is no name for a disk: use letters, digits, - and _")
+            }
+            guard names.insert(disk.name).inserted else { throw AgentError("two disks are named \(disk.name)") }
+        }
+        return switch tapKind {
+        case .nbd: try await InlineTaps(configuration: self, state: state, logger: logger)
+        case .live: try await LiveTaps(configuration: self, state: state, logger: logger)
+        }
+    }
+
+    func hello(instance: String, disks: [DiskReport]) -> AgentHello {
+        var kernel = utsname()
+        uname(&kernel)
+        return AgentHello(
+            agentVersion: afterimageVersion, hostName: ProcessInfo.processInfo.hostName,
+            kernel: withUnsafeBytes(of: kernel.release) { String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self) }, instance: instance, disks: disks)
+    }
+}

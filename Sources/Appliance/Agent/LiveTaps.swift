@@ -1,0 +1,76 @@
+import BlockTap
+import Dispatch
+import Foundation
+import Logging
+import Replica
+
+/// The agent's disks, followed by the live tap where they are. What the kernel's half knows outlives this process: the next one goes on from
+/// there, if it is for the same disks.
+final class LiveTaps: AgentTap {
+    let source: any EpochSource
+    let base: ReplicationBase
+    let hello: AgentHello
+    private let group: LiveTapGroup
+    private let state: AgentState
+    private static let bpffs = "/sys/fs/bpf"
+
+    init(configuration: AgentConfiguration, state: AgentState, logger: Logger) async throws {
+        self.state = state
+        guard LiveTapGroup.isAvailable else {
+            throw AgentError(
+                "the live tap needs a kernel that describes its types (/sys/kernel/btf/vmlinux) and a build with its program: use --tap nbd, or another kernel")
+        }
+        try LiveTapGroup.bpffs(at: Self.bpffs)
+        let pins = try Self.pinDirectory(state)
+        // Off the tap's thread, which may be holding a file system still that the log is on.
+        let logQueue = DispatchQueue(label: "tap-log")
+        group = try await LiveTapGroup(
+            disks: configuration.disks.map { (name: $0.name, path: $0.devicePath) }, pinDirectory: pins, configuration: configuration.live
+        ) { line in
+            logQueue.async { logger.warning("live tap: \(line)") }
+        }
+        source = group
+        let reports = zip(configuration.disks, group.disks).map { asked, disk in
+            DiskReport(name: disk.name, devicePath: asked.devicePath, geometry: disk.geometry, tap: AgentConfiguration.TapKind.live.rawValue)
+        }
+        do {
+            try state.rememberSizes(
+                reports.map { (name: $0.name, path: $0.devicePath, bytes: $0.geometry.sizeBytes) }, acceptsSmaller: configuration.acceptsSmallerDisks)
+        } catch {
+            group.close()
+            throw error
+        }
+        if let resumption = group.resumption, let known = try state.tracked(), known.instance == group.instance {
+            base = ReplicationBase(resuming: GroupID(known.group), instance: group.instance, from: resumption)
+            logger.info("the disks were followed while no agent ran: replication goes on from \(resumption.acknowledged)")
+        } else {
+            base = ReplicationBase()
+        }
+        for report in reports { logger.info("disk \(report.name): \(report.devicePath), \(report.geometry.sizeBytes >> 20) MiB, followed by the live tap") }
+        hello = configuration.hello(instance: group.instance, disks: reports)
+    }
+
+    func willReplicate(_ group: GroupID) throws { try state.track(AgentState.Tracked(group: group.rawValue, instance: self.group.instance)) }
+
+    func live() async -> LiveTapStatistics? { await group.liveStatistics }
+
+    func stop() async { group.close() }
+
+    /// One per state directory, under a name that the next process finds.
+    private static func pinDirectory(_ state: AgentState) throws -> String { "\(bpffs)/afterimage-\(try state.tapName())" }
+
+    /// Ends the following of disks by an agent that does not run; what was written from then on is unknown.
+    static func detach(_ state: AgentState) throws {
+        guard LiveTapGroup.isAvailable else { return }
+        LiveTapGroup.detach(pinDirectory: try pinDirectory(state))
+        try state.track(nil)
+    }
+}
+
+/// `afterimage agent detach`.
+public enum AgentDetachment {
+    /// Nothing is left of the live tap in the kernel. Refused while the agent runs.
+    public static func detach(stateDirectory: String) throws {
+        try LiveTaps.detach(AgentState(directory: stateDirectory))
+    }
+}
