@@ -15,14 +15,25 @@ appliance_command() {
     appliance_command=("$afterimage" appliance --state "$secondary_state" --store "$store" --runtime-dir "$sockets" --listen "127.0.0.1:$api_port"
         --link "127.0.0.1:$link_port" --qemu "$AFTERIMAGE_QEMU" --accel tcg "${appliance_options[@]}")
 }
-agent_command() { # DEVICE
-    agent_command=("$afterimage" agent run --tap nbd --state "$primary_state" --disk "vda=$1" --socket-dir "$sockets")
+# The disks of a live tap are vda, vdb, …
+agent_tap=nbd agent_options=()
+agent_command() { # DEVICE...
+    local device number=0 letters=abcdefgh
+    agent_command=("$afterimage" agent run --tap "$agent_tap" --state "$primary_state" --socket-dir "$sockets" "${agent_options[@]}")
+    for device; do agent_command+=(--disk "vd${letters:number:1}=$device"); number=$((number + 1)); done
 }
 
 appliance_answers() { "$afterimage" status --json </dev/null >/dev/null 2>&1; }
 tap_answers() { [ -S "$tap_socket" ] && python3 -c 'import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])' "$tap_socket" 2>/dev/null; }
 
-# start_appliance: sets $appliance_pid. start_agent DEVICE: sets $agent_pid. Both wait until they answer.
+agent_answers() {
+    case $agent_tap in
+    nbd) tap_answers ;;
+    live) tail -c "+$((agent_log_bytes + 1))" "$run_dir/agent.log" 2>/dev/null | grep -q 'followed by the live tap' ;;
+    esac
+}
+
+# start_appliance: sets $appliance_pid. start_agent DEVICE...: sets $agent_pid. Both wait until they answer.
 start_appliance() {
     appliance_command
     start "$run_dir/appliance.log" "${appliance_command[@]}"
@@ -30,10 +41,13 @@ start_appliance() {
     until_true 30 answers_or_dead appliance_answers "$appliance_pid" && alive "$appliance_pid" || give_up "the appliance did not start" "$run_dir/appliance.log"
 }
 start_agent() {
-    agent_command "$1"
+    agent_command "$@"
+    agent_log_bytes=$(stat -c %s "$run_dir/agent.log" 2>/dev/null || echo 0)
+    # What is in the kernel outlives the agent.
+    [ "$agent_tap" != live ] || [ -n "${will_detach:-}" ] || { defer "$afterimage" agent detach --state "$primary_state"; will_detach=1; }
     start "$run_dir/agent.log" "${agent_command[@]}"
     agent_pid=$started_pid
-    until_true 30 answers_or_dead tap_answers "$agent_pid" && alive "$agent_pid" || give_up "the agent did not start" "$run_dir/agent.log"
+    until_true 30 answers_or_dead agent_answers "$agent_pid" && alive "$agent_pid" || give_up "the agent did not start" "$run_dir/agent.log"
 }
 answers_or_dead() { "$1" || ! alive "$2"; }
 # The last words of both, for a tool that fails.

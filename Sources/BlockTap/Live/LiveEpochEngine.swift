@@ -305,8 +305,9 @@ package final class LiveEpochEngine {
             return time
         }
         for disk in disks { try maps.harvest(1 - old, disk: disk.index, blockCount: disk.disk.blockCount, into: disk.dirty) }
-        maps.flip()
+        // Before the cut, so that whatever was acknowledged by this time is in it.
         let time = Self.wallClock()
+        maps.flip()
         for disk in disks {
             try maps.harvest(old, disk: disk.index, blockCount: disk.disk.blockCount, into: disk.dirty)
             if faults.contains(.unsharedCut), disk.index > 0 {
