@@ -18,9 +18,15 @@ static inline uint64_t cxxhash_clean(uint64_t sum) {
     if (__builtin_cpu_supports("avx")) __asm__ volatile("vzeroupper");
     return sum;
 }
+static inline XXH128_hash_t cxxhash_128_keyed(const void *bytes, size_t count, const void *secret, size_t secret_count) {
+    XXH128_hash_t sum = XXH3_128bits_withSecret_dispatch(bytes, count, secret, secret_count);
+    cxxhash_clean(0);
+    return sum;
+}
 static inline uint64_t cxxhash_64(const void *bytes, size_t count) { return cxxhash_clean(XXH3_64bits_dispatch(bytes, count)); }
 static inline uint64_t cxxhash_64_seeded(const void *bytes, size_t count, uint64_t seed) { return cxxhash_clean(XXH3_64bits_withSeed_dispatch(bytes, count, seed)); }
 #else
+static inline XXH128_hash_t cxxhash_128_keyed(const void *bytes, size_t count, const void *secret, size_t secret_count) { return XXH3_128bits_withSecret(bytes, count, secret, secret_count); }
 static inline uint64_t cxxhash_64(const void *bytes, size_t count) { return XXH3_64bits(bytes, count); }
 static inline uint64_t cxxhash_64_seeded(const void *bytes, size_t count, uint64_t seed) { return XXH3_64bits_withSeed(bytes, count, seed); }
 #endif

@@ -23,7 +23,7 @@ import Testing
     @Test func commandsArriveInOrderAndStatusesAreReported() async throws {
         let appliance = try TestAppliance()
         let order = ReplicationOrder(group: TestAppliance.group, generation: Generation(1), disks: ["vda"])
-        appliance.policy.withLock { $0.commands = [.startReplication(order), .cutNow] }
+        appliance.policy.withLock { $0.commands = [.startReplication(order), .cutNow(.fileSystem)] }
         try await appliance.start()
         let received = Mutex<[AgentCommand]>([])
         let client = try client(appliance) { command in received.withLock { $0.append(command) } }
@@ -32,13 +32,13 @@ import Testing
         try await appliance.server.send(.fenced(Generation(2)), to: ServerID("web-1"))
         try await appliance.server.send(.stopReplication, to: ServerID("web-1"))
         try await eventually("four commands") { received.withLock { $0.count } == 4 }
-        #expect(received.withLock { $0 } == [.startReplication(order), .cutNow, .fenced(Generation(2)), .stopReplication])
+        #expect(received.withLock { $0 } == [.startReplication(order), .cutNow(.fileSystem), .fenced(Generation(2)), .stopReplication])
         try await eventually("a status") { appliance.policy.withLock { $0.statuses.first?.sentBytes } == 42 }
         #expect(appliance.policy.withLock { $0.hellos.first?.hostName } == "web")
         await client.stop()
         try await eventually("the delegate hears of the end") { appliance.policy.withLock { $0.disconnects } == 1 }
         await #expect(throws: LinkError.notConnected(ServerID("web-1"))) {
-            try await appliance.server.send(.cutNow, to: ServerID("web-1"))
+            try await appliance.server.send(.cutNow(.crash), to: ServerID("web-1"))
         }
         await appliance.stop()
     }

@@ -46,8 +46,8 @@ actor AgentReplication {
         case .fenced(let generation):
             logger.warning("fenced: this server was failed over under \(generation); replication stops until an operator decides")
             await stop()
-        case .cutNow:
-            sender?.cutNow()
+        case .cutNow(let consistency):
+            sender?.cutNow(consistency: consistency)
         }
     }
 

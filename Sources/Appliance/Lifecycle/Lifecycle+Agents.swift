@@ -85,7 +85,7 @@ extension Lifecycle: LinkServerDelegate {
         switch status.phase {
         case .idle, .connecting:
             break
-        case .fullSync:
+        case .fullSync, .resync:
             if record.state != .initialFullSync { await happened(.fullSyncStarted, server) }
             await reportFullSync(record, status, rate: live.fullSyncRate.bytesPerSecond)
         case .replicating where status.lastRecoveryPointNanoseconds > 0 && hasRecoveryPoint(record):

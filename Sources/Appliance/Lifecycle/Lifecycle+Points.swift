@@ -63,13 +63,13 @@ extension Lifecycle {
         var known = Set(store.recoveryPoints(group).map(\.id))
         var count = 0
         let deadline = ContinuousClock.now + .seconds(Self.pointSecondsMax)
-        await tell(id, .cutNow)
+        await tell(id, .cutNow(.crash))
         while true {
             for point in store.recoveryPoints(group) where known.insert(point.id).inserted {
                 count += 1
                 // Epochs are short, but may be hours.
                 guard count >= Self.epochsUntilLater else {
-                    await tell(id, .cutNow)
+                    await tell(id, .cutNow(.crash))
                     continue
                 }
                 do { return try await markOnDemand(point, task) } catch StoreError.unknownRecoveryPoint {

@@ -107,7 +107,8 @@ package final class EpochEngine {
         draining = ClosedEpoch(number: lastEpoch, kind: kind, blocks: blocks)
         pump()
         return Cut(
-            epoch: lastEpoch, kind: kind, timeNanoseconds: UInt64(now.tv_sec) * 1_000_000_000 + UInt64(now.tv_nsec), blockCount: blockCount)
+            epoch: lastEpoch, kind: kind, timeNanoseconds: UInt64(now.tv_sec) * 1_000_000_000 + UInt64(now.tv_nsec), blockCount: blockCount,
+            proof: kind == .exact ? CutProof(method: .copyBeforeWrite) : nil)
     }
 
     private func takeUnsynced(of disk: TappedDisk, into closed: BlockBitmap, budget: inout UInt64) {

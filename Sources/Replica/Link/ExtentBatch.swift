@@ -24,10 +24,10 @@ struct ExtentBatch {
     var hasData: Bool { !extents.isEmpty }
     var hasZeroes: Bool { !zeroRuns.isEmpty }
 
-    /// Whether a run of `count` bytes more could break the limits of a frame.
-    func isFull(forAnother count: Int) -> Bool {
-        // In the worst case every other run of `zeroRunBlocksMin` blocks starts a new extent.
-        let pieces = count / (Self.zeroRunBlocksMin * blockBytes) + 2
+    /// Whether a run of `count` bytes more could break the limits of a frame; `isScattered`: of which any blocks may be left out.
+    func isFull(forAnother count: Int, isScattered: Bool = false) -> Bool {
+        // In the worst case every other run of `zeroRunBlocksMin` blocks, or every other block, starts a new extent.
+        let pieces = count / ((isScattered ? 2 : Self.zeroRunBlocksMin) * blockBytes) + 2
         return dataBytes + count > FrameLimits.payloadBytesMax || extents.count + pieces > FrameLimits.extentsMax
             || zeroRuns.count + pieces > FrameLimits.zeroRunsMax
     }
@@ -119,7 +119,7 @@ private func block(_ bytes: UnsafeRawBufferPointer, _ offset: Int) -> UnsafeRawB
 }
 
 /// Compares the bytes with themselves, eight further on; nearly always decided by the first word.
-private func isZero(_ bytes: UnsafeRawBufferPointer) -> Bool {
+func isZero(_ bytes: UnsafeRawBufferPointer) -> Bool {
     guard bytes.count >= 8 else { return bytes.allSatisfy { $0 == 0 } }
     guard bytes.loadUnaligned(as: UInt64.self) == 0 else { return false }
     return memcmp(bytes.baseAddress!, bytes.baseAddress! + 8, bytes.count - 8) == 0

@@ -24,14 +24,21 @@ enum FrameType: UInt8, Sendable {
     case blocksWanted = 14
     /// The agent's answer: those that it still has, with their bytes.
     case blocks = 15
+    /// The agent wants to compare before it copies, or no more.
+    case resync = 16
+    /// The appliance's answer: of which state it will tell the hashes, and the key.
+    case resyncReady = 17
+    case hashesWanted = 18
+    case hashes = 19
 
     /// Largest meta part in bytes; a longer one is garbage.
     var metaBytesMax: Int {
         switch self {
-        case .hello, .welcome, .refused, .extents, .zero: 64 * 1024
+        case .hello, .welcome, .refused, .extents, .zero, .hashes: 64 * 1024
+        case .resyncReady: 256
         case .blocksWanted, .blocks: 4096
         case .control: 1024 * 1024
-        case .epochBegin, .epochSeal, .epochAbandon, .ack, .credit, .fenced, .alive: 64
+        case .epochBegin, .epochSeal, .epochAbandon, .ack, .credit, .fenced, .alive, .resync, .hashesWanted: 64
         }
     }
 
@@ -56,6 +63,10 @@ enum FrameLimits {
     static let extentsMax = 1024
     /// Of one BLOCKS_WANTED, and of the answer.
     static let wantedBlocksMax = 64
+    /// Of one HASHES_WANTED: 4 MiB. With a hash for each, HASHES stays below `FrameType.metaBytesMax`.
+    static let hashedBlocksMax = 1024
+    /// HASHES_WANTED that have not been answered.
+    static let hashQuestionsMax = 24
 }
 
 /// The fixed part of every frame: 32 bytes, little-endian.

@@ -1,4 +1,5 @@
 import BlockTap
+import Dispatch
 import Logging
 import NIOCore
 import NIOPosix
@@ -15,6 +16,7 @@ public final class LinkServer: Sendable {
     let logger: Logger
     let timing: LinkTiming
     let registry = ConnectionRegistry()
+    let hashWorkers: HashWorkers
     private let identity: TLSIdentity
     private let caCertificatePEM: String
     private let host: String
@@ -38,6 +40,7 @@ public final class LinkServer: Sendable {
         self.logger = logger
         self.timing = timing
         group = eventLoopGroup
+        hashWorkers = HashWorkers(bytesPerSecond: timing.hashBytesPerSecond)
     }
 
     /// Listens; returns the port. Throws `LinkError.cannotListen` or `PKIError`.
@@ -75,6 +78,13 @@ public final class LinkServer: Sendable {
         }
         try? await channel?.close()
         for connection in registry.all() { await connection.end(Refusal(.shuttingDown, "the appliance is shutting down")) }
+        // Whoever closes the store next finds no reader in it.
+        await withCheckedContinuation { continuation in
+            DispatchQueue.global(qos: .utility).async { [hashWorkers] in
+                hashWorkers.stop()
+                continuation.resume()
+            }
+        }
     }
 
     /// Sends a command on the server's control stream; throws `LinkError.notConnected` without one.

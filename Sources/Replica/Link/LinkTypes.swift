@@ -37,6 +37,11 @@ public struct LinkTiming: Sendable, Hashable {
     public var repair: TimeAmount = .seconds(10)
     /// What an agent reads of its disks for that, at most.
     public var repairBytesPerSecond: UInt64 = 4 << 20
+    /// What an agent compares in a resync, at most, and so reads of its disks; 0 = as fast as they go.
+    public var compareBytesPerSecond: UInt64 = 1 << 30
+    /// What an appliance reads of its replicas for resyncs, all of them together, at most; 0 = as fast as it goes.
+    public var hashBytesPerSecond: UInt64 = 1 << 30
+    var fault: LinkFault?
     public init() {}
 }
 

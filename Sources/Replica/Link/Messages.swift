@@ -44,8 +44,42 @@ public enum AgentCommand: Sendable, Codable, Hashable {
     case stopReplication
     /// Replication of this group ended under a newer generation: stop, do not come back without an operator.
     case fenced(Generation)
-    /// Close the running epoch now instead of at its time.
-    case cutNow
+    /// Close the running epoch now instead of at its time, with this consistency if that can be had.
+    case cutNow(CutConsistency)
+
+    private enum Keys: String, CodingKey { case startReplication, stopReplication, fenced, cutNow }
+    private enum ValueKeys: String, CodingKey { case value = "_0" }
+
+    public init(from decoder: any Decoder) throws {
+        let container = try decoder.container(keyedBy: Keys.self)
+        guard let key = container.allKeys.first, container.allKeys.count == 1 else {
+            throw DecodingError.dataCorrupted(.init(codingPath: container.codingPath, debugDescription: "it is no command, or more than one"))
+        }
+        let values = try container.nestedContainer(keyedBy: ValueKeys.self, forKey: key)
+        switch key {
+        case .startReplication: self = .startReplication(try values.decode(ReplicationOrder.self, forKey: .value))
+        case .stopReplication: self = .stopReplication
+        case .fenced: self = .fenced(try values.decode(Generation.self, forKey: .value))
+        // An older appliance says nothing, and means a point such as there were then.
+        case .cutNow: self = .cutNow(try values.decodeIfPresent(CutConsistency.self, forKey: .value) ?? .crash)
+        }
+    }
+
+    public func encode(to encoder: any Encoder) throws {
+        var container = encoder.container(keyedBy: Keys.self)
+        switch self {
+        case .startReplication(let order):
+            var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .startReplication)
+            try values.encode(order, forKey: .value)
+        case .stopReplication: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .stopReplication)
+        case .fenced(let generation):
+            var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .fenced)
+            try values.encode(generation, forKey: .value)
+        case .cutNow(let consistency):
+            var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .cutNow)
+            try values.encode(consistency, forKey: .value)
+        }
+    }
 }
 
 public struct ReplicationOrder: Sendable, Codable, Hashable {
@@ -69,7 +103,23 @@ public struct ReplicationOrder: Sendable, Codable, Hashable {
 }
 
 public enum ReplicationPhase: String, Sendable, Codable {
-    case idle, connecting, fullSync, replicating, interrupted, fenced, failed
+    case idle, connecting, fullSync
+    /// A full sync of a replica that has something already: compared by checksum, only what differs is sent. An agent says so only to an
+    /// appliance that answers RESYNC.
+    case resync
+    case replicating, interrupted, fenced, failed
+}
+
+/// How it is known that the recovery point of an epoch is the disks at one instant.
+public struct PointProof: Sendable, Codable, Hashable {
+    public var epoch: EpochNumber
+    public var instance: String
+    public var proof: CutProof
+    public init(epoch: EpochNumber, instance: String, proof: CutProof) {
+        self.epoch = epoch
+        self.instance = instance
+        self.proof = proof
+    }
 }
 
 /// Sent every half second while connected.
@@ -89,5 +139,31 @@ public struct AgentStatus: Sendable, Codable, Hashable {
     public var lastAcknowledgedEpoch: EpochNumber = .none
     /// Cut time of the last acknowledged exact epoch, nanoseconds since 1970; 0 = none yet.
     public var lastRecoveryPointNanoseconds: UInt64 = 0
+    /// Of the full sync that runs, or of the last one: what was compared with the replica, and what of it did not have to be sent. What was
+    /// compared twice, after an epoch was given up, counts twice. 0 when everything is copied.
+    public var resyncComparedBytes: UInt64 = 0
+    public var resyncEqualBytes: UInt64 = 0
+    /// Epochs outside of a full sync that the tap could not prove: sent, but no recovery points. Since the agent started.
+    public var unprovenEpochs: UInt64 = 0
+    /// Of the last 64 acknowledged exact epochs, oldest first.
+    public var proofs: [PointProof] = []
     public init() {}
+
+    /// Agents may be older than the appliance: what they do not say is as in `init()`.
+    public init(from decoder: any Decoder) throws {
+        let container = try decoder.container(keyedBy: CodingKeys.self)
+        phase = try container.decode(ReplicationPhase.self, forKey: .phase)
+        reason = try container.decodeIfPresent(String.self, forKey: .reason)
+        fullSyncTotalBytes = try container.decode(UInt64.self, forKey: .fullSyncTotalBytes)
+        fullSyncDoneBytes = try container.decode(UInt64.self, forKey: .fullSyncDoneBytes)
+        sentBytesPerSecond = try container.decode(UInt64.self, forKey: .sentBytesPerSecond)
+        sentBytes = try container.decode(UInt64.self, forKey: .sentBytes)
+        source = try container.decode(SourceStatistics.self, forKey: .source)
+        lastAcknowledgedEpoch = try container.decode(EpochNumber.self, forKey: .lastAcknowledgedEpoch)
+        lastRecoveryPointNanoseconds = try container.decode(UInt64.self, forKey: .lastRecoveryPointNanoseconds)
+        resyncComparedBytes = try container.decodeIfPresent(UInt64.self, forKey: .resyncComparedBytes) ?? 0
+        resyncEqualBytes = try container.decodeIfPresent(UInt64.self, forKey: .resyncEqualBytes) ?? 0
+        unprovenEpochs = try container.decodeIfPresent(UInt64.self, forKey: .unprovenEpochs) ?? 0
+        proofs = try container.decodeIfPresent([PointProof].self, forKey: .proofs) ?? []
+    }
 }

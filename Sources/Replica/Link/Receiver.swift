@@ -63,10 +63,12 @@ final class Receiver {
     private var isAsking = false
     private var questionCount: UInt64 = 0
     private var repairTask: RepeatedTask?
+    private let hashes: HashAnswers
     private var unpacked = UnsafeMutableRawBufferPointer(start: nil, count: 0)
 
     /// `position`: what WELCOME said.
-    init(store: ReplicaStore, hello: DataHello, position: DurablePosition?, handler: FrameHandler, timing: LinkTiming, logger: Logger) {
+    init(store: ReplicaStore, hello: DataHello, position: DurablePosition?, handler: FrameHandler, timing: LinkTiming, workers: HashWorkers, logger: Logger) {
+        hashes = HashAnswers(store: store, hello: hello, handler: handler, workers: workers, fault: timing.fault, logger: logger)
         windowBytes = Self.windowBytes(store)
         self.store = store
         self.hello = hello
@@ -90,6 +92,7 @@ final class Receiver {
         isEnded = true
         repairTask?.cancel()
         repairTask = nil
+        hashes.end()
         if let current { current.writer.abandon() }
         current = nil
         if let waitingSeal { waitingSeal.epoch.writer.abandon() }
@@ -110,6 +113,12 @@ final class Receiver {
         case .epochSeal: try seal(EpochSealMeta(&reader))
         case .epochAbandon: try abandon(EpochNumber(NumberMeta(&reader).value))
         case .blocks: try blocks(frame, BlocksMeta(&reader))
+        case .resync:
+            let meta = try ResyncMeta(&reader)
+            guard meta.isWanted else { return hashes.end() }
+            guard current == nil, sealing == nil, waitingSeal == nil else { throw .unexpected(.resync, "an epoch is under way") }
+            try hashes.begin(at: parent)
+        case .hashesWanted: try hashes.wanted(HashesWantedMeta(&reader))
         case .alive: break
         default: throw .unexpected(frame.header.type, "not part of a data stream from an agent")
         }

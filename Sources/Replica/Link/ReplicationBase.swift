@@ -23,7 +23,15 @@ public final class ReplicationBase: Sendable {
         var sentBytes: UInt64 = 0
         var lastAcknowledged: EpochNumber = .none
         var lastRecoveryPointNanoseconds: UInt64 = 0
+        /// Of the full sync that runs, or of the last one.
+        var resyncComparedBytes: UInt64 = 0
+        var resyncEqualBytes: UInt64 = 0
+        var unprovenEpochs: UInt64 = 0
+        /// Oldest first.
+        var proofs: [PointProof] = []
     }
+
+    static let proofsMax = 64
 
     private let state = Mutex(State())
 
@@ -58,8 +66,28 @@ public final class ReplicationBase: Sendable {
             if state.known?.group != group {
                 state.lastAcknowledged = .none
                 state.lastRecoveryPointNanoseconds = 0
+                state.proofs = []
             }
+            state.resyncComparedBytes = 0
+            state.resyncEqualBytes = 0
             state.known = Known(group: group, instance: instance, floor: state.lastCut.next, isFullSyncing: true)
+        }
+    }
+
+    /// A part of a full sync was cut, or is about to be. The first one of a full sync that the source began by itself tells of it.
+    func fullSyncGoesOn() {
+        state.withLock { state in
+            guard state.known?.isFullSyncing == false else { return }
+            state.known?.isFullSyncing = true
+            state.resyncComparedBytes = 0
+            state.resyncEqualBytes = 0
+        }
+    }
+
+    func compared(_ byteCount: UInt64, equalBytes: UInt64) {
+        state.withLock { state in
+            state.resyncComparedBytes &+= byteCount
+            state.resyncEqualBytes &+= equalBytes
         }
     }
 
@@ -72,6 +100,10 @@ public final class ReplicationBase: Sendable {
             if cut.kind == .exact {
                 state.known?.isFullSyncing = false
                 state.lastRecoveryPointNanoseconds = cut.timeNanoseconds
+                if let proof = cut.proof, let instance = state.known?.instance {
+                    state.proofs.append(PointProof(epoch: cut.epoch, instance: instance, proof: proof))
+                    if state.proofs.count > Self.proofsMax { state.proofs.removeFirst() }
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ import NIOCore
 import NIOPosix
 import Synchronization
 
-/// Carries an `EpochSource`'s epochs to the appliance, for ever: connect, HELLO, full sync if the replica needs one, then an
+/// Carries an `EpochSource`'s epochs to the appliance, for ever: connect, HELLO, full sync (or resync) if the replica needs one, then an
 /// exact epoch every `epochMilliseconds`; after any interruption it gives the unacknowledged epochs back to the source and
 /// reconnects with a jittered back-off. Thread-safe; the work is done on one event loop.
 public final class Sender: Sendable {
@@ -33,8 +33,9 @@ public final class Sender: Sendable {
         try? await promise.futureResult.get()
     }
 
-    /// Closes the running epoch as soon as the previous one has been sent, instead of at its time.
-    public func cutNow() { eventLoop.execute { self.loop.cutNow() } }
+    /// Closes the running epoch as soon as the previous one has been sent, instead of at its time. `consistency` is asked of the next epoch
+    /// that can be exact; what became of it, `AgentStatus.proofs` says.
+    public func cutNow(consistency: CutConsistency = .crash) { eventLoop.execute { self.loop.cutNow(consistency) } }
 
     /// A snapshot, at most a quarter of a second old.
     public var status: AgentStatus { loop.published.withLock { $0 } }

@@ -24,18 +24,23 @@ extension SenderLoop {
         isPeerWorking = false
         isAnswering = false
         nextCut = .now()
+        endResync(nil)
+        orphanedQuestions = []
+        questionCount = 0
+        isFullSyncCut = false
     }
 
     // MARK: Cuts
 
-    func cutNow() {
+    func cutNow(_ consistency: CutConsistency) {
         isCutRequested = true
+        if consistency.rawValue > wantedConsistency.rawValue { wantedConsistency = consistency }
         scheduleCut()
     }
 
     /// Cuts now if it is time and the epochs before allow it; otherwise whatever it waits for calls again.
     func scheduleCut() {
-        guard case .streaming = link, draining == nil, !isCutInFlight, sealed.count < Self.unacknowledgedMax else { return }
+        guard case .streaming = link, draining == nil, !isCutInFlight, sealed.count < Self.unacknowledgedMax, resync != .opening else { return }
         cutTimer?.cancel()
         cutTimer = nil
         guard isCutRequested || needsFuzzyCut || nextCut <= .now() else {
@@ -45,28 +50,41 @@ extension SenderLoop {
         isCutRequested = false
         isCutInFlight = true
         nextCut = .now() + .milliseconds(Int64(order.epochMilliseconds))
+        let (consistency, opensResync) = (wantedConsistency, isPeerHashing && resync == .off)
         Task { [self] in
+            // Asked before: a source that begins a full sync of its own accord does it within a cut, whose epoch is none of that yet.
+            let isFullSync = await source.needsFuzzyCut
+            if isFullSync, opensResync { return eventLoop.execute { [self] in openResync() } }
             do {
-                let cut = try await source.cut(fuzzyBytesMax: Self.fuzzyBytesMax)
+                let cut = try await source.cut(fuzzyBytesMax: Self.fuzzyBytesMax, consistency: consistency)
                 let needsMore = await source.needsFuzzyCut
-                eventLoop.execute { [self] in didCut(cut, needsMore) }
+                eventLoop.execute { [self] in didCut(cut, isFullSync: isFullSync, needsMore: needsMore) }
             } catch {
                 eventLoop.execute { [self] in didNotCut(error) }
             }
         }
     }
 
-    private func didCut(_ cut: Cut, _ needsMore: Bool) {
+    private func didCut(_ cut: Cut, isFullSync: Bool, needsMore: Bool) {
         isCutInFlight = false
         base.wasCut(cut)
         guard case .streaming(let handler) = link else { return recover() }
         needsFuzzyCut = needsMore
-        // The first exact epoch after a full sync makes the first recovery point: no reason to wait for it.
-        if cut.kind == .fuzzy { nextCut = .now() }
-        if cut.kind == .fuzzy, phase != .fullSync { setPhase(.fullSync, nil) }
+        isFullSyncCut = isFullSync
+        if isFullSync {
+            // The first exact epoch after a full sync makes the first recovery point: no reason to wait for it.
+            nextCut = .now()
+            base.fullSyncGoesOn()
+            if !isCopying { setPhase(resync == .open ? .resync : .fullSync, nil) }
+        } else {
+            endResync(handler)
+            // What a source could not prove is sent all the same, and is no reason to hurry: the next one may be.
+            if cut.kind == .fuzzy { base.read { $0.unprovenEpochs += 1 } } else if !isCutRequested { wantedConsistency = .crash }
+        }
         draining = cut
         epochDataBytes = 0
         epochZeroBytes = 0
+        epochEqualBytes = 0
         epochDigest = 0
         handler.send(.epochBegin) { EpochBeginMeta(cut: cut).write(&$0) }
         pump()
@@ -98,7 +116,8 @@ extension SenderLoop {
         var turnBytes = 0
         isOutOfCredit = false
         while case .streaming(let handler) = link, let cut = draining, handler.isWritable {
-            let delay = throttle.delay(now: Int64(NIODeadline.now().uptimeNanoseconds))
+            let now = Int64(NIODeadline.now().uptimeNanoseconds)
+            let delay = max(throttle.delay(now: now), pass == nil ? 0 : compareThrottle.delay(now: now))
             if delay > 0 {
                 pumpTimer?.cancel()
                 pumpTimer = eventLoop.scheduleTask(in: .nanoseconds(delay)) { [self] in pump() }
@@ -112,9 +131,16 @@ extension SenderLoop {
                 // Others have this loop too: acknowledgements, timers, ALIVE.
                 return eventLoop.execute { [self] in pump() }
             }
-            guard let item = source.nextItem() else { return flush(handler, cut) }
+            guard let item = heldItem ?? source.nextItem() else { return flush(handler, cut) }
+            if pass != nil, case .data(_, let buffer) = item {
+                heldItem = item
+                guard isKnown(buffer, handler) else { return flush(handler, cut) }
+                // Asking may have ended the connection, which gave the buffer back.
+                guard heldItem != nil else { return }
+                heldItem = nil
+            }
             turnBytes += take(item, handler, cut)
-            if batch.dataBytes >= throttle.frameBytes || batch.isFull(forAnother: drainBytes) { flush(handler, cut) }
+            if batch.dataBytes >= throttle.frameBytes || batch.isFull(forAnother: drainBytes, isScattered: pass != nil) { flush(handler, cut) }
         }
     }
 
@@ -124,6 +150,10 @@ extension SenderLoop {
         case .data(let epoch, let buffer):
             defer { source.release(buffer) }
             guard expect(epoch, cut, handler) else { return 0 }
+            if pass != nil {
+                compare(buffer)
+                return buffer.lengthBytes
+            }
             batch.append(
                 disk: buffer.disk, offsetBytes: buffer.offsetBytes,
                 bytes: UnsafeRawBufferPointer(start: buffer.memory, count: buffer.lengthBytes))
@@ -131,11 +161,14 @@ extension SenderLoop {
         case .zero(let epoch, let disk, let offset, let length):
             guard expect(epoch, cut, handler) else { return 0 }
             batch.appendZero(disk: disk, offsetBytes: offset, lengthBytes: length)
+            pass?.sent.insert(
+                volume: disk, firstBlock: offset / UInt64(blockBytes), blockCount: (length + UInt64(blockBytes) - 1) / UInt64(blockBytes))
         case .end(let epoch):
             guard expect(epoch, cut, handler) else { return 0 }
             flush(handler, cut)
+            let isFileSystem = cut.kind == .exact && cut.proof?.consistency == .fileSystem
             let meta = EpochSealMeta(
-                epoch: epoch, dataBytes: epochDataBytes, zeroBytes: epochZeroBytes, digest: epochDigest, consistency: .crash)
+                epoch: epoch, dataBytes: epochDataBytes, zeroBytes: epochZeroBytes, digest: epochDigest, consistency: isFileSystem ? .filesystem : .crash)
             handler.send(.epochSeal) { meta.write(&$0) }
             // Writing may have ended the connection, and with it this epoch.
             guard case .streaming = link else { return 0 }
@@ -203,7 +236,8 @@ extension SenderLoop {
             sealed.removeFirst()
             source.acknowledge(cut.epoch)
             base.wasAcknowledged(cut)
-            if cut.kind == .exact, phase == .fullSync { setPhase(.replicating, nil) }
+            peerEpoch = cut.epoch
+            if cut.kind == .exact, isCopying { setPhase(.replicating, nil) }
         }
         lastProgress = .now()
         scheduleCut()

@@ -14,7 +14,8 @@ import Synchronization
 /// Invariants
 /// - Nothing is asked of the source in any state but `streaming`; `recovering` waits for a cut that is under way, then for
 ///   `abandonAll`, so that no item of an older connection can appear in a newer one.
-/// - No drain buffer is held across turns of the loop: it is copied into the batch and released at once.
+/// - No drain buffer is held across turns of the loop: it is copied into the batch and released at once. But for one, while what it is to be
+///   compared with is on its way (`SenderResync.swift`).
 /// - Plain bytes sent + batched − credited ≤ the receiver's window.
 final class SenderLoop: FrameStream, @unchecked Sendable {
     enum Link {
@@ -65,7 +66,11 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     var sealed: [Cut] = []
     var isCutInFlight = false
     var isCutRequested = false
+    /// Of the next cut that can have it.
+    var wantedConsistency = CutConsistency.crash
     var needsFuzzyCut = false
+    /// `draining` is part of a full sync.
+    var isFullSyncCut = false
     var nextCut: NIODeadline = .now()
     var cutTimer: Scheduled<Void>?
     var pumpTimer: Scheduled<Void>?
@@ -81,6 +86,8 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     var throttle: Throttle
     var epochDataBytes: UInt64 = 0
     var epochZeroBytes: UInt64 = 0
+    /// Of the draining epoch, what the replica has already.
+    var epochEqualBytes: UInt64 = 0
     var epochDigest: UInt64 = 0
     var lastProgress: NIODeadline = .now()
     var peerReceivedBytes: UInt64 = 0
@@ -89,6 +96,21 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     var isAnswering = false
     /// When the next one may be.
     var nextAnswer: NIODeadline = .now()
+
+    // Resync (SenderResync.swift)
+    var resync = Resync.off
+    /// While `resync` is open.
+    var pass: ResyncPass?
+    /// The replica has something and says what.
+    var isPeerHashing = false
+    /// The newest epoch that the replica is known to hold.
+    var peerEpoch = EpochNumber.none
+    /// Handed out, and what it is to be compared with is not here yet.
+    var heldItem: DrainItem?
+    var questionCount: UInt64 = 0
+    /// Of a resync that has ended; they will still be answered.
+    var orphanedQuestions: Set<UInt64> = []
+    var compareThrottle: Throttle
 
     init(
         source: any EpochSource, endpoint: LinkEndpoint, order: ReplicationOrder, logger: Logger, base: ReplicationBase,
@@ -108,6 +130,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         batch = ExtentBatch(allocator: ByteBufferAllocator())
         compression = Compression(allocator: ByteBufferAllocator())
         throttle = Throttle(bytesPerSecond: order.throttleBytesPerSecond)
+        compareThrottle = Throttle(bytesPerSecond: timing.compareBytesPerSecond)
     }
 
     // MARK: Start and stop
@@ -194,14 +217,17 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         link = .streaming(handler)
         wasConnected = true
         resetStream(windowBytes: welcome.windowBytes)
+        isPeerHashing = welcome.hashes == true && welcome.position != nil
+        peerEpoch = welcome.position?.epoch ?? .none
         if base.canContinue(group: order.group, instance: source.instance, position: welcome.position) {
             logger.info("replication goes on from \(welcome.position!.epoch)")
         } else {
-            logger.info("the replica holds \(welcome.position.map { "\($0.epoch) of another history" } ?? "nothing"): full sync")
+            let what = isPeerHashing ? "resync" : "full sync"
+            logger.info("the replica holds \(welcome.position.map { "\($0.epoch) of another history" } ?? "nothing"): \(what)")
             base.beginFullSync(group: order.group, instance: source.instance)
             source.beginFullSync()
         }
-        setPhase(base.read { $0.known!.isFullSyncing } ? .fullSync : .replicating, nil)
+        setPhase(!base.read { $0.known!.isFullSyncing } ? .replicating : isPeerHashing ? .resync : .fullSync, nil)
         scheduleCut()
     }
 
@@ -235,6 +261,10 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
             try credited(NumberMeta(&reader).value)
         case (.blocksWanted, .streaming(let handler)):
             try answer(BlocksWantedMeta(&reader), handler)
+        case (.resyncReady, .streaming):
+            try resyncReady(ResyncReadyMeta(&reader))
+        case (.hashes, .streaming):
+            try hashed(HashesMeta(&reader))
         case (.alive, .streaming):
             let alive = try AliveMeta(&reader)
             isPeerWorking = alive.isWorking
@@ -283,6 +313,9 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
 
     // MARK: Figures
 
+    /// A full sync is under way, by copying or by comparing.
+    var isCopying: Bool { phase == .fullSync || phase == .resync }
+
     func setPhase(_ phase: ReplicationPhase, _ reason: String?) {
         self.phase = phase
         self.reason = reason
@@ -301,7 +334,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
             eventLoop.execute { [self] in
                 isReadingStatistics = false
                 self.statistics = statistics
-                if phase == .fullSync, fullSyncShownBytes == nil { fullSyncShownBytes = 0 }
+                if isCopying, fullSyncShownBytes == nil { fullSyncShownBytes = 0 }
                 publish()
             }
         }
@@ -309,8 +342,10 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
 
     /// Data that is on its way must arrive, and what has arrived must become durable.
     private func checkProgress(_ handler: FrameHandler) {
-        let isInFlight = handler.sentBytes > peerReceivedBytes || !sealed.isEmpty || isOutOfCredit
-        let limit = isPeerWorking ? timing.sealing : timing.silence
+        // The replica's disk is what hashes wait for.
+        let waitsForHashes = heldItem != nil || resync == .opening
+        let isInFlight = handler.sentBytes > peerReceivedBytes || !sealed.isEmpty || isOutOfCredit || waitsForHashes
+        let limit = isPeerWorking || waitsForHashes ? timing.sealing : timing.silence
         if !isInFlight {
             lastProgress = .now()
         } else if NIODeadline.now() - lastProgress > limit {
@@ -321,7 +356,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     /// What has been sent of a fuzzy epoch counts already: an epoch is far longer than a progress bar's step. Never goes back while a
     /// full sync runs: the source's figures are a moment older than ours, and may be from before the full sync or the epoch.
     private func fullSyncDoneBytes(of total: UInt64) -> UInt64 {
-        guard phase == .fullSync else {
+        guard isCopying else {
             fullSyncShownBytes = nil
             return total - min(total, statistics.unsyncedBytes)
         }
@@ -329,7 +364,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         let fuzzy = sealed.reduce(0) { $0 + ($1.kind == .fuzzy ? $1.blockCount * UInt64(blockBytes) : 0) }
         let open = draining.map { $0.kind == .fuzzy ? $0.blockCount * UInt64(blockBytes) : 0 } ?? 0
         guard statistics.unsyncedBytes >= fuzzy + open else { return shown }
-        let sentBytes = fuzzy + (open > 0 ? epochDataBytes + epochZeroBytes : 0)
+        let sentBytes = fuzzy + (open > 0 ? epochDataBytes + epochZeroBytes + epochEqualBytes : 0)
         let done = max(shown, total - min(total, statistics.unsyncedBytes - min(statistics.unsyncedBytes, sentBytes)))
         fullSyncShownBytes = done
         return done
@@ -346,6 +381,10 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
             status.sentBytes = state.sentBytes
             status.lastAcknowledgedEpoch = state.lastAcknowledged
             status.lastRecoveryPointNanoseconds = state.lastRecoveryPointNanoseconds
+            status.resyncComparedBytes = state.resyncComparedBytes
+            status.resyncEqualBytes = state.resyncEqualBytes
+            status.unprovenEpochs = state.unprovenEpochs
+            status.proofs = state.proofs
         }
         if let first = rateSamples.first, let last = rateSamples.last, last.time > first.time {
             status.sentBytesPerSecond = UInt64(

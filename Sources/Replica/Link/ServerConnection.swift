@@ -134,6 +134,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         }
         guard hello.generation >= group.generation else { return await fence(group.generation, hello) }
         var welcome = Welcome(windowBytes: Receiver.windowBytes(server.store))
+        welcome.hashes = true
         welcome.position = group.lastDurable.map { .init(instance: $0.instance, epoch: $0.epoch, kind: $0.kind) }
         await welcomeData(welcome, hello, group.lastDurable)
     }
@@ -183,7 +184,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
             guard case .greeting(let handler) = state else { return }
             handler.send(.welcome) { $0.putJSON(welcome) }
             handler.greeted()
-            state = .data(handler, Receiver(store: server.store, hello: hello, position: position, handler: handler, timing: server.timing, logger: logger))
+            state = .data(handler, Receiver(store: server.store, hello: hello, position: position, handler: handler, timing: server.timing, workers: server.hashWorkers, logger: logger))
             logger.info("data stream of group \(hello.group), \(hello.generation), from \(welcome.position.map { "\($0.epoch)" } ?? "nothing")")
         }
     }

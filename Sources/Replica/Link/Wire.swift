@@ -32,6 +32,8 @@ struct Welcome: Codable, Hashable {
     var windowBytes: UInt64 = 0
     /// What the replica of the group holds durably; nil when nothing.
     var position: Position?
+    /// Whether this appliance answers RESYNC; an older one does not know the frame.
+    var hashes: Bool?
 }
 
 struct Refusal: Codable, Hashable {
