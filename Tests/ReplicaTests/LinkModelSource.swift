@@ -14,6 +14,7 @@ final class ModelSource: EpochSource, @unchecked Sendable {
     private struct Epoch {
         var cut: Cut
         var blocks: Set<Key>
+        var isFullSync: Bool
     }
 
     private enum Pending {
@@ -48,6 +49,12 @@ final class ModelSource: EpochSource, @unchecked Sendable {
     var abandonPercent = 0
     var abandonReason = AbandonReason.preservedBudget
     var hesitatePercent = 0
+    /// So many cuts outside of a full sync are not proven.
+    private var unprovenLeft = 0
+    /// Before each cut, with the number of those before it.
+    var onCut: (@Sendable (UInt64) -> Void)?
+    /// What exact cuts were asked to be.
+    private var asked: [CutConsistency] = []
     private(set) var heldBuffersMax = 0
     private var handedOut = 0
 
@@ -64,7 +71,30 @@ final class ModelSource: EpochSource, @unchecked Sendable {
 
     deinit { for slot in slots { slot.deallocate() } }
 
+    /// The same disks after a restart of the agent, which has forgotten everything; they may have grown.
+    convenience init(restarted old: ModelSource, seed: UInt64, grownTo sizes: [Int]? = nil) {
+        let image = old.image
+        self.init(sizes: sizes ?? image.map(\.count), seed: seed)
+        for (disk, bytes) in image.enumerated() { content[disk].replaceSubrange(0..<bytes.count, with: bytes) }
+    }
+
     // MARK: The protected machine
+
+    /// Puts random bytes into whole blocks, and nobody notices: the agent is down, or the tap missed it.
+    func changeUnseen(disk: Int, blocks: [Int], to value: UInt8? = nil) {
+        lock.withLock {
+            for block in blocks {
+                let end = min((block + 1) * blockBytes, content[disk].count)
+                for index in block * blockBytes..<end { content[disk][index] = value ?? UInt8.random(in: 0...255, using: &random) }
+            }
+        }
+    }
+
+    /// The tap finds out by itself that it missed something.
+    func missedWrites() { beginFullSync() }
+
+    func leaveUnproven(_ count: Int) { lock.withLock { unprovenLeft = count } }
+    var askedConsistencies: [CutConsistency] { lock.withLock { asked } }
 
     /// Random writes of all kinds: random, compressible and zero bytes, and discards.
     func writeRandomly(count: Int) {
@@ -155,23 +185,27 @@ final class ModelSource: EpochSource, @unchecked Sendable {
     var needsFuzzyCut: Bool { get async { lock.withLock { !unsynced.isEmpty } } }
 
     func cut(fuzzyBytesMax: UInt64, consistency: CutConsistency) async throws -> Cut {
-        try lock.withLock {
+        onCut?(lock.withLock { counters.cutCount })
+        return try lock.withLock {
             guard queue.isEmpty else { throw EpochError.draining(lastEpoch) }
             lastEpoch = lastEpoch.next
             counters.cutCount += 1
-            let isFuzzy = !unsynced.isEmpty
+            let isFullSync = !unsynced.isEmpty
+            let isFuzzy = isFullSync || unprovenLeft > 0
             // Far smaller than asked for, so that a full sync of a small disk takes several epochs.
-            let blocks = isFuzzy ? Set(sorted(unsynced).prefix(min(Int(fuzzyBytesMax) / blockBytes, 300))) : dirty
-            if isFuzzy {
+            let blocks = isFullSync ? Set(sorted(unsynced).prefix(min(Int(fuzzyBytesMax) / blockBytes, 300))) : dirty
+            if isFullSync {
                 unsynced.subtract(blocks)
             } else {
                 dirty = []
-                snapshots[lastEpoch] = content
+                if isFuzzy { unprovenLeft -= 1 } else { snapshots[lastEpoch] = content }
+                asked.append(consistency)
             }
             let cut = Cut(
                 epoch: lastEpoch, kind: isFuzzy ? .fuzzy : .exact,
-                timeNanoseconds: UInt64(Date().timeIntervalSince1970 * 1e9), blockCount: UInt64(blocks.count))
-            unacknowledged.append(Epoch(cut: cut, blocks: blocks))
+                timeNanoseconds: UInt64(Date().timeIntervalSince1970 * 1e9), blockCount: UInt64(blocks.count),
+                proof: isFuzzy ? nil : CutProof(method: consistency == .crash ? .rounds : .freeze, consistency: consistency))
+            unacknowledged.append(Epoch(cut: cut, blocks: blocks, isFullSync: isFullSync))
             enqueue(cut, sorted(blocks))
             if Int.random(in: 0..<100, using: &random) < abandonPercent {
                 queue.removeLast(Int.random(in: 1...queue.count, using: &random))
@@ -245,7 +279,7 @@ final class ModelSource: EpochSource, @unchecked Sendable {
     }
 
     private func giveBack(_ epoch: Epoch) {
-        if epoch.cut.kind == .fuzzy { unsynced.formUnion(epoch.blocks) } else { dirty.formUnion(epoch.blocks) }
+        if epoch.isFullSync { unsynced.formUnion(epoch.blocks) } else { dirty.formUnion(epoch.blocks) }
     }
 
     func setWakeup(_ wakeup: (@Sendable () -> Void)?) { lock.withLock { self.wakeup = wakeup } }
@@ -286,8 +320,8 @@ final class ModelSource: EpochSource, @unchecked Sendable {
         get async {
             lock.withLock {
                 var figures = counters
-                let open = unacknowledged.filter { $0.cut.kind == .exact }.reduce(0) { $0 + $1.blocks.count }
-                let fuzzy = unacknowledged.filter { $0.cut.kind == .fuzzy }.reduce(0) { $0 + $1.blocks.count }
+                let open = unacknowledged.filter { !$0.isFullSync }.reduce(0) { $0 + $1.blocks.count }
+                let fuzzy = unacknowledged.filter { $0.isFullSync }.reduce(0) { $0 + $1.blocks.count }
                 figures.behindBytes = UInt64((dirty.count + open) * blockBytes)
                 figures.unsyncedBytes = UInt64((unsynced.count + fuzzy) * blockBytes)
                 return figures

@@ -6,25 +6,25 @@ import Testing
 
 @testable import Replica
 
+/// Damages a block as the newest layer with it has it.
+func rot(_ appliance: TestAppliance, block: UInt64, at place: Int = 100) throws {
+    let store = appliance.store
+    for layer in store.read({ $0.layers.keys.sorted(by: >) }) {
+        guard let (path, byte) = try ReplicaTests.place(store, layer: layer, block: block) else { continue }
+        let file = open(appliance.directory.path + "/store/" + path, O_RDWR)
+        defer { close(file) }
+        var bad: UInt8 = 0
+        pread(file, &bad, 1, off_t(byte + place))
+        bad ^= 0x10
+        pwrite(file, &bad, 1, off_t(byte + place))
+        fsync(file)
+        return
+    }
+    Issue.record("no layer has block \(block)")
+}
+
 /// Blocks that rotted in the store come back from the source, as long as that still has them.
 @Suite(.timeLimit(.minutes(10))) struct LinkRepairTests {
-    /// Damages a block as the newest layer with it has it.
-    private func rot(_ appliance: TestAppliance, block: UInt64, at place: Int = 100) throws {
-        let store = appliance.store
-        for layer in store.read({ $0.layers.keys.sorted(by: >) }) {
-            guard let (path, byte) = try ReplicaTests.place(store, layer: layer, block: block) else { continue }
-            let file = open(appliance.directory.path + "/store/" + path, O_RDWR)
-            defer { close(file) }
-            var bad: UInt8 = 0
-            pread(file, &bad, 1, off_t(byte + place))
-            bad ^= 0x10
-            pwrite(file, &bad, 1, off_t(byte + place))
-            fsync(file)
-            return
-        }
-        Issue.record("no layer has block \(block)")
-    }
-
     private func scrub(_ store: ReplicaStore) { while case .read? = store.scrubStep() {} }
 
     @Test func whatRottedIsRepairedFromTheSource() async throws {

@@ -116,13 +116,13 @@ final class TestAppliance: Sendable {
     var port: Int { portSlot.withLock { $0 } }
 
     /// On the same port each time, below the range that the system hands out: somebody's connection could have it at the next start.
-    func start() async throws {
+    func start(_ other: LinkTiming? = nil) async throws {
         let identity = try authority.issueServer(hosts: ["127.0.0.1"])
         for attempt in 1... {
             let port = port == 0 ? Int.random(in: 20000..<32000) : port
             let server = LinkServer(
                 store: store, identity: identity, caCertificatePEM: authority.certificatePEM,
-                host: "127.0.0.1", port: port, delegate: policy, logger: log.logger, timing: timing)
+                host: "127.0.0.1", port: port, delegate: policy, logger: log.logger, timing: other ?? timing)
             do { _ = try await server.start() } catch {
                 guard self.port == 0, attempt < 20 else { throw error }
                 continue

@@ -158,4 +158,10 @@ enum LinkFault: CaseIterable, Sendable {
     case comparesWhatWasSent
     /// The appliance hashes the oldest recovery point instead of the newest state.
     case hashesTheOldest
+    /// What the appliance answers is not what was asked.
+    case answersUnasked
+    case answersLackABlock
+    case answersLackAHash
+    /// The appliance says nothing of resync, like one of an older release.
+    case isOlder
 }

@@ -110,6 +110,15 @@ final class HashAnswers {
     /// Answers for a resync that has ended are sent, too: the sender waits for as many as it asked for.
     private func answered(_ answer: HashesMeta) {
         openQuestionCount -= 1
+        var answer = answer
+        switch fault {
+        case .answersUnasked: answer.question += 1 << 32
+        case .answersLackABlock:
+            answer.runs[answer.runs.count - 1].count -= 1
+            if answer.runs.last?.kind == .hashed { answer.hashes.removeLast() }
+        case .answersLackAHash: _ = answer.hashes.popLast()
+        default: break
+        }
         handler.send(.hashes) { answer.write(&$0) }
     }
 }

@@ -28,7 +28,8 @@ extension SenderLoop {
         isCutInFlight = false
         guard case .streaming(let handler) = link else { return recover() }
         needsFuzzyCut = true
-        guard sealed.isEmpty else { return }
+        // Nor may questions of an earlier one be open: so many at a time are answered.
+        guard sealed.isEmpty, orphanedQuestions.isEmpty else { return }
         resync = .opening
         lastProgress = .now()
         handler.send(.resync) { ResyncMeta(isWanted: true).write(&$0) }
@@ -81,7 +82,10 @@ extension SenderLoop {
 
     func hashed(_ answer: HashesMeta) throws(FrameError) {
         lastProgress = .now()
-        if orphanedQuestions.remove(answer.question) != nil { return }
+        if orphanedQuestions.remove(answer.question) != nil {
+            if orphanedQuestions.isEmpty { scheduleCut() }
+            return
+        }
         guard try pass?.hashes.put(answer) == true else { throw .unexpected(.hashes, "nobody asked question \(answer.question)") }
         pump()
     }

@@ -134,7 +134,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         }
         guard hello.generation >= group.generation else { return await fence(group.generation, hello) }
         var welcome = Welcome(windowBytes: Receiver.windowBytes(server.store))
-        welcome.hashes = true
+        welcome.hashes = server.timing.fault == .isOlder ? nil : true
         welcome.position = group.lastDurable.map { .init(instance: $0.instance, epoch: $0.epoch, kind: $0.kind) }
         await welcomeData(welcome, hello, group.lastDurable)
     }
