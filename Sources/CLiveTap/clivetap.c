@@ -6,13 +6,18 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/fsmap.h>
+#include <linux/loop.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -139,6 +144,8 @@ bool clivetap_is_bpffs(const char *path) {
     return statfs(path, &facts) == 0 && facts.f_type == 0xcafe4a11; // BPF_FS_MAGIC
 }
 
+int clivetap_sync(int fd) { return syncfs(fd) < 0 ? -errno : 0; }
+
 static void thaw_all(const int *fds, int count) {
     for (int i = count - 1; i >= 0; i--) ioctl(fds[i], FITHAW, 0);
 }
@@ -163,8 +170,8 @@ static _Noreturn void guard_freeze(const int *fds, int count, int limit_ms, int 
     _exit(0);
 }
 
-int clivetap_freeze(const int *fds, int count, int limit_ms, int guard[2]) {
-    for (int i = 0; i < count; i++) syncfs(fds[i]); // so that the freeze itself is short
+int clivetap_freeze(const int *fds, int count, int limit_ms, bool *is_frozen, int guard[2], int *failed) {
+    *failed = 0;
     int ends[2];
     if (pipe2(ends, O_CLOEXEC) < 0) return -errno;
     pid_t pid = fork();
@@ -179,21 +186,108 @@ int clivetap_freeze(const int *fds, int count, int limit_ms, int guard[2]) {
     guard[0] = pid;
     guard[1] = ends[1];
     for (int i = 0; i < count; i++) {
-        if (ioctl(fds[i], FIFREEZE, 0) == 0) continue;
+        is_frozen[i] = ioctl(fds[i], FIFREEZE, 0) == 0;
+        if (is_frozen[i] || errno == EOPNOTSUPP) continue;
         int error = errno;
-        clivetap_thaw(fds, i, guard);
+        clivetap_thaw(fds, i, is_frozen, guard);
+        *failed = i;
         return -error;
     }
     return 0;
 }
 
-int clivetap_thaw(const int *fds, int count, const int guard[2]) {
+int clivetap_thaw(const int *fds, int count, const bool *is_frozen, const int guard[2]) {
     int result = 0;
     for (int i = count - 1; i >= 0; i--) {
-        if (ioctl(fds[i], FITHAW, 0) < 0) result = -ETIMEDOUT;
+        if (is_frozen[i] && ioctl(fds[i], FITHAW, 0) < 0) result = -ETIMEDOUT;
     }
     if (write(guard[1], "d", 1) != 1) result = -ETIMEDOUT; // the guard has been killed: what it did is unknown
     close(guard[1]);
     while (waitpid(guard[0], NULL, 0) < 0 && errno == EINTR) {}
     return result;
+}
+
+void *clivetap_reserve(size_t bytes) {
+    void *start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) return NULL;
+    madvise(start, bytes, MADV_DONTFORK);
+    return start;
+}
+void clivetap_unreserve(void *start, size_t bytes) { munmap(start, bytes); }
+void clivetap_give_back(void *start, size_t bytes) { madvise(start, bytes, MADV_DONTNEED); }
+
+// linux/ioprio.h: IOPRIO_WHO_PROCESS is 1; 0 is the calling thread
+int clivetap_set_io_priority(int io_class, int level) { return syscall(SYS_ioprio_set, 1, 0, io_class << 13 | level) < 0 ? -errno : 0; }
+int clivetap_io_priority(int tid) { return (int)syscall(SYS_ioprio_get, 1, tid); }
+
+#define FSMAP_RECORDS 1024
+struct clivetap_fsmap {
+    int fd;
+    bool is_done;
+    struct fsmap_head *head;
+};
+
+clivetap_fsmap *clivetap_fsmap_open(int fd) {
+    clivetap_fsmap *map = calloc(1, sizeof *map);
+    map->fd = fd;
+    map->head = calloc(1, fsmap_sizeof(FSMAP_RECORDS));
+    memset(&map->head->fmh_keys[1], 0xff, sizeof map->head->fmh_keys[1]);
+    map->head->fmh_keys[1].fmr_length = 0;
+    memset(map->head->fmh_keys[1].fmr_reserved, 0, sizeof map->head->fmh_keys[1].fmr_reserved);
+    return map;
+}
+
+int clivetap_fsmap_next(clivetap_fsmap *map, clivetap_extent *extents, uint32_t capacity) {
+    if (map->is_done) return 0;
+    struct fsmap_head *head = map->head;
+    head->fmh_count = capacity < FSMAP_RECORDS ? capacity : FSMAP_RECORDS;
+    head->fmh_entries = 0;
+    if (ioctl(map->fd, FS_IOC_GETFSMAP, head) < 0) return -errno;
+    for (uint32_t i = 0; i < head->fmh_entries; i++) {
+        const struct fsmap *record = &head->fmh_recs[i];
+        extents[i] = (clivetap_extent){
+            .start_bytes = record->fmr_physical,
+            .length_bytes = record->fmr_length,
+            .major = record->fmr_device >> 8 & 0xfff, // as the kernel encodes a device in 32 bits
+            .minor = (record->fmr_device & 0xff) | (record->fmr_device >> 12 & 0xfff00),
+            .has_device = head->fmh_oflags & FMH_OF_DEV_T,
+            .is_free = record->fmr_flags & FMR_OF_SPECIAL_OWNER && record->fmr_owner == FMR_OWN_FREE,
+        };
+        if (record->fmr_flags & FMR_OF_LAST) map->is_done = true;
+    }
+    if (head->fmh_entries == 0) map->is_done = true;
+    else fsmap_advance(head);
+    return (int)head->fmh_entries;
+}
+
+void clivetap_fsmap_close(clivetap_fsmap *map) {
+    free(map->head);
+    free(map);
+}
+
+int clivetap_loop_create(uint64_t bytes, int *number, int *device) {
+    int control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
+    if (control < 0) return -errno;
+    int file = memfd_create("afterimage-self-test", MFD_CLOEXEC), result = 0;
+    if (file < 0 || ftruncate(file, (off_t)bytes) < 0) result = -errno;
+    // Somebody else may take the free number first.
+    for (int attempt = 0; result == 0; attempt++) {
+        if ((*number = ioctl(control, LOOP_CTL_GET_FREE)) < 0) { result = -errno; break; }
+        char path[32];
+        snprintf(path, sizeof path, "/dev/loop%d", *number);
+        *device = open(path, O_RDWR | O_CLOEXEC | O_DIRECT);
+        if (*device < 0) { result = -errno; break; }
+        struct loop_config config = {.fd = (__u32)file, .info = {.lo_flags = LO_FLAGS_AUTOCLEAR}};
+        if (ioctl(*device, LOOP_CONFIGURE, &config) == 0) break;
+        if (errno != EBUSY || attempt == 63) result = -errno;
+        close(*device);
+    }
+    if (file >= 0) close(file);
+    close(control);
+    return result;
+}
+
+int clivetap_discard(int fd, uint64_t offset, uint64_t length) {
+    uint64_t range[2] = {offset, length};
+    return ioctl(fd, BLKDISCARD, range) < 0 ? -errno : 0;
 }

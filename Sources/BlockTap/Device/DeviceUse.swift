@@ -50,6 +50,8 @@ enum DeviceUse {
         return nil
     }
 
+    static func swapDevices() -> Set<DeviceNumber> { Set(swapPaths().compactMap { DeviceNumber(path: $0) }) }
+
     private static func swapPaths() -> [String] {
         (fileText("/proc/swaps") ?? "").split(separator: "\n").dropFirst().compactMap { line in
             line.split(whereSeparator: { $0 == " " || $0 == "\t" }).first.map { Mount.unescaped($0) }

@@ -11,6 +11,11 @@ struct Sysfs {
             .first { $0.hasPrefix("DEVNAME=") }.map { String($0.dropFirst("DEVNAME=".count)) }
     }
 
+    var path: String { "/dev/\(name ?? "block/\(number)")" }
+
+    /// The text of one of its files.
+    func attribute(_ name: String) -> String? { fileText("\(directory)/\(name)").map { String($0.trimmingNewline) } }
+
     /// Partitions of this disk.
     var partitions: [Sysfs] {
         directoryEntries(directory).compactMap { entry in
@@ -42,7 +47,7 @@ struct Sysfs {
 
     init(_ number: DeviceNumber) { self.number = number }
 
-    private init?(deviceFile: String) {
+    init?(deviceFile: String) {
         guard let number = fileText(deviceFile).flatMap({ DeviceNumber($0) }) else { return nil }
         self.init(number)
     }

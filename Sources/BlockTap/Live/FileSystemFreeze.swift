@@ -7,41 +7,56 @@ import Glibc
 /// (A service manager that kills a whole control group kills that process too: the agent's unit says `KillMode=mixed`, or it is run outside.)
 package struct FileSystemFreeze: ~Copyable {
     private let fds: [Int32]
+    private let isFrozen: [Bool]
     private let guardian: [Int32]
     private let began: UInt64
+    /// Mounted on these, and of a kind that cannot be frozen (vfat): only written out.
+    package let unfreezable: [String]
 
-    private init(fds: [Int32], guardian: [Int32], began: UInt64) {
+    private init(fds: [Int32], isFrozen: [Bool], guardian: [Int32], began: UInt64, unfreezable: [String]) {
         self.fds = fds
+        self.isFrozen = isFrozen
         self.guardian = guardian
         self.began = began
+        self.unfreezable = unfreezable
     }
 
-    /// What is dirty is written out first, so that the freeze itself is short.
     package static func hold(mountPoints: [String], limitMilliseconds: Int) throws(SystemError) -> FileSystemFreeze {
-        var fds: [Int32] = []
-        func closeAll() { for fd in fds { close(fd) } }
+        var opened: [(fd: Int32, mountPoint: String)] = []
         for path in mountPoints {
-            let fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+            let fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)
             guard fd >= 0 else {
                 let error = SystemError(errno: errno, doing: "open \(path) to freeze it")
-                closeAll()
+                for (fd, _) in opened { close(fd) }
                 throw error
             }
-            fds.append(fd)
+            opened.append((fd, path))
         }
+        return try hold(opened, limitMilliseconds: limitMilliseconds)
+    }
+
+    /// Takes the descriptors over. What is dirty is written out first, so that the freeze itself is short.
+    static func hold(_ opened: [(fd: Int32, mountPoint: String)], limitMilliseconds: Int) throws(SystemError) -> FileSystemFreeze {
+        let fds = opened.map(\.fd)
+        for fd in fds { _ = clivetap_sync(fd) }                    // a failure shows in the freeze
         var guardian: [Int32] = [0, 0]
+        var isFrozen = Array(repeating: false, count: fds.count)
+        var failed: Int32 = 0
         let began = LiveReconciliation.now()
-        let result = clivetap_freeze(fds, Int32(fds.count), Int32(limitMilliseconds), &guardian)
+        let result = clivetap_freeze(fds, Int32(fds.count), Int32(limitMilliseconds), &isFrozen, &guardian, &failed)
         guard result == 0 else {
-            closeAll()
-            throw SystemError(errno: -result, doing: "freeze \(mountPoints.joined(separator: ", "))")
+            for fd in fds { close(fd) }
+            let place = opened.isEmpty ? "nothing" : opened[Int(failed)].mountPoint
+            if result == -EBUSY { throw SystemError(errno: EBUSY, what: "cannot freeze the file system on \(place): somebody else has frozen it") }
+            throw SystemError(errno: -result, doing: "freeze the file system on \(place)")
         }
-        return FileSystemFreeze(fds: fds, guardian: guardian, began: began)
+        let unfreezable = zip(opened, isFrozen).filter { !$0.1 }.map(\.0.mountPoint)
+        return FileSystemFreeze(fds: fds, isFrozen: isFrozen, guardian: guardian, began: began, unfreezable: unfreezable)
     }
 
     /// Whether they were frozen all the time, and how long.
     package consuming func thaw() -> (wasHeld: Bool, milliseconds: Double) {
-        let result = clivetap_thaw(fds, Int32(fds.count), guardian)
+        let result = clivetap_thaw(fds, Int32(fds.count), isFrozen, guardian)
         for fd in fds { close(fd) }
         return (result == 0, Double(LiveReconciliation.now() - began) / 1e6)
     }

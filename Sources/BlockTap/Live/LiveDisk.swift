@@ -1,3 +1,4 @@
+import CIoUring
 import CLiveTap
 import Glibc
 
@@ -26,18 +27,8 @@ struct LiveDisk {
         func refuse(_ reason: String) -> SystemError { SystemError(errno: EOPNOTSUPP, what: "cannot follow \(path) with the live tap: \(reason)") }
         guard let number = DeviceNumber(path: path) else { throw refuse("it is not a block device") }
         let sysfs = Sysfs(number)
-        guard sysfs.disk.number == number else {
-            throw refuse("it is a partition of /dev/\(sysfs.disk.name ?? sysfs.disk.number.description) (follow the whole disk)")
-        }
+        if let reason = Self.refusal(of: sysfs) { throw refuse(reason) }
         let queues = directoryEntries(sysfs.directory + "/mq")
-        guard !queues.isEmpty else {
-            let below = directoryEntries(sysfs.directory + "/slaves").map { "/dev/" + $0 }
-            throw refuse("it is not request-based" + (below.isEmpty ? "" : " (follow what is underneath: \(below.joined(separator: ", ")))"))
-        }
-        if let zoned = fileText(sysfs.directory + "/queue/zoned")?.trimmingNewline, zoned != "none" { throw refuse("it is a zoned disk") }
-        guard fileText(sysfs.directory + "/queue/iostats")?.trimmingNewline == "1" else {
-            throw refuse("its I/O statistics are off, and without them nobody would notice a missed write (echo 1 > \(sysfs.directory)/queue/iostats)")
-        }
         self.name = name
         self.number = number
         device = try BlockDevice.open(path: path, access: .readOnly, exclusive: false)
@@ -49,6 +40,12 @@ struct LiveDisk {
         sequence = fileText(sysfs.directory + "/diskseq").flatMap { UInt64($0.trimmingNewline) } ?? 0
         guard tagCount > 0 else { throw refuse("its queues have no tags") }
         statistics = try SysfsStatistics(directory: sysfs.directory)
+    }
+
+    /// It may have been resized since it was opened.
+    var sizeBytesNow: UInt64 {
+        var size: UInt64 = 0
+        return ciouring_block_size_bytes(device.fd, &size) == 0 ? size : geometry.sizeBytes
     }
 
     /// As the kernel keeps it in `struct block_device`: 12 bits of major number, 20 of minor.

@@ -1,68 +1,6 @@
 import CLiveTap
 import Glibc
 
-/// Deliberate faults, for the tests that prove that the tests would notice.
-package struct LiveTapFaults: OptionSet, Sendable {
-    package let rawValue: UInt8
-    package init(rawValue: UInt8) { self.rawValue = rawValue }
-    /// Marking at issue alone: forget what is in flight at the cut.
-    package static let forgetInFlightAtCut = LiveTapFaults(rawValue: 1)
-    /// Take what was read for what was there at the cut, whatever has been written since.
-    package static let skipCollisionCheck = LiveTapFaults(rawValue: 2)
-    /// Clear and read the buffer that is being written.
-    package static let singleBuffer = LiveTapFaults(rawValue: 4)
-    /// Cut the disks of a group one after the other.
-    package static let unsharedCut = LiveTapFaults(rawValue: 8)
-    /// Believe the program without asking the kernel.
-    package static let skipReconciliation = LiveTapFaults(rawValue: 16)
-}
-
-public struct LiveTapConfiguration: Sendable {
-    /// Memory for one epoch's blocks while its rounds run; an epoch that is larger is sent without a proof, and the next one is smaller.
-    public var stagingBytesMax = 64 << 20
-    /// Reads in flight.
-    public var readDepth = 32
-    public var roundsMax = 64
-    public var roundsMilliseconds = 2000
-    public var reconcileMilliseconds = 50
-    public var drainBufferCount = 64
-    /// Mount points of the group's file systems, to be frozen when rounds do not converge; none: never.
-    public var freezable: [String] = []
-    public var freezeMilliseconds = 500
-    public init() {}
-}
-
-/// Figures of the live tap since this process has it.
-public struct LiveTapStatistics: Sendable, Codable, Hashable {
-    /// Epochs proven to be crash-consistent, and exact epochs tried that were not.
-    public var provenCount: UInt64 = 0
-    public var unprovenCount: UInt64 = 0
-    public var roundCount: UInt64 = 0
-    public var roundsMax: UInt64 = 0
-    /// Blocks that were written again before they had been read.
-    public var collisionCount: UInt64 = 0
-    /// Epochs for which the file systems were frozen, how long at most, and how often that was longer than the limit.
-    public var freezeCount: UInt64 = 0
-    public var freezeMillisecondsMax: Double = 0
-    public var freezeFailedCount: UInt64 = 0
-    /// Looks at the kernel's account that decided nothing.
-    public var openReconciliationCount: UInt64 = 0
-    /// Times that writes were missed and everything had to be compared or copied again; and why, the last time.
-    public var resyncCount: UInt64 = 0
-    public var resyncReason: String?
-    /// Since the tap was attached, all disks.
-    public var issuedCount: UInt64 = 0
-    public var completedCount: UInt64 = 0
-    /// Completions that the kernel did not show to the program (their tags were used again, or their writes' slots are still in use).
-    public var unseenCompletionCount: UInt64 = 0
-    public var droppedIssueCount: UInt64 = 0
-    public var droppedCompletionCount: UInt64 = 0
-    public var unmatchedCount: UInt64 = 0
-    public var undescribedCount: UInt64 = 0
-    public var bitmapBytes: UInt64 = 0
-    public init() {}
-}
-
 /// The epochs of a consistency group that the live tap follows. Confined to one thread, which it blocks while it reads.
 ///
 /// A *cut* flips the index that all disks share, then takes what is marked in the old buffer: every write acknowledged before the flip is
@@ -78,6 +16,8 @@ public struct LiveTapStatistics: Sendable, Codable, Hashable {
 ///
 /// While rounds run nothing is handed out: the epoch's kind must be known when it begins. What is too large for that, or does
 /// not converge, is handed out as a fuzzy epoch; the replica stays close, and the next D is smaller.
+///
+/// Rounds and freezes: `LiveEpochEngine+Rounds.swift`. What a full sync leaves out: `LiveFreeSpace.swift`.
 package final class LiveEpochEngine {
     package final class Disk {
         let disk: LiveDisk
@@ -113,17 +53,20 @@ package final class LiveEpochEngine {
     package var faults: LiveTapFaults = []
     /// Words for the log.
     package var onEvent: ((String) -> Void)?
-    private let configuration: LiveTapConfiguration
+    let configuration: LiveTapConfiguration
     private let attachment: LiveTapAttachment
-    private let reader: LiveReader
-    private let reconciliation: LiveReconciliation
-    private let stage: LiveStage
+    let reader: LiveReader
+    let reconciliation: LiveReconciliation
+    let stage: LiveStage
     private var draining: ClosedEpoch?
     private var isDrainingStaged = false
     private var unacknowledged: [ClosedEpoch] = []
-    private var figures = LiveTapStatistics()
+    var figures = LiveTapStatistics()
     private var abandonedCount: UInt64 = 0
-    private var writtenBase: UInt64 = 0
+    /// Cuts that pass before file systems are frozen again only because rounds do not converge; doubles each time that does not help.
+    var freezePause = (left: 0, next: 1)
+    /// Of what has been said more than once in a row.
+    var saidLast: [String: String] = [:]
 
     /// `isFresh`: whether what an earlier process knew is lost, or was never there.
     package private(set) var isFresh: Bool
@@ -139,9 +82,9 @@ package final class LiveEpochEngine {
         maps = attachment.maps
         self.disks = disks.enumerated().map { Disk($0.element, index: $0.offset) }
         queue = DrainQueue(bufferCount: configuration.drainBufferCount)
-        reader = try LiveReader()
+        reader = try LiveReader(bytesPerSecondMax: configuration.readBytesPerSecondMax)
         reconciliation = LiveReconciliation(maps: maps, disks: disks, reader: reader)
-        stage = LiveStage(blockCount: configuration.stagingBytesMax / blockBytes)
+        stage = try LiveStage(blockCount: configuration.stagingBytesMax / blockBytes)
         isFresh = !attachment.wasAdopted || maps.state.pointee.is_synced == 0
         if attachment.wasAdopted {
             for disk in self.disks { maps.collectOutstanding(disk: disk.index, into: disk.dirty) }
@@ -155,12 +98,13 @@ package final class LiveEpochEngine {
     package func beginFullSync() {
         maps.state.pointee.is_synced = 0
         for disk in disks { disk.unsynced.setAll() }
+        figures.skippedFreeBytes = configuration.skipsFreeSpace ? leaveOutFreeSpace() : 0
     }
 
     package var needsFuzzyCut: Bool { disks.contains { !$0.unsynced.isEmpty } }
 
     /// Nothing is lost that a full sync does not bring back.
-    private func resync(_ reason: String) {
+    func resync(_ reason: String) {
         figures.resyncCount += 1
         figures.resyncReason = reason
         onEvent?("writes were missed, the disks are copied again: \(reason)")
@@ -175,24 +119,26 @@ package final class LiveEpochEngine {
         let number = EpochNumber(maps.state.pointee.last_epoch + 1)
         // Before anything can be sent under this number.
         maps.state.pointee.last_epoch = number.rawValue
-        var blocks = disks.map { BlockBitmap(blockCount: $0.disk.blockCount) }
-        var kind = EpochKind.fuzzy
-        var isFullSync = false
-        var time = Self.wallClock()
         isDrainingStaged = false
-        if needsFuzzyCut {
-            isFullSync = true
+        lookForResizes()
+        let isFullSync = needsFuzzyCut
+        var blocks: [BlockBitmap]
+        var time = Self.wallClock()
+        var proof: CutProof?
+        if isFullSync {
+            blocks = disks.map { BlockBitmap(blockCount: $0.disk.blockCount) }
             takeUnsynced(into: blocks, budget: max(1, fuzzyBytesMax / UInt64(blockBytes)))
         } else {
-            let outcome = try converge(&blocks)
-            time = outcome.timeNanoseconds
-            isDrainingStaged = outcome.isStaged
-            if outcome.isProven { kind = .exact }
+            let attempt = try converge(consistency)
+            blocks = attempt.blocks
+            time = attempt.timeNanoseconds
+            isDrainingStaged = attempt.isStaged
+            proof = attempt.proof
         }
         for (disk, blocks) in zip(disks, blocks) { disk.pending.formUnion(blocks) }
         draining = ClosedEpoch(number: number, isFullSync: isFullSync, blocks: blocks)
         let count = blocks.reduce(0) { $0 + $1.count }
-        return Cut(epoch: number, kind: kind, timeNanoseconds: time, blockCount: count)
+        return Cut(epoch: number, kind: proof == nil ? .fuzzy : .exact, timeNanoseconds: time, blockCount: count, proof: proof)
     }
 
     private func takeUnsynced(into blocks: [BlockBitmap], budget: UInt64) {
@@ -209,91 +155,8 @@ package final class LiveEpochEngine {
         }
     }
 
-    private struct Outcome {
-        var isProven = false
-        var isStaged = true
-        var timeNanoseconds: UInt64 = 0
-    }
-
-    /// Rounds until the image is proven, or the budget is used up. `blocks` becomes all that was taken.
-    private func converge(_ blocks: inout [BlockBitmap]) throws(SystemError) -> Outcome {
-        var outcome = Outcome()
-        let deadline = LiveReconciliation.now() + UInt64(configuration.roundsMilliseconds) * 1_000_000
-        var collided: [LiveStage.Place] = []
-        var rounds: UInt64 = 0
-        stage.clear()
-        var step = Step.goOn
-        repeat {
-            step = try round(&blocks, &collided, &outcome)
-            rounds += 1
-        } while step == .goOn && rounds < UInt64(configuration.roundsMax) && LiveReconciliation.now() < deadline
-        if step == .goOn, !configuration.freezable.isEmpty {
-            try frozenRound(&blocks, &collided, &outcome)
-            rounds += 1
-        }
-        figures.roundCount += rounds
-        figures.roundsMax = max(figures.roundsMax, rounds)
-        if outcome.isProven { figures.provenCount += 1 } else { figures.unprovenCount += 1 }
-        return outcome
-    }
-
-    private enum Step { case goOn, ended }
-
-    private func round(_ blocks: inout [BlockBitmap], _ collided: inout [LiveStage.Place], _ outcome: inout Outcome) throws(SystemError) -> Step {
-        outcome.timeNanoseconds = try flip()
-        var round: [BlockBitmap] = []
-        for disk in disks {
-            round.append(disk.dirty)
-            blocks[disk.index].formUnion(disk.dirty)
-            disk.dirty = BlockBitmap(blockCount: disk.disk.blockCount)
-        }
-        // What is too large for the stage, or cannot be read, is not handed out as if it had been read.
-        guard blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount), let collisions = readRound(round, first: collided) else {
-            outcome.isStaged = false
-            return .ended
-        }
-        collided = collisions
-        figures.collisionCount += UInt64(collisions.count)
-        if !collisions.isEmpty { return .goOn }
-        if faults.contains(.skipReconciliation) {
-            outcome.isProven = true
-            return .ended
-        }
-        switch reconciliation.verdict(withinMilliseconds: configuration.reconcileMilliseconds) {
-        case .exact: outcome.isProven = true
-        case .open: return .goOn
-        case .missed(let reason): resync(reason)
-        }
-        return .ended
-    }
-
-    /// The last resort: one round while the file systems are held still. Its proof is the same: that nothing collided. (Whoever writes to the
-    /// disk past the file systems is not held.)
-    private func frozenRound(_ blocks: inout [BlockBitmap], _ collided: inout [LiveStage.Place], _ outcome: inout Outcome) throws(SystemError) {
-        let freeze: FileSystemFreeze
-        do throws(SystemError) {
-            freeze = try FileSystemFreeze.hold(mountPoints: configuration.freezable, limitMilliseconds: configuration.freezeMilliseconds)
-        } catch {
-            figures.freezeFailedCount += 1
-            onEvent?("\(error)")
-            return
-        }
-        figures.freezeCount += 1
-        // The log may lie on what is frozen.
-        let log = onEvent
-        var lines: [String] = []
-        onEvent = { lines.append($0) }
-        let result = Result { () throws(SystemError) in try round(&blocks, &collided, &outcome) }
-        let (wasHeld, milliseconds) = freeze.thaw()
-        onEvent = log
-        for line in lines { log?(line) }
-        figures.freezeMillisecondsMax = max(figures.freezeMillisecondsMax, milliseconds)
-        if !wasHeld { figures.freezeFailedCount += 1 }
-        _ = try result.get()
-    }
-
     /// The cut. Afterwards `dirty` holds every block written before it since it was last read, and `carried` those that may still land.
-    private func flip() throws(SystemError) -> UInt64 {
+    func flip() throws(SystemError) -> UInt64 {
         let old = maps.index
         if faults.contains(.singleBuffer) {
             let time = Self.wallClock()
@@ -327,51 +190,6 @@ package final class LiveEpochEngine {
         }
     }
 
-    /// Reads a round's blocks to the stage. Returns those that were written meanwhile, or nil when something could not be read.
-    private func readRound(_ round: [BlockBitmap], first: [LiveStage.Place]) -> [LiveStage.Place]? {
-        var ranges: [LiveReader.Range] = []
-        var places: [(disk: Int, block: UInt64, count: Int)] = []
-        func add(_ disk: Int, _ block: UInt64) {
-            let slot = stage.slot(disk: disk, block: block)
-            let memory = stage.memory(slot)
-            let size = disks[disk].disk.geometry.sizeBytes
-            let length = Int(min(UInt64(blockBytes), size - block * UInt64(blockBytes)))
-            if let last = places.last, last.disk == disk, last.block + UInt64(last.count) == block, last.count < 32,
-                ranges[ranges.count - 1].memory + ranges[ranges.count - 1].lengthBytes == memory
-            {
-                places[places.count - 1].count += 1
-                ranges[ranges.count - 1].lengthBytes += length
-            } else {
-                places.append((disk, block, 1))
-                ranges.append(.init(fd: disks[disk].disk.device.fd, offsetBytes: block * UInt64(blockBytes), lengthBytes: length, memory: memory))
-            }
-        }
-        for place in first where round[place.disk].contains(place.block) {
-            round[place.disk].clear(first: place.block, length: 1)
-            add(place.disk, place.block)
-        }
-        for (disk, blocks) in round.enumerated() {
-            blocks.forEachSetWord { word, bits in
-                var rest = bits
-                while rest != 0 {
-                    add(disk, UInt64(word * 64 + rest.trailingZeroBitCount))
-                    rest &= rest &- 1
-                }
-            }
-        }
-        var collisions: [LiveStage.Place] = []
-        var hasFailed = false
-        reader.read(ranges, depth: configuration.readDepth) { index, succeeded in
-            if !succeeded { hasFailed = true }
-            let place = places[index]
-            for block in place.block..<place.block + UInt64(place.count) where maps.isIssued(disk: place.disk, block: block) {
-                collisions.append(.init(disk: place.disk, block: block))
-            }
-        }
-        if hasFailed { return nil }
-        return faults.contains(.skipCollisionCheck) ? [] : collisions
-    }
-
     // MARK: Drain
 
     /// Hands out what there is room for. Returns whether there may be more at once; otherwise the queue says when.
@@ -379,9 +197,12 @@ package final class LiveEpochEngine {
         guard let epoch = draining else { return false }
         var runs: [(disk: Disk, first: UInt64, count: UInt64, slot: Int)] = []
         var isStarved = false
+        // Under a budget not more than a tenth of a second's: this blocks the thread.
+        let budget = configuration.readBytesPerSecondMax / 10 / UInt64(DrainQueue.bufferBytes)
+        let runsMax = configuration.readBytesPerSecondMax == 0 || isDrainingStaged ? 8 : Int(min(max(budget, 1), 8))
         fill: for disk in disks {
             while let block = disk.pending.nextSet(from: 0) {
-                guard runs.count < 8 else { break fill }
+                guard runs.count < runsMax else { break fill }
                 guard let slot = queue.takeBuffer() else {
                     isStarved = true
                     break fill
@@ -394,6 +215,7 @@ package final class LiveEpochEngine {
         if runs.isEmpty {
             if isStarved { return false }
             draining = nil
+            if isDrainingStaged { stage.clear() }
             unacknowledged.append(epoch)
             queue.push(.end(epoch.number))
             return false
@@ -416,7 +238,9 @@ package final class LiveEpochEngine {
                 LiveReader.Range(
                     fd: $0.disk.disk.device.fd, offsetBytes: $0.first * UInt64(blockBytes), lengthBytes: length($0), memory: queue.memory(slot: $0.slot))
             }
-            reader.read(ranges, depth: configuration.readDepth) { index, succeeded in if !succeeded { failed[index] = true } }
+            reader.read(ranges, depth: configuration.readDepth, considering: .init(priority: configuration.readPriority)) { index, succeeded in
+                if !succeeded { failed[index] = true }
+            }
         }
         if failed.contains(true) {
             for run in runs { queue.freeBuffer(slot: run.slot) }
@@ -492,6 +316,9 @@ package final class LiveEpochEngine {
     package var liveStatistics: LiveTapStatistics {
         var s = figures
         s.openReconciliationCount = reconciliation.openCount
+        s.readBytes = reader.readBytes
+        s.readWaitMilliseconds = reader.waitNanoseconds / 1_000_000
+        s.resizes = resizes
         for disk in disks {
             let counters = maps.disks[disk.index]
             s.issuedCount += counters.issued
@@ -507,6 +334,30 @@ package final class LiveEpochEngine {
     }
 
     var recursionMisses: [String: UInt64] { attachment.recursionMisses }
+
+    /// Disks whose size is another than when the tap was attached.
+    package var resizes: [LiveTapResize] {
+        disks.compactMap { disk in
+            let size = disk.disk.sizeBytesNow, beyond = maps.disks[disk.index].beyond
+            guard size != disk.disk.geometry.sizeBytes || beyond > 0 else { return nil }
+            return LiveTapResize(disk: disk.disk.name, fromBytes: disk.disk.geometry.sizeBytes, toBytes: size, writesBeyondCount: beyond)
+        }
+    }
+
+    private func lookForResizes() {
+        for resize in resizes where resize.fromBytes != resize.toBytes {
+            say(
+                "size of \(resize.disk)",
+                "\(resize.disk) has \(resize.toBytes) bytes now, \(resize.fromBytes) when the tap was attached: only these are followed until it is attached again")
+        }
+    }
+
+    /// Tells it, unless that is what was last told of this subject.
+    func say(_ subject: String, _ words: String) {
+        if saidLast[subject] == words { return }
+        saidLast[subject] = words
+        onEvent?(words)
+    }
 
     private static func wallClock() -> UInt64 {
         var now = timespec()

@@ -1,4 +1,5 @@
 import CIoUring
+import CLiveTap
 import Glibc
 
 /// Reads of many ranges, many at once, waiting for all of them: the live tap's thread has nothing else to do meanwhile. Confined to one thread.
@@ -13,16 +14,39 @@ final class LiveReader {
         var memory: UnsafeMutableRawPointer
     }
 
-    init() throws(SystemError) { ring = try Ring(entries: UInt32(Self.depthMax)) }
+    /// What others on these disks are spared; nil: nothing.
+    struct Consideration {
+        var priority: LiveReadPriority
+    }
+
+    private var budget: LiveReadBudget
+    private var priority = LiveReadPriority.normal
+    private(set) var readBytes: UInt64 = 0
+    private(set) var waitNanoseconds: UInt64 = 0
+
+    init(bytesPerSecondMax: UInt64 = 0) throws(SystemError) {
+        ring = try Ring(entries: UInt32(Self.depthMax))
+        budget = LiveReadBudget(bytesPerSecond: bytesPerSecondMax)
+    }
 
     /// `ended(index, succeeded)` is called right after that range has been read, before the next one is looked at.
-    func read(_ ranges: [Range], depth: Int, _ ended: (Int, Bool) -> Void) {
-        let depth = min(depth, Self.depthMax)
+    func read(_ ranges: [Range], depth: Int, considering: Consideration? = nil, _ ended: (Int, Bool) -> Void) {
+        let depth = min(max(1, depth), Self.depthMax)
+        setPriority(considering?.priority ?? .normal)
         withUnsafeTemporaryAllocation(of: ciouring_completion.self, capacity: Ring.reapMax) { completions in
             var next = 0
             var inFlight = 0
             while next < ranges.count || inFlight > 0 {
                 while next < ranges.count, inFlight < depth {
+                    if considering != nil, case let wait = budget.wait(now: LiveReconciliation.now()), wait > 0 {
+                        // What has been read is looked at first: a check that comes late finds collisions that were none.
+                        if inFlight > 0 { break }
+                        usleep(UInt32(min(wait / 1000 + 1, 100_000)))
+                        waitNanoseconds += min(wait, 100_000_000)
+                        continue
+                    }
+                    if considering != nil { budget.take(bytes: ranges[next].lengthBytes, now: LiveReconciliation.now()) }
+                    readBytes += UInt64(ranges[next].lengthBytes)
                     submit(ranges[next], token: UInt64(next))
                     next += 1
                     inFlight += 1
@@ -44,5 +68,37 @@ final class LiveReader {
 
     private func submit(_ range: Range, token: UInt64) {
         while !ciouring_prep_read(ring.raw, range.fd, range.memory, UInt32(range.lengthBytes), range.offsetBytes, token) { ring.makeRoom() }
+    }
+
+    /// The thread's, which its requests inherit. Only a hint: where it is refused, nothing changes.
+    private func setPriority(_ wanted: LiveReadPriority) {
+        if priority == wanted { return }
+        priority = wanted
+        switch wanted {                                            // linux/ioprio.h
+        case .normal: _ = clivetap_set_io_priority(0, 0)
+        case .low: _ = clivetap_set_io_priority(2, 7)
+        case .idle: _ = clivetap_set_io_priority(3, 7)
+        }
+    }
+}
+
+/// So many bytes per second, in bursts of a twentieth of a second.
+struct LiveReadBudget {
+    /// 0: no limit.
+    let bytesPerSecond: UInt64
+    /// When all that was taken is paid for (monotonic clock).
+    private var paidAt: UInt64 = 0
+    private static let burstNanoseconds: UInt64 = 50_000_000
+
+    init(bytesPerSecond: UInt64) { self.bytesPerSecond = bytesPerSecond }
+
+    /// Nanoseconds until something may be taken.
+    func wait(now: UInt64) -> UInt64 { bytesPerSecond == 0 || paidAt <= now ? 0 : paidAt - now }
+
+    /// As much as is wanted at once: a large piece is paid for afterwards.
+    mutating func take(bytes: Int, now: UInt64) {
+        guard bytesPerSecond > 0 else { return }
+        let cost = UInt64(Double(bytes) * 1e9 / Double(bytesPerSecond))
+        paidAt = max(paidAt, now - min(now, Self.burstNanoseconds)) + cost
     }
 }

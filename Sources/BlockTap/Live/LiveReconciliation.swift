@@ -17,6 +17,8 @@ final class LiveReconciliation {
         /// Not known this time: completions that were not seen, or no quiet moment to look.
         case open
         case missed(String)
+        /// A disk was written where it had nothing when it was attached.
+        case outgrown(String)
     }
 
     private let maps: LiveTapMaps
@@ -85,6 +87,7 @@ final class LiveReconciliation {
         while true {
             for index in open {
                 if let words = missing(index) { return .missed(words) }
+                if let words = outgrown(index) { return .outgrown(words) }
                 let sample = sample(index)
                 if sample.floor > 0 { return .missed("\(disks[index].name): \(sample.floor) sectors were written and not seen to be issued") }
                 guard sample.isSharp else { continue }
@@ -124,8 +127,15 @@ final class LiveReconciliation {
         let unmatched = disk.unmatched - disk.baseline_unmatched
         if unmatched > 0 { return "\(name): \(unmatched) writes ended that were not seen to be issued" }
         if disk.unslotted > 0 { return "\(name): \(disk.unslotted) writes had a tag past \(disk.queue_count) queues of \(disk.tag_count) (were its queues changed?)" }
-        if disk.beyond > 0 { return "\(name): \(disk.beyond) writes were past its end as it was attached (was it grown?)" }
         return nil
+    }
+
+    /// Nothing was missed of what is followed, but that is not the whole disk any more. (The last block may have been a part of one.)
+    private func outgrown(_ index: Int) -> String? {
+        let disk = disks[index], beyond = maps.disks[index].beyond, size = disk.sizeBytesNow
+        let hasNewPart = size > disk.geometry.sizeBytes && disk.geometry.sizeBytes % UInt64(blockBytes) != 0
+        guard beyond > 0 || hasNewPart else { return nil }
+        return "\(disk.name): \(beyond) writes past its end as it was when the tap was attached (\(disk.geometry.sizeBytes) bytes, now \(size)): no point is proven until the tap is attached again"
     }
 
     /// As many small reads at once as the disk has tags: a tag that a read has got is not a write's any more, and its slot is freed. Once per hardware queue, on a
@@ -180,7 +190,6 @@ final class LiveReconciliation {
             maps.disks[index].baseline_slack = UInt64(maps.sectorsInFlight(disk: index))
             maps.disks[index].baseline_unmatched = maps.disks[index].unmatched
             maps.disks[index].unslotted = 0
-            maps.disks[index].beyond = 0
         }
     }
 

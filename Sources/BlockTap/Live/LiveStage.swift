@@ -1,6 +1,8 @@
+import CLiveTap
 import Glibc
 
-/// Memory for the blocks of one epoch while its rounds run: one place per block, read into as often as it collides. Confined to one thread.
+/// Memory for the blocks of one epoch while its rounds run: one place per block, read into as often as it collides. Only what has been used is
+/// there, and most of it is given back with the epoch. Confined to one thread.
 final class LiveStage {
     struct Place: Hashable {
         var disk: Int
@@ -10,17 +12,25 @@ final class LiveStage {
     let blockCount: Int
     private let memory: UnsafeMutableRawPointer
     private var slots: [Place: Int] = [:]
+    /// Not given back: most epochs are not larger.
+    private static let keptBlocks = (16 << 20) / blockBytes
 
-    init(blockCount: Int) {
+    init(blockCount: Int) throws(SystemError) {
         self.blockCount = max(1, blockCount)
-        var memory: UnsafeMutableRawPointer?
-        precondition(posix_memalign(&memory, blockBytes, self.blockCount * blockBytes) == 0, "no memory for the live tap's stage")
-        self.memory = memory!
+        guard let memory = clivetap_reserve(self.blockCount * blockBytes) else {
+            throw SystemError(errno: ENOMEM, doing: "reserve \(self.blockCount * blockBytes >> 20) MiB for the live tap's stage")
+        }
+        self.memory = memory
     }
 
-    deinit { free(memory) }
+    deinit { clivetap_unreserve(memory, blockCount * blockBytes) }
 
-    func clear() { slots.removeAll(keepingCapacity: slots.count < 4096) }
+    func clear() {
+        if slots.count > Self.keptBlocks {
+            clivetap_give_back(memory + Self.keptBlocks * blockBytes, (slots.count - Self.keptBlocks) * blockBytes)
+        }
+        slots.removeAll(keepingCapacity: slots.count <= Self.keptBlocks)
+    }
 
     /// The block's place; a new one if it has none. The caller sees to it that there are enough.
     func slot(disk: Int, block: UInt64) -> Int {

@@ -113,7 +113,7 @@ final class LiveTapAttachment {
             disks.indices.allSatisfy({ index in
                 let known = maps.disks[index], disk = disks[index]
                 return known.device == disk.kernelNumber && known.block_count == disk.blockCount && Int(known.queue_count) == disk.queueCount
-                    && Int(known.tag_count) == disk.tagCount && known.disk_sequence == disk.sequence
+                    && Int(known.tag_count) == disk.tagCount && known.disk_sequence == disk.sequence && known.beyond == 0
             })
         else {
             for link in links { close(link) }

@@ -128,12 +128,26 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         }
     }
 
+    /// Disks that have another size than when the tap was attached. Writes past the old end are known but not followed: attach again (a new group on
+    /// the same `pinDirectory` starts afresh then, and a full sync is due).
+    public var resizes: [LiveTapResize] {
+        get async {
+            let engine = engine
+            return await loop.runUnlessShutDown { engine.engine.resizes } ?? []
+        }
+    }
+
     /// How often the kernel skipped a copy of a program that would have interrupted itself.
     public var recursionMisses: [String: UInt64] {
         get async {
             let engine = engine
             return await loop.runUnlessShutDown { engine.engine.recursionMisses } ?? [:]
         }
+    }
+
+    /// For tests: of the thread's I/O at present, as class << 13 | level.
+    package var ioPriority: Int32 {
+        get async { await loop.run { clivetap_io_priority(0) } }
     }
 
     /// For tests: what the algorithm does wrong on purpose, and which events the kernel's half drops, in bursts of `burst` out of `period`

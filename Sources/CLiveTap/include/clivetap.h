@@ -40,11 +40,41 @@ int clivetap_run_on(int processor);
 int clivetap_mount_bpffs(const char *path);
 bool clivetap_is_bpffs(const char *path);
 
+// Writes out what the file system that `fd` is of has in memory, and waits for it: 0 or a negative errno.
+int clivetap_sync(int fd);
 // Freezes the mounted file systems that `fds` are of (FIFREEZE), after starting a process of its own that thaws them when `limit_ms` have passed
-// or when the caller is gone, whatever became of it. `guard`: two numbers for clivetap_thaw. 0 or a negative errno (then nothing is frozen).
-int clivetap_freeze(const int *fds, int count, int limit_ms, int guard[2]);
+// or when the caller is gone, whatever became of it. Those that cannot be frozen (vfat: EOPNOTSUPP) are left out and `is_frozen` says so.
+// `guard`: two numbers for clivetap_thaw. 0 or a negative errno (then nothing is frozen, and `failed` is which of them could not be).
+int clivetap_freeze(const int *fds, int count, int limit_ms, bool *is_frozen, int guard[2], int *failed);
 // 0, or -ETIMEDOUT when they did not stay frozen until now. They are not frozen afterwards.
-int clivetap_thaw(const int *fds, int count, const int guard[2]);
+int clivetap_thaw(const int *fds, int count, const bool *is_frozen, const int guard[2]);
+
+// Memory that is not committed before it is used, and not copied to child processes; null when there is none.
+void *clivetap_reserve(size_t bytes);
+void clivetap_unreserve(void *start, size_t bytes);
+void clivetap_give_back(void *start, size_t bytes);               // reads as zero afterwards
+
+// The class (0 none, 2 best effort, 3 idle) and level (0 to 7) of the calling thread's I/O; of thread `tid` as class << 13 | level.
+int clivetap_set_io_priority(int io_class, int level);
+int clivetap_io_priority(int tid);
+
+// What the file system that `fd` is of says of its space (FS_IOC_GETFSMAP), some extents at a time, in their order.
+typedef struct clivetap_fsmap clivetap_fsmap;
+typedef struct clivetap_extent {
+    uint64_t start_bytes, length_bytes;
+    uint32_t major, minor;                                         // of the block device
+    bool has_device;                                               // whether major and minor are known
+    bool is_free;
+} clivetap_extent;
+clivetap_fsmap *clivetap_fsmap_open(int fd);
+// How many there are in `extents` now, at most `capacity`; 0 at the end; or a negative errno.
+int clivetap_fsmap_next(clivetap_fsmap *, clivetap_extent *extents, uint32_t capacity);
+void clivetap_fsmap_close(clivetap_fsmap *);
+
+// A loop device over a file in memory (memfd) that goes when its last descriptor is closed. 0, its number and its descriptor (read and write, direct), or
+// a negative errno.
+int clivetap_loop_create(uint64_t bytes, int *number, int *device);
+int clivetap_discard(int fd, uint64_t offset, uint64_t length);   // BLKDISCARD
 
 static inline uint64_t clivetap_load_word(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 static inline void clivetap_store_word(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }

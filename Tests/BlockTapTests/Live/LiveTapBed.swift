@@ -18,6 +18,8 @@ final class LiveTapBed: @unchecked Sendable {
     private var signal: AsyncStream<Void>.Iterator!
     let events = Mutex<[String]>([])
     var configuration = LiveTapConfiguration()
+    /// Bytes of the epochs carried so far, zeroes included.
+    private(set) var carriedBytes: UInt64 = 0
 
     init(disks: Int, bytes: Int, loopOptions: [String] = []) throws {
         self.bytes = bytes
@@ -29,6 +31,7 @@ final class LiveTapBed: @unchecked Sendable {
         }
         directory = try TemporaryDirectory()
         try LiveTapGroup.bpffs(at: directory.path)
+        configuration.skipsFreeSpace = false                       // the whole disks are compared
     }
 
     deinit {
@@ -61,8 +64,8 @@ final class LiveTapBed: @unchecked Sendable {
 
     /// Cuts, applies the epoch to the images and, unless told not to, acknowledges it. Whether the images are proven to be the disks.
     @discardableResult
-    func carry(acknowledges: Bool = true) async throws -> Cut {
-        let cut = try await group.cut(fuzzyBytesMax: 64 << 20)
+    func carry(acknowledges: Bool = true, consistency: CutConsistency = .crash, fuzzyBytesMax: UInt64 = 64 << 20) async throws -> Cut {
+        let cut = try await group.cut(fuzzyBytesMax: fuzzyBytesMax, consistency: consistency)
         while true {
             guard let item = group.nextItem() else {
                 _ = await signal.next()
@@ -72,8 +75,10 @@ final class LiveTapBed: @unchecked Sendable {
             case .data(let epoch, let buffer):
                 #expect(epoch == cut.epoch)
                 (images[buffer.disk] + Int(buffer.offsetBytes)).copyMemory(from: buffer.memory, byteCount: buffer.lengthBytes)
+                carriedBytes += UInt64(buffer.lengthBytes)
                 group.release(buffer)
             case .zero(_, let disk, let offset, let length):
+                carriedBytes += length
                 memset(images[disk] + Int(offset), 0, Int(length))
             case .end(let epoch):
                 #expect(epoch == cut.epoch)
@@ -94,6 +99,19 @@ final class LiveTapBed: @unchecked Sendable {
     func carryUntilProven(attempts: Int = 100) async throws {
         for _ in 0..<attempts where try await carry().kind == .exact { return }
         Issue.record("no proven epoch in \(attempts)")
+    }
+
+    /// The replica's disk as a device to mount.
+    func copyOfImage(_ disk: Int = 0, options: [String] = []) throws -> LoopDevice {
+        let copy = try LoopDevice(bytes: bytes, options: options)
+        var offset = 0
+        while offset < bytes {
+            let count = pwrite(copy.file.fd, images[disk] + offset, min(4 << 20, bytes - offset), off_t(offset))
+            guard count > 0 else { throw SystemError(errno: errno, doing: "write a copy of an image") }
+            offset += count
+        }
+        try Program.run(["blockdev", "--flushbufs", copy.path])
+        return copy
     }
 
     /// Whether the images are what the disks hold now, read past the page cache.

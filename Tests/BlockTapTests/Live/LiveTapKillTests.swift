@@ -76,41 +76,6 @@ struct FileSystemFreezeTests {
         print("thawed \(ContinuousClock.now - began) after \(isKilled ? "the process was killed" : "freezing")")
         if !isKilled { holder.kill() }
     }
-
-    @Test("Rounds that do not converge end in a short freeze, and its point is exact")
-    func freezesWhenRoundsDoNotConverge() async throws {
-        let bed = try LiveTapBed(disks: 1, bytes: 64 << 20)
-        let mount = try MountPoint()
-        try Program.run(["mkfs.ext4", "-q", bed.loops[0].path])
-        try Program.run(["mount", bed.loops[0].path, mount.path])
-        bed.configuration.freezable = [mount.path]
-        bed.configuration.freezeMilliseconds = 10_000
-        bed.configuration.roundsMax = 1
-        try await bed.start()
-        try await bed.fullSync()
-        let log = try SyncedLog(directory: mount.path)
-        log.start()
-        defer { log.stop() }
-        for _ in 0..<60 {
-            try await log.progress(by: 2)
-            let synced = log.synced
-            guard try await bed.carry().kind == .exact, await bed.group.liveStatistics.freezeCount > 1 else { continue }
-            let copy = try LoopDevice(bytes: bed.bytes)
-            try #require(pwrite(copy.file.fd, bed.images[0], bed.bytes, 0) == bed.bytes)
-            try Program.run(["blockdev", "--flushbufs", copy.path])
-            let there = try MountPoint()
-            try Program.run(["mount", "-o", "ro", copy.path, there.path])
-            #expect(try SyncedLog.records(directory: there.path) >= synced)
-            try there.unmount()
-            break
-        }
-        let figures = await bed.group.liveStatistics
-        #expect(figures.freezeCount > 0)
-        #expect(figures.freezeFailedCount == 0)
-        print("\(figures.freezeCount) freezes, \(figures.freezeMillisecondsMax) ms at most, \(figures.provenCount) proven, \(figures.unprovenCount) not")
-        log.stop()
-        try mount.unmount()
-    }
 }
 
 /// `live-tap-holder` on a bed's disks, its epochs applied to the bed's images.
