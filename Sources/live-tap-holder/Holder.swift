@@ -12,8 +12,9 @@ import Glibc
 struct Holder {
     static func main() async {
         let arguments = CommandLine.arguments
+        if arguments.count >= 2, arguments[1] == "--measure" { return await Measurement.run(Array(arguments.dropFirst(2))) }
         guard arguments.count >= 3 else {
-            print("usage: live-tap-holder PIN-DIRECTORY DEVICE...")
+            print("usage: live-tap-holder PIN-DIRECTORY DEVICE... (or --measure, which says its own)")
             exit(2)
         }
         do {

@@ -10,25 +10,49 @@ import Testing
     .serialized,
     .enabled(if: LiveTapBed.isAvailable, "needs root, loop devices, a kernel with BTF, and the live tap's program (tools/test compiles it)"))
 struct LiveTapUseTests {
-    static let uses: [(String, [String])] = [
-        ("dd over the whole disk, buffered", ["dd if=/dev/urandom of=$DISK bs=1M count=$MIB conv=fsync status=none"]),
-        ("sectors smaller than a block", ["dd if=/dev/urandom of=$DISK bs=512 count=3 seek=77 oflag=direct status=none"]),
-        ("the last sector", ["dd if=/dev/urandom of=$DISK bs=512 count=1 seek=$((MIB * 2048 + 2)) oflag=direct status=none"]),
-        ("discard of a part, then of the whole disk", ["blkdiscard -o 1M -l 5M $DISK", "blkdiscard $DISK"]),
-        ("zeroing", ["blkdiscard -z -o 2M -l 3M $DISK"]),
-        ("partition table and mkfs on a partition", [
+    /// What is run, and what it needs that may not be installed.
+    static let uses: [(what: String, needs: String, commands: [String])] = [
+        ("dd over the whole disk, buffered", "dd", ["dd if=/dev/urandom of=$DISK bs=1M count=$MIB conv=fsync status=none"]),
+        ("dd over the whole disk, direct", "dd", ["dd if=/dev/urandom of=$DISK bs=1M count=$MIB oflag=direct status=none"]),
+        ("sectors smaller than a block", "dd", ["dd if=/dev/urandom of=$DISK bs=512 count=3 seek=77 oflag=direct status=none"]),
+        ("the last sector", "dd", ["dd if=/dev/urandom of=$DISK bs=512 count=1 seek=$((MIB * 2048 + 2)) oflag=direct status=none"]),
+        ("discard of a part, then of the whole disk", "blkdiscard", ["blkdiscard -o 1M -l 5M $DISK", "blkdiscard $DISK"]),
+        ("zeroing", "blkdiscard", ["blkdiscard -z -o 2M -l 3M $DISK"]),
+        ("libaio, direct, random sizes", "fio", [fio("--ioengine=libaio --direct=1 --rw=randwrite --bsrange=512-64k --bs_unaligned=0 --iodepth=16")]),
+        ("io_uring, direct, with discards", "fio", [fio("--ioengine=io_uring --direct=1 --rw=randwrite --bs=4k --iodepth=32"), fio("--ioengine=io_uring --direct=1 --rw=randtrim --bs=64k --size=4M")]),
+        ("io_uring, buffered", "fio", [fio("--ioengine=io_uring --direct=0 --rw=randwrite --bs=3k --iodepth=8 --end_fsync=1")]),
+        ("mapped memory over the disk", "fio", [fio("--ioengine=mmap --rw=randwrite --bs=4k --end_fsync=1")]),
+        ("several writers, O_SYNC and O_DSYNC", "fio", [fio("--ioengine=psync --sync=dsync --rw=randwrite --bs=8k --numjobs=4 --size=2M --group_reporting")]),
+        ("partition table and mkfs on a partition", "sfdisk", [
             "printf 'label: gpt\\n,16M\\n,\\n' | sfdisk -q --no-reread $DISK", "partx -u $DISK || true", "mkfs.ext4 -q -F ${DISK}p1",
         ]),
-        ("swap", ["wipefs -aq $DISK", "mkswap -q $DISK", "swapon $DISK", "swapoff $DISK"]),
-        ("ext4: files, buffered and mapped, fstrim", [
-            "partx -d $DISK || true", "mkfs.ext4 -q -F $DISK", "mount $DISK $MOUNT", "cp -a /etc/services $MOUNT/a",
+        ("another partition table", "sfdisk", [
+            "sfdisk -q --no-reread --delete $DISK 2; partx -u $DISK || true", "printf ',8M\\n,\\n' | sfdisk -q --no-reread --append $DISK; partx -u $DISK || true",
+            "mkfs.ext4 -q -F ${DISK}p3", "partx -d $DISK || true", "printf 'label: dos\\n,20M\\n' | sfdisk -q --no-reread --wipe always $DISK",
+        ]),
+        ("swap that is used", "mkswap", [
+            "wipefs -aq $DISK", "mkswap -q $DISK", "swapon $DISK",
+            "python3 -c 'import mmap,os\nm=mmap.mmap(-1,24<<20,flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)\nm.write(os.urandom(24<<20))\nm.madvise(21)\nf=[l for l in open(\"/proc/self/status\") if l.startswith(\"VmSwap\")]\nassert int(f[0].split()[1])>0,f\nassert sum(m[::4096])>0'",
+            "swapoff $DISK",
+        ]),
+        ("ext4: files, buffered and mapped, fstrim", "fstrim", [
+            "mkfs.ext4 -q -F $DISK", "mount $DISK $MOUNT", "cp -a /etc/services $MOUNT/a",
             "dd if=/dev/urandom of=$MOUNT/b bs=64k count=40 status=none", "rm $MOUNT/a", "fstrim $MOUNT",
             "python3 -c 'import mmap,os\nf=open(os.environ[\"MOUNT\"]+\"/b\",\"r+b\")\nm=mmap.mmap(f.fileno(),0)\nm[100000:100400]=b\"x\"*400\nm.flush()'",
             "umount $MOUNT",
         ]),
+        ("ext4 with discard: files come and go, and fio on them", "fio", [
+            "mount -o discard $DISK $MOUNT", fio("--ioengine=libaio --direct=1 --rw=randwrite --bs=4k --iodepth=8", on: "$MOUNT/fio"),
+            fio("--ioengine=mmap --rw=randwrite --bs=4k", on: "$MOUNT/mapped"), "rm $MOUNT/fio", "sync -f $MOUNT", "fallocate -l 6M $MOUNT/c",
+            fio("--ioengine=io_uring --direct=0 --rw=randwrite --bs=1k --iodepth=4", on: "$MOUNT/c"), "fallocate -p -o 1M -l 2M $MOUNT/c", "umount $MOUNT",
+        ]),
     ]
 
-    @Test("However a disk is written, the replica is the disk afterwards")
+    private static func fio(_ options: String, on file: String = "$DISK") -> String {
+        "fio --name=use --filename=\(file) --size=8M --allow_file_create=1 --output=/dev/null \(options)"
+    }
+
+    @Test("However a disk is written, while epochs are carried, the replica is the disk afterwards")
     func everyUse() async throws {
         // Its last block is not a whole one.
         let bed = try LiveTapBed(disks: 1, bytes: (48 << 20) + 1536, loopOptions: ["--partscan"])
@@ -36,15 +60,36 @@ struct LiveTapUseTests {
         try await bed.start()
         try await bed.fullSync()
         try await bed.carryUntilProven()
-        for (what, commands) in Self.uses {
-            for command in commands {
-                try Program.run(["env", "DISK=\(bed.loops[0].path)", "MIB=48", "MOUNT=\(mount.path)", "sh", "-ec", command])
+        for (what, needs, commands) in Self.uses {
+            guard Program.exists(needs) else {
+                print("skipped: \(what): \(needs) is not installed")
+                continue
             }
+            let isDone = Atomic<Bool>(false)
+            let environment = ["env", "DISK=\(bed.loops[0].path)", "MIB=48", "MOUNT=\(mount.path)", "sh", "-ec"]
+            let disk = bed.loops[0].path
+            async let finished: Void = withCheckedThrowingContinuation { continuation in
+                Thread {
+                    let result = Result {
+                        for command in commands {
+                            do { try Program.run(environment + [command]) } catch { throw Program.Failure(description: "\(what) on \(disk): \(error)") }
+                        }
+                    }
+                    isDone.store(true, ordering: .releasing)
+                    continuation.resume(with: result)
+                }.start()
+            }
+            while !isDone.load(ordering: .acquiring) {
+                try await bed.carry()
+                try await Task.sleep(for: .milliseconds(1))
+            }
+            try await finished
             try await bed.carryUntilProven()
             #expect(try bed.imagesEqualDisks(), "\(what)")
         }
         let figures = await bed.group.liveStatistics
         #expect(figures.resyncCount == 0, "\(figures.resyncReason ?? "")")
+        print("\(Self.uses.count) uses: \(figures.issuedCount) writes, \(figures.provenCount) points proven, \(figures.unprovenCount) not, \(figures.unseenCompletionCount) unseen completions, \(figures.freezeCount) freezes")
         withExtendedLifetime(mount) {}
     }
 
