@@ -100,8 +100,8 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
-        // A process with nothing but a live tap in it, for tests to kill.
-        .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap"]),
+        // A process with nothing but a live tap in it, for tests to kill; and the check of the live tap for guests.
+        .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap", "CLiveTap"]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "live-tap-holder"]),
         .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
         .testTarget(

@@ -12,9 +12,14 @@ import Glibc
 struct Holder {
     static func main() async {
         let arguments = CommandLine.arguments
-        if arguments.count >= 2, arguments[1] == "--measure" { return await Measurement.run(Array(arguments.dropFirst(2))) }
+        switch arguments.dropFirst().first {
+        case "--measure": return await Measurement.run(Array(arguments.dropFirst(2)))
+        case "check": return await Check.main(Array(arguments.dropFirst(2)))
+        default: break
+        }
         guard arguments.count >= 3 else {
-            print("usage: live-tap-holder PIN-DIRECTORY DEVICE... (or --measure, which says its own)")
+            print("usage: live-tap-holder PIN-DIRECTORY DEVICE... (or --measure, which says its own)
+\(Check.usage)")
             exit(2)
         }
         do {

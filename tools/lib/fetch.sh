@@ -77,18 +77,21 @@ WRAPPER
 }
 
 # --- kernel and busybox ----------------------------------------------------------------------------------------------
-# fetch_kernel: sets $kernel_dir, which holds vmlinuz, version and modules/VERSION (a Debian cloud kernel).
+# fetch_kernel [SUITE]: sets $kernel_dir, which holds vmlinuz, version and modules/VERSION (a Debian cloud kernel). Without SUITE
+# the newest for this Debian.
 fetch_kernel() {
-    with_cache_lock kernel build_kernel
-    kernel_dir=$cache_dir/kernel
+    local newest name=kernel
+    newest=$(os_release VERSION_CODENAME)
+    [ "$(os_release VERSION_ID)" != 12 ] || newest=$newest-backports
+    [ "${1:-$newest}" = "$newest" ] || name=kernel-$1
+    with_cache_lock "$name" build_kernel "${1:-$newest}" "$name"
+    kernel_dir=$cache_dir/$name
 }
 
 build_kernel() {
-    [ ! -f "$cache_dir/kernel/version" ] || return 0
-    local suite package version
-    suite=$(os_release VERSION_CODENAME)
-    [ "$(os_release VERSION_ID)" != 12 ] || suite=$suite-backports
-    say "fetching the cloud kernel of Debian's $suite into $cache_dir/kernel"
+    local suite=$1 name=$2 package version
+    [ ! -f "$cache_dir/$name/version" ] || return 0
+    say "fetching the cloud kernel of Debian's $suite into $cache_dir/$name"
     staging_dir
     private_apt "$staged/apt" "$suite"
     package=$(apt-cache "${private[@]}" -t "$suite" depends linux-image-cloud-amd64/"$suite" 2>/dev/null |
@@ -102,7 +105,7 @@ build_kernel() {
     mv "$(find "$staged/root" -type d -path "*/lib/modules/$version" | head -n 1)" "$staged/modules/$version"
     rm -rf "$staged/apt" "$staged/root"
     echo "$version" >"$staged/version"
-    publish "$staged" kernel
+    publish "$staged" "$name"
 }
 
 # fetch_busybox: sets $busybox, a statically linked one.

@@ -1,0 +1,272 @@
+import BlockTap
+import CLiveTap
+import Glibc
+
+/// The live tap's proof in one process, for kernels that cannot run the tests (guests): dependent writes to the disks of one group, every proven
+/// point checked exactly, and in the end the replica compared with the disks. What is on the disks is lost.
+///
+/// Standard output: `violation: …` lines, then one line `live-tap-check kernel=… … verdict=ok` (or what is wrong). Status 0 only with `verdict=ok`.
+struct Check {
+    static let usage = """
+        usage: live-tap-holder check --disk DEVICE [--disk DEVICE...] [--seconds N] [--chains N] [--pause MICROSECONDS] [--pins DIRECTORY]
+                   [--drop completions|issues] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
+        """
+
+    private enum Drop: String { case completions, issues }
+
+    private static let faults: [String: LiveTapFaults] = [
+        "forget-in-flight": .forgetInFlightAtCut, "skip-collision-check": .skipCollisionCheck, "single-buffer": .singleBuffer,
+        "unshared-cut": .unsharedCut, "skip-reconciliation": .skipReconciliation,
+    ]
+
+    private var disks: [String] = []
+    private var seconds = 60
+    private var chains = 32
+    private var pauseMicroseconds: UInt32 = 0
+    private var pins = "/sys/fs/bpf/live-tap-check-\(getpid())"
+    private var drop: Drop?
+    private var fault: LiveTapFaults?
+
+    static func main(_ arguments: [String]) async {
+        guard let check = Check(arguments) else {
+            print(usage)
+            exit(2)
+        }
+        var status: Int32 = 1
+        do {
+            status = try await check.run() ? 0 : 1
+        } catch {
+            print("live-tap-check: \(error)")
+        }
+        exit(status)
+    }
+
+    private init?(_ arguments: [String]) {
+        var rest = arguments[...]
+        while let option = rest.popFirst() {
+            guard let value = rest.popFirst() else { return nil }
+            switch option {
+            case "--disk": disks.append(value)
+            case "--seconds": seconds = Int(value) ?? 0
+            case "--chains": chains = Int(value) ?? 0
+            case "--pause":
+                guard let pause = UInt32(value) else { return nil }
+                pauseMicroseconds = pause
+            case "--pins": pins = value
+            case "--drop":
+                guard let drop = Drop(rawValue: value) else { return nil }
+                self.drop = drop
+            case "--fault":
+                guard let fault = Self.faults[value] else { return nil }
+                self.fault = fault
+            default: return nil
+            }
+        }
+        guard !disks.isEmpty, seconds > 0, (1...1024).contains(chains) else { return nil }
+    }
+
+    // MARK: Run
+
+    private func run() async throws -> Bool {
+        if pins.hasPrefix("/sys/fs/bpf/") { try LiveTapGroup.bpffs(at: "/sys/fs/bpf") }
+        let bytes = try disks.map { Int(try BlockDevice.open(path: $0, access: .readOnly, exclusive: false).geometry.sizeBytes) }.min()! & ~0xF_FFFF
+        let writers = try DependentChains(paths: disks, bytesPerDisk: bytes, chains: chains, pauseMicroseconds: pauseMicroseconds)
+        try writers.wipe(bytesPerDisk: bytes)
+        defer { LiveTapGroup.detach(pinDirectory: pins) }
+        let replica = try await LiveTapReplica(disks: disks, pins: pins)
+        defer { replica.close() }
+        let account = try KernelAccount(disks: disks, pins: pins)
+        let started = ContinuousClock.now
+        let end = started + .seconds(seconds)
+        try writers.start()
+        defer { writers.stop() }
+        try await replica.fullSync()
+
+        var proven = 0, unproven = 0, turn = 0
+        var violations: [String] = []
+        /// Carries one epoch, after every chain has had a chance to write, and checks it if it is a point. Whether it is.
+        func point() async throws -> Bool {
+            let goal = writers.writeCount + UInt64(chains)
+            while writers.writeCount < goal, writers.problem == nil, ContinuousClock.now < end { try await Task.sleep(for: .milliseconds(1)) }
+            let floor = writers.acknowledged
+            guard try await replica.carry() == .exact else {
+                unproven += 1
+                return false
+            }
+            proven += 1
+            violations += writers.violations(in: replica.images, floor: floor)
+            return true
+        }
+        while ContinuousClock.now < end, violations.isEmpty, writers.problem == nil {
+            // The first point is without a fault. Issues are dropped in turns, so that what that did to the replica has to be made good.
+            if proven > 0 {
+                if turn % 20 == 0 { await inject(replica.group) }
+                if turn % 20 == 10, drop == .issues { await replica.group.inject([]) }
+                turn += 1
+            }
+            _ = try await point()
+        }
+        await replica.group.inject([])
+        writers.stop()
+        var isEqual = false
+        if violations.isEmpty {
+            for _ in 0..<100 where try await point() { break }
+            isEqual = try writers.areDisks(replica.images, bytesPerDisk: bytes)
+        }
+        let figures = await replica.group.liveStatistics
+        let misses = await replica.group.recursionMisses
+        let seen = account.difference()
+
+        for words in violations.prefix(5) { print("violation: \(words)") }
+        var problems: [String] = []
+        if !violations.isEmpty { problems.append("\(violations.count) violations") }
+        if violations.isEmpty, !isEqual { problems.append("the replica is not the disks") }
+        if proven < 3 { problems.append("\(proven) proven points") }
+        if let problem = writers.problem { problems.append(problem) }
+        switch drop {
+        case nil where figures.resyncCount > 0: problems.append("resync: \(figures.resyncReason ?? "")")
+        case .completions where figures.resyncCount > 0: problems.append("resync: \(figures.resyncReason ?? "")")
+        case .completions where figures.droppedCompletionCount == 0: problems.append("no completion was dropped")
+        case .issues where figures.droppedIssueCount == 0: problems.append("no issue was dropped")
+        case .issues where figures.resyncCount == 0: problems.append("no resync, though issues were dropped")
+        default: break
+        }
+        let names = disks.map { String($0.split(separator: "/").last!) }.joined(separator: ",")
+        func sum(_ program: String) -> UInt64 { misses.reduce(0) { $0 + ($1.key.hasPrefix(program) ? $1.value : 0) } }
+        print(
+            """
+            live-tap-check kernel=\(Self.kernelRelease) disks=\(names) seconds=\((ContinuousClock.now - started).components.seconds) chains=\(chains) \
+            writes=\(writers.writeCount) proven=\(proven) unproven=\(unproven) rounds=\(figures.roundCount) rounds-max=\(figures.roundsMax) \
+            collisions=\(figures.collisionCount) skipped-issues=\(seen.skippedIssues) skipped-completions=\(seen.skippedCompletions) \
+            unseen-completions=\(figures.unseenCompletionCount) unmatched=\(figures.unmatchedCount) requeued=\(seen.requeued) partial=\(seen.partial) \
+            recursion-misses=issue:\(sum("issue")),complete:\(sum("complete")),requeue:\(sum("requeue")) \
+            dropped=issues:\(figures.droppedIssueCount),completions:\(figures.droppedCompletionCount) open=\(figures.openReconciliationCount) \
+            resyncs=\(figures.resyncCount) violations=\(violations.count) verdict=\(problems.isEmpty ? "ok" : problems.joined(separator: "; "))
+            """)
+        return problems.isEmpty
+    }
+
+    private func inject(_ group: LiveTapGroup) async {
+        switch drop {
+        case nil: await group.inject(fault ?? [])
+        case .completions: await group.inject(fault ?? [], completions: (period: 20_000_000, burst: 3_000_000))
+        case .issues: await group.inject(fault ?? [], issues: (period: 50_000_000, burst: 1_000_000), completions: (period: 30_000_000, burst: 1_000_000))
+        }
+    }
+
+    private static var kernelRelease: String {
+        var names = utsname()
+        uname(&names)
+        return withUnsafeBytes(of: &names.release) { String(decoding: $0.prefix { $0 != 0 }, as: UTF8.self) }
+    }
+}
+
+/// A live tap and a replica of its disks in memory.
+final class LiveTapReplica {
+    let group: LiveTapGroup
+    let images: [UnsafeMutableRawPointer]
+    private var signal: AsyncStream<Void>.Iterator
+
+    init(disks: [String], pins: String) async throws {
+        group = try await LiveTapGroup(disks: disks.map { (name: String($0.split(separator: "/").last!), path: $0) }, pinDirectory: pins) { print($0) }
+        images = group.disks.map {
+            let image = UnsafeMutableRawPointer.allocate(byteCount: Int($0.geometry.sizeBytes), alignment: blockBytes)
+            memset(image, 0xA5, Int($0.geometry.sizeBytes))
+            return image
+        }
+        let (stream, continuation) = AsyncStream<Void>.makeStream(bufferingPolicy: .bufferingNewest(1))
+        signal = stream.makeAsyncIterator()
+        group.setWakeup { continuation.yield() }
+    }
+
+    deinit { for image in images { image.deallocate() } }
+
+    func close() {
+        group.setWakeup(nil)
+        group.close()
+    }
+
+    /// Cuts, applies the epoch to the images and acknowledges it.
+    func carry() async throws -> EpochKind {
+        let cut = try await group.cut(fuzzyBytesMax: 64 << 20)
+        while true {
+            guard let item = group.nextItem() else {
+                _ = await signal.next()
+                continue
+            }
+            switch item {
+            case .data(_, let buffer):
+                (images[buffer.disk] + Int(buffer.offsetBytes)).copyMemory(from: buffer.memory, byteCount: buffer.lengthBytes)
+                group.release(buffer)
+            case .zero(_, let disk, let offset, let length): memset(images[disk] + Int(offset), 0, Int(length))
+            case .end(let epoch):
+                group.acknowledge(epoch)
+                return cut.kind
+            case .abandoned(_, let reason): throw SystemError(errno: EIO, what: "epoch \(cut.epoch.rawValue) was abandoned: \(reason.rawValue)")
+            }
+        }
+    }
+
+    func fullSync() async throws {
+        group.beginFullSync()
+        while await group.needsFuzzyCut { _ = try await carry() }
+    }
+}
+
+/// What the programs counted against what the kernel did, from one quiet moment to another.
+final class KernelAccount {
+    struct Counts {
+        var requests: Int64 = 0
+        var issued: Int64 = 0
+        var completed: Int64 = 0
+        var requeued: Int64 = 0
+        var partial: Int64 = 0
+        var skippedIssues: Int64 { requests - (issued - requeued) }
+        var skippedCompletions: Int64 { requests - completed }
+    }
+
+    private let statistics: [String]
+    private let counters: UnsafePointer<clivetap_disk>
+    private var start = Counts()
+
+    /// `pins`: of an attached tap of these disks.
+    init(disks: [String], pins: String) throws(SystemError) {
+        statistics = disks.map { "/sys/class/block/\($0.split(separator: "/").last!)/stat" }
+        let fd = clivetap_get("\(pins)/map-disks")
+        guard fd >= 0 else { throw SystemError(errno: -fd, doing: "open the live tap's counters in \(pins)") }
+        defer { close(fd) }
+        let memory = mmap(nil, Int(CLIVETAP_DISKS_MAX) * MemoryLayout<clivetap_disk>.stride, PROT_READ, MAP_SHARED, fd, 0)
+        guard let memory, memory != MAP_FAILED else { throw SystemError(errno: errno, doing: "map the live tap's counters") }
+        counters = UnsafePointer(memory.bindMemory(to: clivetap_disk.self, capacity: Int(CLIVETAP_DISKS_MAX)))
+        start = try now()
+    }
+
+    private func now() throws(SystemError) -> Counts {
+        var counts = Counts()
+        for (index, path) in statistics.enumerated() {
+            // Fields: Documentation/block/stat.rst; writes and discards completed.
+            let fd = open(path, O_RDONLY | O_CLOEXEC)
+            guard fd >= 0 else { throw SystemError(errno: errno, doing: "read \(path)") }
+            defer { close(fd) }
+            var bytes = [UInt8](repeating: 0, count: 512)
+            let count = read(fd, &bytes, bytes.count)
+            let fields = String(decoding: bytes.prefix(max(0, count)), as: UTF8.self).split(whereSeparator: \.isWhitespace).map { Int64($0) ?? 0 }
+            guard fields.count > 4 else { throw SystemError(errno: EINVAL, what: "cannot read \(path): it has \(fields.count) fields") }
+            counts.requests += fields[4] + (fields.count > 11 ? fields[11] : 0)
+            let disk = counters[index]
+            counts.issued += Int64(disk.issued)
+            counts.completed += Int64(disk.completed + disk.unmatched)
+            counts.requeued += Int64(disk.requeued)
+            counts.partial += Int64(disk.partial)
+        }
+        return counts
+    }
+
+    /// Since this object was made.
+    func difference() -> Counts {
+        guard let end = try? now() else { return Counts() }
+        return Counts(
+            requests: end.requests - start.requests, issued: end.issued - start.issued, completed: end.completed - start.completed,
+            requeued: end.requeued - start.requeued, partial: end.partial - start.partial)
+    }
+}
