@@ -8,8 +8,8 @@ import Glibc
 /// Standard output: `violation: …` lines, then one line `live-tap-check kernel=… … verdict=ok` (or what is wrong). Status 0 only with `verdict=ok`.
 struct Check {
     static let usage = """
-        usage: live-tap-holder check --disk DEVICE [--disk DEVICE...] [--seconds N] [--chains N] [--pause MICROSECONDS] [--pins DIRECTORY]
-                   [--drop completions|issues] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
+        usage: live-tap-holder check --disk DEVICE [--disk DEVICE...] [--seconds N] [--chains N] [--pause MICROSECONDS] [--discards PERCENT]
+                   [--pins DIRECTORY] [--drop completions|issues] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
         """
 
     private enum Drop: String { case completions, issues }
@@ -23,6 +23,7 @@ struct Check {
     private var seconds = 60
     private var chains = 32
     private var pauseMicroseconds: UInt32 = 0
+    private var discardPercent = 0
     private var pins = "/sys/fs/bpf/live-tap-check-\(getpid())"
     private var drop: Drop?
     private var fault: LiveTapFaults?
@@ -52,6 +53,9 @@ struct Check {
             case "--pause":
                 guard let pause = UInt32(value) else { return nil }
                 pauseMicroseconds = pause
+            case "--discards":
+                guard let percent = Int(value), (0...50).contains(percent) else { return nil }
+                discardPercent = percent
             case "--pins": pins = value
             case "--drop":
                 guard let drop = Drop(rawValue: value) else { return nil }
@@ -70,7 +74,7 @@ struct Check {
     private func run() async throws -> Bool {
         if pins.hasPrefix("/sys/fs/bpf/") { try LiveTapGroup.bpffs(at: "/sys/fs/bpf") }
         let bytes = try disks.map { Int(try BlockDevice.open(path: $0, access: .readOnly, exclusive: false).geometry.sizeBytes) }.min()! & ~0xF_FFFF
-        let writers = try DependentChains(paths: disks, bytesPerDisk: bytes, chains: chains, pauseMicroseconds: pauseMicroseconds)
+        let writers = try DependentChains(paths: disks, bytesPerDisk: bytes, chains: chains, pauseMicroseconds: pauseMicroseconds, discardPercent: discardPercent)
         try writers.wipe(bytesPerDisk: bytes)
         defer { LiveTapGroup.detach(pinDirectory: pins) }
         let replica = try await LiveTapReplica(disks: disks, pins: pins)
@@ -136,7 +140,7 @@ struct Check {
         print(
             """
             live-tap-check kernel=\(Self.kernelRelease) disks=\(names) seconds=\((ContinuousClock.now - started).components.seconds) chains=\(chains) \
-            writes=\(writers.writeCount) proven=\(proven) unproven=\(unproven) rounds=\(figures.roundCount) rounds-max=\(figures.roundsMax) \
+            writes=\(writers.writeCount) discards=\(seen.discards) proven=\(proven) unproven=\(unproven) rounds=\(figures.roundCount) rounds-max=\(figures.roundsMax) \
             collisions=\(figures.collisionCount) skipped-issues=\(seen.skippedIssues) skipped-completions=\(seen.skippedCompletions) \
             unseen-completions=\(figures.unseenCompletionCount) unmatched=\(figures.unmatchedCount) requeued=\(seen.requeued) partial=\(seen.partial) \
             recursion-misses=issue:\(sum("issue")),complete:\(sum("complete")),requeue:\(sum("requeue")) \
@@ -217,6 +221,7 @@ final class LiveTapReplica {
 final class KernelAccount {
     struct Counts {
         var requests: Int64 = 0
+        var discards: Int64 = 0
         var issued: Int64 = 0
         var completed: Int64 = 0
         var requeued: Int64 = 0
@@ -252,6 +257,7 @@ final class KernelAccount {
             let count = read(fd, &bytes, bytes.count)
             let fields = String(decoding: bytes.prefix(max(0, count)), as: UTF8.self).split(whereSeparator: \.isWhitespace).map { Int64($0) ?? 0 }
             guard fields.count > 4 else { throw SystemError(errno: EINVAL, what: "cannot read \(path): it has \(fields.count) fields") }
+            counts.discards += fields.count > 11 ? fields[11] : 0
             counts.requests += fields[4] + (fields.count > 11 ? fields[11] : 0)
             let disk = counters[index]
             counts.issued += Int64(disk.issued)
@@ -266,7 +272,7 @@ final class KernelAccount {
     func difference() -> Counts {
         guard let end = try? now() else { return Counts() }
         return Counts(
-            requests: end.requests - start.requests, issued: end.issued - start.issued, completed: end.completed - start.completed,
+            requests: end.requests - start.requests, discards: end.discards - start.discards, issued: end.issued - start.issued, completed: end.completed - start.completed,
             requeued: end.requeued - start.requeued, partial: end.partial - start.partial)
     }
 }

@@ -19,7 +19,7 @@ put_modules() {
         *) cat "$file" >"$plain/$(basename "$file")" ;;
         esac
     done
-    cp "$kernel/modules/$version"/modules.{builtin,order} "$plain/"
+    cp "$kernel/modules/$version"/modules.{builtin,builtin.modinfo,order} "$plain/"
     depmod -b "$target" "$version"
     find "$plain" -type f ! -name '*.ko' ! -name modules.dep -delete
 }

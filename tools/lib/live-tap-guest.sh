@@ -43,16 +43,18 @@ start_live_tap_guest() {
     printf '%s\n' "$runs" >"$root/runs"
     pack_initramfs "$root" >"$dir/initrd"
     rm -rf "$root" "$dir/all"
-    for disk in vda vdb sda sdb nvme1 nvme2; do truncate -s "${live_tap_disk_mib}M" "$dir/$disk"; done
+    for disk in vda vdb vdd sda sdb nvme1 nvme2; do truncate -s "${live_tap_disk_mib}M" "$dir/$disk"; done
     truncate -s "$((live_tap_disk_mib * 3 + 16))M" "$dir/loops"
     mke2fs -q -t ext4 -b 4096 -E lazy_itable_init=0,lazy_journal_init=0 "$dir/loops"
-    for disk in vda vdb sda sdb nvme1 nvme2 loops; do
-        arguments+=(-drive "file=$dir/$disk,if=none,id=$disk,format=raw,cache=unsafe")
+    for disk in vda vdb vdd sda sdb nvme1 nvme2 loops; do
+        arguments+=(-drive "file=$dir/$disk,if=none,id=$disk,format=raw,cache=unsafe,discard=unmap")
     done
-    # vda has two hardware queues and vdb one, behind a scheduler: tags are given out differently.
+    # vda has two hardware queues, vdb one, behind a scheduler. vdd has room for five small writes though it gives out eight tags: its driver sends
+    # some back, and they are issued again. NVMe: with paths (the default) the disk is not request-based, and cannot be followed.
     start_guest "$console" -smp 2 -m 768 -kernel "$kernel/vmlinuz" -initrd "$dir/initrd" \
-        -append "console=ttyS0 panic=-1 oops=panic quiet mitigations=off cryptomgr.notests nokaslr random.trust_cpu=on nosoftlockup rdinit=/init" \
+        -append "console=ttyS0 panic=-1 oops=panic quiet mitigations=off cryptomgr.notests nokaslr random.trust_cpu=on nosoftlockup nvme_core.multipath=N rdinit=/init" \
         "${arguments[@]}" -device virtio-blk-pci,drive=vda,num-queues=2 -device virtio-blk-pci,drive=vdb,num-queues=1 -device virtio-blk-pci,drive=loops \
+        -device virtio-blk-pci,drive=vdd,num-queues=1,queue-size=16,indirect_desc=off \
         -device virtio-scsi-pci,id=scsi -device scsi-hd,drive=sda,bus=scsi.0 -device scsi-hd,drive=sdb,bus=scsi.0 \
         -device nvme,serial=afterimage,id=nvme -device nvme-ns,drive=nvme1,bus=nvme -device nvme-ns,drive=nvme2,bus=nvme
 }
@@ -64,12 +66,12 @@ live_tap_run() {
 }
 
 # live_tap_kernel KERNEL_DIR SECONDS PAUSE KIND...: boots the kernel and runs the checks, each for SECONDS, its 32 chains pausing for PAUSE µs after each
-# write. KIND: virtio-blk, scsi, nvme, loop, mixed (one disk of each in one group), drops (events dropped on purpose), mutants, btf.
+# write. KIND: virtio-blk, scsi, nvme, loop, mixed (one disk of each in one group), requeue (a driver that sends requests back), drops (events dropped on purpose), mutants, btf.
 live_tap_kernel() {
     local kernel=$1 seconds=$2 pause=$3 version runs kind name output
     shift 3
     version=$(cat "$kernel/version")
-    runs="wait_for /dev/vda /dev/vdb /dev/sda /dev/sdb /dev/nvme0n1 /dev/nvme0n2 && loops /dev/vdc $live_tap_disk_mib /dev/loop0 /dev/loop1"
+    runs="wait_for /dev/vda /dev/vdb /dev/vdd /dev/sda /dev/sdb /dev/nvme0n1 /dev/nvme0n2 && loops /dev/vdc $live_tap_disk_mib /dev/loop0 /dev/loop1"
     for kind; do runs+=$'\n'$(live_tap_kind "$kind" "$seconds" "$pause"); done
     start_live_tap_guest "$kernel" "$runs"
     wait_console "$console" 120 '^LIVE-TAP-KERNEL .* btf=yes' "$guest_pid" >/dev/null ||
@@ -86,13 +88,14 @@ live_tap_kernel() {
 
 # live_tap_kind KIND SECONDS PAUSE: its lines of /runs.
 live_tap_kind() {
-    local options="--seconds $2 --pause $3 --chains 32" short="--seconds $(($2 / 3 + 5)) --pause $3 --chains 32" virtio="--disk /dev/vda --disk /dev/vdb"
+    local options="--seconds $2 --pause $3 --chains 32 --discards 5" short="--seconds $(($2 / 3 + 5)) --pause $3 --chains 32 --discards 5" virtio="--disk /dev/vda --disk /dev/vdb"
     case $1 in
     virtio-blk) echo "run virtio-blk $virtio $options" ;;
     scsi) echo "run scsi --disk /dev/sda --disk /dev/sdb $options" ;;
     nvme) echo "run nvme --disk /dev/nvme0n1 --disk /dev/nvme0n2 $options" ;;
     loop) echo "run loop --disk /dev/loop0 --disk /dev/loop1 $options" ;;
     mixed) echo "run mixed --disk /dev/vda --disk /dev/sda --disk /dev/nvme0n1 --disk /dev/loop0 $options" ;;
+    requeue) echo "run requeue --disk /dev/vdd $options" ;;
     drops)
         echo "run dropped-completions $virtio $short --drop completions"
         echo "run dropped-issues $virtio $short --drop issues"

@@ -7,7 +7,7 @@
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 source "$repository/tools/lib/live-tap-guest.sh"
 
-seconds=50 pause=2000 suites=() kinds=()
+seconds=50 pause=15000 suites=() kinds=()
 while [ $# -gt 0 ]; do
     case $1 in
     --seconds) seconds=$2; shift 2 ;;
@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ ${#suites[@]} -gt 0 ] || suites=(bookworm "")
-[ ${#kinds[@]} -gt 0 ] || kinds=(virtio-blk scsi nvme loop mixed drops mutants btf)
+[ ${#kinds[@]} -gt 0 ] || kinds=(virtio-blk scsi nvme loop mixed requeue drops mutants btf)
 make_run_dir
 need_packages "${live_tap_guest_packages[@]}"
 find_live_tap_holder
