@@ -9,7 +9,7 @@ import Glibc
 struct Check {
     static let usage = """
         usage: live-tap-holder check --disk DEVICE [--disk DEVICE...] [--seconds N] [--chains N] [--pause MICROSECONDS] [--discards PERCENT]
-                   [--pins DIRECTORY] [--drop completions|issues] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
+                   [--load COMMAND] [--pins DIRECTORY] [--drop completions|issues] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
         """
 
     private enum Drop: String { case completions, issues }
@@ -24,6 +24,8 @@ struct Check {
     private var chains = 32
     private var pauseMicroseconds: UInt32 = 0
     private var discardPercent = 0
+    /// For the shell, and until it ends: instead of the chains, and what it writes is only compared in the end. It leaves nothing mounted.
+    private var load: String?
     private var pins = "/sys/fs/bpf/live-tap-check-\(getpid())"
     private var drop: Drop?
     private var fault: LiveTapFaults?
@@ -56,6 +58,9 @@ struct Check {
             case "--discards":
                 guard let percent = Int(value), (0...50).contains(percent) else { return nil }
                 discardPercent = percent
+            case "--load":
+                load = value
+                chains = 0
             case "--pins": pins = value
             case "--drop":
                 guard let drop = Drop(rawValue: value) else { return nil }
@@ -66,7 +71,7 @@ struct Check {
             default: return nil
             }
         }
-        guard !disks.isEmpty, seconds > 0, (1...1024).contains(chains) else { return nil }
+        guard !disks.isEmpty, seconds > 0, (1...1024).contains(chains) || load != nil else { return nil }
     }
 
     // MARK: Run
@@ -75,7 +80,7 @@ struct Check {
         if pins.hasPrefix("/sys/fs/bpf/") { try LiveTapGroup.bpffs(at: "/sys/fs/bpf") }
         let bytes = try disks.map { Int(try BlockDevice.open(path: $0, access: .readOnly, exclusive: false).geometry.sizeBytes) }.min()! & ~0xF_FFFF
         let writers = try DependentChains(paths: disks, bytesPerDisk: bytes, chains: chains, pauseMicroseconds: pauseMicroseconds, discardPercent: discardPercent)
-        try writers.wipe(bytesPerDisk: bytes)
+        if load == nil { try writers.wipe(bytesPerDisk: bytes) }
         defer { LiveTapGroup.detach(pinDirectory: pins) }
         let replica = try await LiveTapReplica(disks: disks, pins: pins)
         defer { replica.close() }
@@ -85,11 +90,14 @@ struct Check {
         try writers.start()
         defer { writers.stop() }
         try await replica.fullSync()
+        var child = try load.map { try Shell($0) }
 
         var proven = 0, unproven = 0, turn = 0
         var violations: [String] = []
+        func isGoingOn() -> Bool { child == nil ? ContinuousClock.now < end : child?.hasEnded == false }
         /// Carries one epoch, after every chain has had a chance to write, and checks it if it is a point. Whether it is.
         func point() async throws -> Bool {
+            if load != nil { try await Task.sleep(for: .milliseconds(20)) }
             let goal = writers.writeCount + UInt64(chains)
             while writers.writeCount < goal, writers.problem == nil, ContinuousClock.now < end { try await Task.sleep(for: .milliseconds(1)) }
             let floor = writers.acknowledged
@@ -101,7 +109,7 @@ struct Check {
             violations += writers.violations(in: replica.images, floor: floor)
             return true
         }
-        while ContinuousClock.now < end, violations.isEmpty, writers.problem == nil {
+        while isGoingOn(), violations.isEmpty, writers.problem == nil {
             // The first point is without a fault. Issues are dropped in turns, so that what that did to the replica has to be made good.
             if proven > 0 {
                 if turn % 20 == 0 { await inject(replica.group) }
@@ -127,6 +135,7 @@ struct Check {
         if violations.isEmpty, !isEqual { problems.append("the replica is not the disks") }
         if proven < 3 { problems.append("\(proven) proven points") }
         if let problem = writers.problem { problems.append(problem) }
+        if let status = child?.status, status != 0 { problems.append("the load ended with status \(status)") }
         switch drop {
         case nil where figures.resyncCount > 0: problems.append("resync: \(figures.resyncReason ?? "")")
         case .completions where figures.resyncCount > 0: problems.append("resync: \(figures.resyncReason ?? "")")
@@ -140,7 +149,7 @@ struct Check {
         print(
             """
             live-tap-check kernel=\(Self.kernelRelease) disks=\(names) seconds=\((ContinuousClock.now - started).components.seconds) chains=\(chains) \
-            writes=\(writers.writeCount) discards=\(seen.discards) proven=\(proven) unproven=\(unproven) rounds=\(figures.roundCount) rounds-max=\(figures.roundsMax) \
+            writes=\(writers.writeCount) discards=\(seen.discards)+\(seen.mergedDiscards) proven=\(proven) unproven=\(unproven) rounds=\(figures.roundCount) rounds-max=\(figures.roundsMax) \
             collisions=\(figures.collisionCount) skipped-issues=\(seen.skippedIssues) skipped-completions=\(seen.skippedCompletions) \
             unseen-completions=\(figures.unseenCompletionCount) unmatched=\(figures.unmatchedCount) requeued=\(seen.requeued) partial=\(seen.partial) \
             recursion-misses=issue:\(sum("issue")),complete:\(sum("complete")),requeue:\(sum("requeue")) \
@@ -217,17 +226,45 @@ final class LiveTapReplica {
     }
 }
 
+/// A command line on its way, with an empty environment.
+struct Shell {
+    private let pid: pid_t
+    private(set) var status: Int32?
+
+    init(_ command: String) throws(SystemError) {
+        var pid = pid_t()
+        var arguments: [UnsafeMutablePointer<CChar>?] = [strdup("/bin/sh"), strdup("-c"), strdup(command), nil]
+        defer { for argument in arguments { free(argument) } }
+        let result = posix_spawn(&pid, "/bin/sh", nil, nil, &arguments, nil)
+        guard result == 0 else { throw SystemError(errno: result, doing: "start /bin/sh") }
+        self.pid = pid
+    }
+
+    var hasEnded: Bool {
+        mutating get {
+            var raw: Int32 = 0
+            if status == nil, waitpid(pid, &raw, WNOHANG) == pid { status = raw }
+            return status != nil
+        }
+    }
+}
+
 /// What the programs counted against what the kernel did, from one quiet moment to another.
 final class KernelAccount {
     struct Counts {
         var requests: Int64 = 0
         var discards: Int64 = 0
+        /// Discards that became a further range of another request.
+        var mergedDiscards: Int64 = 0
         var issued: Int64 = 0
         var completed: Int64 = 0
         var requeued: Int64 = 0
         var partial: Int64 = 0
-        var skippedIssues: Int64 { requests - (issued - requeued) }
-        var skippedCompletions: Int64 { requests - completed }
+        /// Against the programs' counters. The kernel counts empty flushes as writes: sectors tell whether, requests how many.
+        var issueSectors: Int64 = 0
+        var completionSectors: Int64 = 0
+        var skippedIssues: Int64 { issueSectors == 0 ? 0 : requests - (issued - requeued) }
+        var skippedCompletions: Int64 { completionSectors == 0 ? 0 : requests - completed }
     }
 
     private let statistics: [String]
@@ -256,10 +293,14 @@ final class KernelAccount {
             var bytes = [UInt8](repeating: 0, count: 512)
             let count = read(fd, &bytes, bytes.count)
             let fields = String(decoding: bytes.prefix(max(0, count)), as: UTF8.self).split(whereSeparator: \.isWhitespace).map { Int64($0) ?? 0 }
-            guard fields.count > 4 else { throw SystemError(errno: EINVAL, what: "cannot read \(path): it has \(fields.count) fields") }
+            guard fields.count > 6 else { throw SystemError(errno: EINVAL, what: "cannot read \(path): it has \(fields.count) fields") }
             counts.discards += fields.count > 11 ? fields[11] : 0
+            counts.mergedDiscards += fields.count > 12 ? fields[12] : 0
             counts.requests += fields[4] + (fields.count > 11 ? fields[11] : 0)
             let disk = counters[index]
+            let sectors = fields[6] + (fields.count > 13 ? fields[13] : 0)
+            counts.issueSectors += sectors - Int64(disk.issued_sectors) + Int64(disk.requeued_sectors)
+            counts.completionSectors += sectors - Int64(disk.completed_sectors) - Int64(disk.unmatched_sectors)
             counts.issued += Int64(disk.issued)
             counts.completed += Int64(disk.completed + disk.unmatched)
             counts.requeued += Int64(disk.requeued)
@@ -272,7 +313,8 @@ final class KernelAccount {
     func difference() -> Counts {
         guard let end = try? now() else { return Counts() }
         return Counts(
-            requests: end.requests - start.requests, discards: end.discards - start.discards, issued: end.issued - start.issued, completed: end.completed - start.completed,
-            requeued: end.requeued - start.requeued, partial: end.partial - start.partial)
+            requests: end.requests - start.requests, discards: end.discards - start.discards, mergedDiscards: end.mergedDiscards - start.mergedDiscards, issued: end.issued - start.issued, completed: end.completed - start.completed,
+            requeued: end.requeued - start.requeued, partial: end.partial - start.partial,
+            issueSectors: end.issueSectors - start.issueSectors, completionSectors: end.completionSectors - start.completionSectors)
     }
 }

@@ -48,8 +48,8 @@ final class DependentChains: @unchecked Sendable {
     private var stamps: [UInt64]
 
     init(paths: [String], bytesPerDisk: Int, chains count: Int, pauseMicroseconds: UInt32, discardPercent: Int) throws {
-        devices = try paths.map { try BlockDevice.open(path: $0, access: .readWrite, exclusive: false) }
-        blocksPerDisk = bytesPerDisk / blockBytes / count
+        devices = try paths.map { try BlockDevice.open(path: $0, access: count > 0 ? .readWrite : .readOnly, exclusive: false) }
+        blocksPerDisk = bytesPerDisk / blockBytes / max(1, count)
         self.pauseMicroseconds = pauseMicroseconds
         self.discardPercent = discardPercent
         let blocks = blocksPerDisk * paths.count

@@ -3,7 +3,7 @@
 source "$repository/tools/lib/guest.sh"
 source "$repository/tools/lib/initramfs.sh"
 
-live_tap_guest_packages=(cpio kmod xz-utils zstd e2fsprogs util-linux)
+live_tap_guest_packages=(cpio kmod xz-utils zstd e2fsprogs xfsprogs util-linux)
 
 # MiB of each disk.
 live_tap_disk_mib=32
@@ -35,28 +35,31 @@ start_live_tap_guest() {
     dir=$(mktemp -d "$run_dir/guest.XXXX")
     root=$dir/root console=$dir/console
     mkdir -p "$root/bin"
-    put_modules "$root" "$kernel" "$dir/all" virtio_pci virtio_blk virtio_scsi sd_mod nvme loop ext4 crc32c_generic
+    put_modules "$root" "$kernel" "$dir/all" virtio_pci virtio_blk virtio_scsi sd_mod nvme loop ext4 xfs crc32c_generic
     cp "$busybox" "$root/bin/busybox"
     put_program "$root" bin "$holder"
     put_program "$root" sbin "$(command -v losetup)"
     install -m 755 "$repository/tools/machine/live-tap-init.sh" "$root/init"
+    install -m 755 "$repository/tools/machine/discard-load.sh" "$root/discard-load"
     printf '%s\n' "$runs" >"$root/runs"
     pack_initramfs "$root" >"$dir/initrd"
     rm -rf "$root" "$dir/all"
     for disk in vda vdb vdd sda sdb nvme1 nvme2; do truncate -s "${live_tap_disk_mib}M" "$dir/$disk"; done
+    truncate -s 304M "$dir/nvme3" # no XFS is smaller
+    mkfs.xfs -q "$dir/nvme3"
     truncate -s "$((live_tap_disk_mib * 3 + 16))M" "$dir/loops"
     mke2fs -q -t ext4 -b 4096 -E lazy_itable_init=0,lazy_journal_init=0 "$dir/loops"
-    for disk in vda vdb vdd sda sdb nvme1 nvme2 loops; do
+    for disk in vda vdb vdd sda sdb nvme1 nvme2 nvme3 loops; do
         arguments+=(-drive "file=$dir/$disk,if=none,id=$disk,format=raw,cache=unsafe,discard=unmap")
     done
     # vda has two hardware queues, vdb one, behind a scheduler. vdd has room for five small writes though it gives out eight tags: its driver sends
     # some back, and they are issued again. NVMe: with paths (the default) the disk is not request-based, and cannot be followed.
-    start_guest "$console" -smp 2 -m 768 -kernel "$kernel/vmlinuz" -initrd "$dir/initrd" \
+    start_guest "$console" -smp 2 -m 1280 -kernel "$kernel/vmlinuz" -initrd "$dir/initrd" \
         -append "console=ttyS0 panic=-1 oops=panic quiet mitigations=off cryptomgr.notests nokaslr random.trust_cpu=on nosoftlockup nvme_core.multipath=N rdinit=/init" \
         "${arguments[@]}" -device virtio-blk-pci,drive=vda,num-queues=2 -device virtio-blk-pci,drive=vdb,num-queues=1 -device virtio-blk-pci,drive=loops \
         -device virtio-blk-pci,drive=vdd,num-queues=1,queue-size=16,indirect_desc=off \
         -device virtio-scsi-pci,id=scsi -device scsi-hd,drive=sda,bus=scsi.0 -device scsi-hd,drive=sdb,bus=scsi.0 \
-        -device nvme,serial=afterimage,id=nvme -device nvme-ns,drive=nvme1,bus=nvme -device nvme-ns,drive=nvme2,bus=nvme
+        -device nvme,serial=afterimage,id=nvme -device nvme-ns,drive=nvme1,bus=nvme -device nvme-ns,drive=nvme2,bus=nvme -device nvme-ns,drive=nvme3,bus=nvme
 }
 
 # live_tap_run NAME SECONDS: waits for the end of the run NAME, and prints what it said after "LIVE-TAP-RUN NAME".
@@ -66,12 +69,13 @@ live_tap_run() {
 }
 
 # live_tap_kernel KERNEL_DIR SECONDS PAUSE KIND...: boots the kernel and runs the checks, each for SECONDS, its 32 chains pausing for PAUSE µs after each
-# write. KIND: virtio-blk, scsi, nvme, loop, mixed (one disk of each in one group), requeue (a driver that sends requests back), drops (events dropped on purpose), mutants, btf.
+# write. KIND: virtio-blk, scsi, nvme, loop, mixed (one disk of each in one group), requeue (a driver that sends requests back), ranges
+# (XFS that discards several ranges with one request), drops (events dropped on purpose), mutants, btf.
 live_tap_kernel() {
     local kernel=$1 seconds=$2 pause=$3 version runs kind name output
     shift 3
     version=$(cat "$kernel/version")
-    runs="wait_for /dev/vda /dev/vdb /dev/vdd /dev/sda /dev/sdb /dev/nvme0n1 /dev/nvme0n2 && loops /dev/vdc $live_tap_disk_mib /dev/loop0 /dev/loop1"
+    runs="wait_for /dev/vda /dev/vdb /dev/vdd /dev/sda /dev/sdb /dev/nvme0n1 /dev/nvme0n2 /dev/nvme0n3 && loops /dev/vdc $live_tap_disk_mib /dev/loop0 /dev/loop1"
     for kind; do runs+=$'\n'$(live_tap_kind "$kind" "$seconds" "$pause"); done
     start_live_tap_guest "$kernel" "$runs"
     wait_console "$console" 120 '^LIVE-TAP-KERNEL .* btf=yes' "$guest_pid" >/dev/null ||
@@ -96,6 +100,7 @@ live_tap_kind() {
     loop) echo "run loop --disk /dev/loop0 --disk /dev/loop1 $options" ;;
     mixed) echo "run mixed --disk /dev/vda --disk /dev/sda --disk /dev/nvme0n1 --disk /dev/loop0 $options" ;;
     requeue) echo "run requeue --disk /dev/vdd $options" ;;
+    ranges) echo "run many-ranges --disk /dev/nvme0n3 --load '/bin/sh /discard-load /dev/nvme0n3 $(($2 / 4 + 2))'" ;;
     drops)
         echo "run dropped-completions $virtio $short --drop completions"
         echo "run dropped-issues $virtio $short --drop issues"
@@ -115,7 +120,7 @@ live_tap_kind() {
 # live_tap_verdict KERNEL NAME OUTPUT
 live_tap_verdict() {
     local kernel=$1 name=$2 output=$3 line
-    line=$(grep '^live-tap-check' <<<"$output" | tail -n 1)
+    line=$(grep '^live-tap-check' <<<"$output" | tail -n 1) || true
     case $name in
     mutant-*)
         if [ "$(check_field "$line" violations)" -gt 0 ] 2>/dev/null; then ok "$kernel, $name is caught (point $(check_field "$line" proven))"; else not_ok "$kernel, $name is caught" "$line"; fi
@@ -125,6 +130,7 @@ live_tap_verdict() {
         ;;
     *)
         if [[ $line == *" verdict=ok" ]] && grep -q '^LIVE-TAP-END .* status=0$' <<<"$output"; then
+            [ "$name" != many-ranges ] || [[ $line =~ discards=[0-9]+\+[1-9] ]] || { not_ok "$kernel, $name" "no request had several ranges: $line"; return; }
             ok "$kernel, $name: every proven point is exact ($(sed 's/^live-tap-check kernel=[^ ]* //; s/ verdict=ok$//' <<<"$line"))"
         else
             not_ok "$kernel, $name: every proven point is exact" "$(tail -n 8 <<<"$output" | tr '\n' ' ')"

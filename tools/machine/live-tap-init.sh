@@ -8,7 +8,7 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t bpf bpf /sys/fs/bpf
 ln -s /proc/mounts /etc/mtab
-for module in virtio_pci virtio_blk virtio_scsi sd_mod nvme loop ext4; do modprobe $module 2>/dev/null; done
+for module in virtio_pci virtio_blk virtio_scsi sd_mod nvme loop ext4 xfs; do modprobe $module 2>/dev/null; done
 
 # wait_for DEVICE...: until the kernel has found them; says which one it has not.
 wait_for() {

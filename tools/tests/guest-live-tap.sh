@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ ${#suites[@]} -gt 0 ] || suites=(bookworm "")
-[ ${#kinds[@]} -gt 0 ] || kinds=(virtio-blk scsi nvme loop mixed requeue drops mutants btf)
+[ ${#kinds[@]} -gt 0 ] || kinds=(virtio-blk scsi nvme loop mixed requeue ranges drops mutants btf)
 make_run_dir
 need_packages "${live_tap_guest_packages[@]}"
 find_live_tap_holder
