@@ -7,7 +7,7 @@ import ServiceLifecycle
 
 struct AgentCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "agent", abstract: "The agent on a protected server.", subcommands: [Run.self, Enroll.self, Detach.self])
+        commandName: "agent", abstract: "The agent on a protected server.", subcommands: [Run.self, Disks.self, Enroll.self, Detach.self])
 
     struct Run: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
@@ -24,6 +24,16 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: ArgumentHelp("A disk to protect; repeat it, the boot disk first.", valueName: "name=device")) var disk: [String]
         @Flag(help: "Accept that a disk is smaller than when it was last protected; its replica is then made anew.") var acceptSmallerDisks = false
         @Option(help: "nbd tap: memory in MiB for old content of blocks that are overwritten before they were sent.") var preservedMib: Int = 64
+        @Option(help: ArgumentHelp("live tap: read at most so many bytes per second for what can wait: 50MiB; 0 for no limit.", valueName: "bytes")) var readLimit = ByteCount(bytes: 0)
+        @Option(help: "live tap: reads in flight.") var readDepth: Int = 32
+        @Option(help: "live tap: normal, low or idle: how its reads stand beside everybody else's, where the disk's scheduler knows priorities.") var readPriority: LiveReadPriority = .low
+        @Option(help: "live tap: memory in MiB for the blocks of an epoch while it is proven.") var stageMib: Int = 256
+        @Flag(inversion: .prefixedNo, help: "live tap: the disks' file systems may be frozen for a moment (at most --freeze-ms).") var freeze = true
+        @Option(help: "live tap: how long a freeze may last, milliseconds.") var freezeMs: Int = 500
+        @Flag(help: "live tap: also copy what mounted file systems have free.") var copyFreeSpace = false
+        @Option(help: ArgumentHelp("Run before a cut that is to be application-consistent: a program that puts what applications hold into their files.", valueName: "path")) var preScript: String?
+        @Option(help: ArgumentHelp("Run after it, whatever happened.", valueName: "path")) var postScript: String?
+        @Option(help: "How long a script may take, seconds; then it is killed.") var scriptSeconds: Int = 60
         @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
 
         func agentConfiguration() throws -> AgentConfiguration {
@@ -33,19 +43,63 @@ struct AgentCommand: AsyncParsableCommand {
                 }
                 return AgentConfiguration.Disk(name: String(text[..<equals]), devicePath: absolute(String(text[text.index(after: equals)...])))
             }
-            return AgentConfiguration(
+            var following = LiveTapConfiguration()
+            following.readBytesPerSecondMax = readLimit.bytes
+            following.readDepth = readDepth
+            following.readPriority = readPriority
+            following.stagingBytesMax = stageMib << 20
+            following.freezes = freeze
+            following.freezeMilliseconds = freezeMs
+            following.skipsFreeSpace = !copyFreeSpace
+            var configuration = AgentConfiguration(
                 stateDirectory: absolute(state), tapKind: tap, socketDirectory: absolute(socketDir), disks: disks, acceptsSmallerDisks: acceptSmallerDisks,
-                tap: TapConfiguration(preservedBytesMax: preservedMib << 20))
+                tap: TapConfiguration(preservedBytesMax: preservedMib << 20), live: following)
+            configuration.preScript = try script(preScript, "--pre-script")
+            configuration.postScript = try script(postScript, "--post-script")
+            configuration.scriptSeconds = scriptSeconds
+            return configuration
+        }
+
+        private func script(_ path: String?, _ option: String) throws -> String? {
+            guard let path = path.map(absolute) else { return nil }
+            guard FileManager.default.isExecutableFile(atPath: path) else { throw ValidationError("\(option) \(path): there is no such program") }
+            return path
         }
 
         func validate() throws {
             guard (1...65536).contains(preservedMib) else { throw ValidationError("--preserved-mib must be between 1 and 65536") }
+            guard (8...65536).contains(stageMib) else { throw ValidationError("--stage-mib must be between 8 and 65536") }
+            guard (1...1024).contains(readDepth) else { throw ValidationError("--read-depth must be between 1 and 1024") }
+            guard (10...10000).contains(freezeMs) else { throw ValidationError("--freeze-ms must be between 10 and 10000") }
+            guard (1...3600).contains(scriptSeconds) else { throw ValidationError("--script-seconds must be between 1 and 3600") }
             _ = try agentConfiguration()
         }
 
         func run() async throws {
             let configuration = try agentConfiguration()
             try await runDaemon("agent", logLevel: logLevel) { AgentService(configuration: configuration, logger: $0) }
+        }
+    }
+
+    struct Disks: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "List this host's block devices: which of them the live tap can follow, and why not.")
+        @Flag(help: "Print JSON.") var json = false
+
+        func run() async throws {
+            let devices = LiveTapInspection.devices()
+            if json {
+                print(String(decoding: try APIJSON.encoder().encode(devices), as: UTF8.self))
+                return
+            }
+            let rows = devices.map { device in
+                let use = device.mountPoints + (device.isSwap ? ["swap"] : [])
+                let verdict = device.refusal.map { refusal in
+                    device.follow.isEmpty || device.follow == [device.path] ? "no: \(refusal)" : "by \(device.follow.joined(separator: ", ")): \(refusal)"
+                }
+                return [device.path, device.kind.rawValue, Words.bytes(device.sizeBytes), use.isEmpty ? "-" : use.joined(separator: " "), verdict ?? "yes"]
+            }
+            for line in Terminal.table(["DEVICE", "KIND", "SIZE", "MOUNTED ON", "LIVE TAP"], rows) { print(line) }
         }
     }
 
@@ -84,3 +138,4 @@ struct AgentCommand: AsyncParsableCommand {
 }
 
 extension AgentConfiguration.TapKind: ExpressibleByArgument {}
+extension LiveReadPriority: ExpressibleByArgument {}

@@ -28,7 +28,7 @@ struct RecoveryPointCommand: AsyncParsableCommand {
             try show(points) {
                 points.isEmpty
                     ? ["no recovery points yet"]
-                    : Terminal.table(["ID", "CUT", "CONSISTENCY", "DATA", "NOTE"], points.map(RecoveryPointCommand.row))
+                    : Terminal.table(["ID", "CUT", "CONSISTENCY", "PROVEN BY", "DATA", "NOTE"], points.map(RecoveryPointCommand.row))
             }
         }
 
@@ -59,9 +59,10 @@ struct RecoveryPointCommand: AsyncParsableCommand {
         @OptionGroup var waiting: WaitOption
         @Argument(help: "The server's name.") var name: String
         @Option(help: "Why it was made.") var note: String?
+        @Option(help: "crash, filesystem (its file systems are frozen for a moment) or application (and its agent's scripts are run).") var consistency: Consistency = .crash
 
         func run(_ client: APIClient) async throws {
-            let task: TaskView = try await client.post(RecoveryPointCommand.path(name), CreatePoint(note: note))
+            let task: TaskView = try await client.post(RecoveryPointCommand.path(name), CreatePoint(note: note, consistency: consistency == .crash ? nil : consistency))
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
     }
@@ -115,7 +116,8 @@ struct RecoveryPointCommand: AsyncParsableCommand {
         if let hold = point.hold { notes.append("held as \"\(hold)\"") }
         if point.isOnDemand { notes.append("on demand" + (point.note.map { ": \($0)" } ?? "")) } else if let note = point.note { notes.append(note) }
         return [
-            point.id.rawValue, Words.time(nanoseconds: point.cutTimeNanoseconds), point.consistency.rawValue, Words.bytes(point.dataBytes),
+            point.id.rawValue, Words.time(nanoseconds: point.cutTimeNanoseconds), point.consistency.rawValue, view.proof.map(Words.proof) ?? "-",
+            Words.bytes(point.dataBytes),
             notes.isEmpty ? "-" : notes.joined(separator: "; "),
         ]
     }

@@ -21,6 +21,10 @@ struct ReplicationCommand: AsyncParsableCommand {
         @Option(help: "CPUs of its recovery machines.") var cpus: Int?
         @Option(name: .customLong("memory"), help: "Memory of its recovery machines, MiB.") var memoryMiB: Int?
 
+        @Option(help: "The tap that its agent must have: live or nbd. Default: whichever it has (live, unless it was told otherwise).") var tap: String?
+        @Option(help: ArgumentHelp("Make a recovery point that is more than crash-consistent every so often: 1h; 0s for none.", valueName: "span")) var consistentEvery: TimeSpan?
+        @Option(help: "What those are: filesystem or application.") var consistency: Consistency?
+
         @Option(help: ArgumentHelp(PolicyHelp.text, valueName: "policy")) var policy: String?
 
         var request: StartReplication {
@@ -32,6 +36,9 @@ struct ReplicationCommand: AsyncParsableCommand {
             request.automaticRestart = automaticRestart
             request.cpus = cpus
             request.memoryMiB = memoryMiB
+            request.tap = tap
+            request.consistentEverySeconds = consistentEvery?.seconds
+            request.consistency = consistency
             return request
         }
 

@@ -1,5 +1,6 @@
 import Appliance
 import ArgumentParser
+import BlockTap
 import Foundation
 import Replica
 
@@ -9,6 +10,16 @@ enum Words {
     static func count(_ number: some BinaryInteger, _ noun: String) -> String { "\(number) \(noun)\(number == 1 ? "" : "s")" }
 
     static func bytes(_ count: UInt64) -> String { Amount.bytes(count) }
+
+    /// How a recovery point was proven.
+    static func proof(_ proof: CutProof) -> String {
+        let rounds = Words.count(proof.roundCount, "round") + (proof.collisionCount > 0 ? ", " + Words.count(proof.collisionCount, "collision") : "")
+        return switch proof.method {
+        case .copyBeforeWrite: "copy before write"
+        case .rounds: rounds
+        case .freeze: "freeze of " + String(format: "%.0f ms, ", proof.freezeMilliseconds) + rounds
+        }
+    }
 
     static func seconds(_ seconds: Double) -> String {
         switch seconds {
@@ -85,6 +96,7 @@ extension PortForward: ExpressibleByArgument {
 }
 
 extension SitePairType: ExpressibleByArgument {}
+extension Consistency: ExpressibleByArgument {}
 extension RecoveryNetwork: ExpressibleByArgument {}
 extension AcceleratorChoice: ExpressibleByArgument {}
 

@@ -18,8 +18,7 @@ struct Holder {
         default: break
         }
         guard arguments.count >= 3 else {
-            print("usage: live-tap-holder PIN-DIRECTORY DEVICE... (or --measure, which says its own)
-\(Check.usage)")
+            print("usage: live-tap-holder PIN-DIRECTORY DEVICE... (or --measure, which says its own)\n\(Check.usage)")
             exit(2)
         }
         do {

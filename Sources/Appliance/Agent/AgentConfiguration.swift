@@ -29,6 +29,10 @@ public struct AgentConfiguration: Sendable {
     public var acceptsSmallerDisks: Bool
     public var tap: TapConfiguration
     public var live: LiveTapConfiguration
+    /// Programs that run before and after a cut that is to be application-consistent.
+    public var preScript: String?
+    public var postScript: String?
+    public var scriptSeconds = 60
 
     public init(
         stateDirectory: String, tapKind: TapKind, socketDirectory: String, disks: [Disk], acceptsSmallerDisks: Bool = false,

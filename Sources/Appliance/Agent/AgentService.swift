@@ -18,28 +18,49 @@ public struct AgentService: Service {
     /// Runs until cancelled or told to shut down gracefully.
     public func run() async throws {
         let state = try AgentState(directory: configuration.stateDirectory)
-        let tap = try await configuration.open(state, logger: logger)
-        do {
-            try await replicate(state, tap)
-        } catch is CancellationError {
+        var ending = Ending.tapOutdated
+        while ending == .tapOutdated {
+            let tap = try await configuration.open(state, logger: logger)
+            do {
+                ending = try await replicate(state, tap)
+            } catch is CancellationError {
+                ending = .stopped
+            }
+            await tap.stop()
         }
-        await tap.stop()
     }
 
-    private func replicate(_ state: AgentState, _ tap: any AgentTap) async throws {
+    private enum Ending: Sendable { case stopped, tapOutdated }
+
+    private func replicate(_ state: AgentState, _ tap: any AgentTap) async throws -> Ending {
         try await cancelWhenGracefulShutdown {
-            let (endpoint, serverName) = try await enrolment(state)
-            logger.info("server \(serverName) replicates to \(endpoint.host):\(endpoint.port)")
-            let replication = AgentReplication(tap: tap, endpoint: endpoint, logger: logger)
-            let hello = tap.hello
-            let control = AgentControlClient(
-                endpoint: endpoint, hello: { hello }, status: { await replication.status() }, onCommand: { await replication.carryOut($0) }, logger: logger)
-            control.start()
-            // Until cancelled.
-            try? await Task.sleep(for: .seconds(UInt32.max))
-            await control.stop()
-            await replication.stop()
+            try await withThrowingTaskGroup(of: Ending.self) { group in
+                group.addTask {
+                    await tap.untilOutdated()
+                    return Task.isCancelled ? .stopped : .tapOutdated
+                }
+                group.addTask {
+                    try await self.carry(state, tap)
+                    return .stopped
+                }
+                defer { group.cancelAll() }
+                return try await group.next() ?? .stopped
+            }
         }
+    }
+
+    /// Until cancelled.
+    private func carry(_ state: AgentState, _ tap: any AgentTap) async throws {
+        let (endpoint, serverName) = try await enrolment(state)
+        logger.info("server \(serverName) replicates to \(endpoint.host):\(endpoint.port)")
+        let replication = AgentReplication(tap: tap, endpoint: endpoint, logger: logger)
+        let hello = tap.hello
+        let control = AgentControlClient(
+            endpoint: endpoint, hello: { hello }, status: { await replication.status() }, onCommand: { await replication.carryOut($0) }, logger: logger)
+        control.start()
+        try? await Task.sleep(for: .seconds(UInt32.max))
+        await control.stop()
+        await replication.stop()
     }
 
     /// Waits for `afterimage agent enroll`, which may be run while the agent already serves.

@@ -11,6 +11,8 @@ protocol AgentTap: Sendable {
     var hello: AgentHello { get }
     /// Before the first epoch of the source can be acknowledged on this group's behalf.
     func willReplicate(_ group: GroupID) throws
+    /// Returns when the disks are not any more what was opened (one has grown), or when cancelled.
+    func untilOutdated() async
     /// Figures of a live tap.
     func live() async -> LiveTapStatistics?
     func stop() async
@@ -19,6 +21,7 @@ protocol AgentTap: Sendable {
 extension AgentTap {
     func willReplicate(_ group: GroupID) throws {}
     func live() async -> LiveTapStatistics? { nil }
+    func untilOutdated() async { try? await Task.sleep(for: .seconds(UInt32.max)) }
 }
 
 extension AgentConfiguration {
@@ -35,6 +38,12 @@ extension AgentConfiguration {
         case .nbd: try await InlineTaps(configuration: self, state: state, logger: logger)
         case .live: try await LiveTaps(configuration: self, state: state, logger: logger)
         }
+    }
+
+    /// With the operator's scripts around cuts that are to be application-consistent.
+    func scripted(_ source: any EpochSource, logger: Logger) -> any EpochSource {
+        if preScript == nil, postScript == nil { return source }
+        return ScriptedSource(source, .init(before: preScript, after: postScript, limitSeconds: scriptSeconds), logger: logger)
     }
 
     func hello(instance: String, disks: [DiskReport]) -> AgentHello {

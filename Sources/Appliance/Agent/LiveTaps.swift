@@ -12,15 +12,23 @@ final class LiveTaps: AgentTap {
     let hello: AgentHello
     private let group: LiveTapGroup
     private let state: AgentState
+    private let logger: Logger
     private static let bpffs = "/sys/fs/bpf"
 
     init(configuration: AgentConfiguration, state: AgentState, logger: Logger) async throws {
         self.state = state
+        self.logger = logger
         guard LiveTapGroup.isAvailable else {
             throw AgentError(
                 "the live tap needs a kernel that describes its types (/sys/kernel/btf/vmlinux) and a build with its program: use --tap nbd, or another kernel")
         }
         try LiveTapGroup.bpffs(at: Self.bpffs)
+        do {
+            let test = try await LiveTapGroup.selfTest(bpffs: Self.bpffs)
+            logger.info("live tap: tried on this kernel: \(test)")
+        } catch {
+            throw AgentError("\(error)")
+        }
         let pins = try Self.pinDirectory(state)
         // Off the tap's thread, which may be holding a file system still that the log is on.
         let logQueue = DispatchQueue(label: "tap-log")
@@ -29,7 +37,7 @@ final class LiveTaps: AgentTap {
         ) { line in
             logQueue.async { logger.warning("live tap: \(line)") }
         }
-        source = group
+        source = configuration.scripted(group, logger: logger)
         let reports = zip(configuration.disks, group.disks).map { asked, disk in
             DiskReport(name: disk.name, devicePath: asked.devicePath, geometry: disk.geometry, tap: AgentConfiguration.TapKind.live.rawValue)
         }
@@ -53,6 +61,18 @@ final class LiveTaps: AgentTap {
     func willReplicate(_ group: GroupID) throws { try state.track(AgentState.Tracked(group: group.rawValue, instance: self.group.instance)) }
 
     func live() async -> LiveTapStatistics? { await group.liveStatistics }
+
+    func untilOutdated() async {
+        while (try? await Task.sleep(for: .seconds(1))) != nil {
+            let resizes = await group.resizes
+            if resizes.isEmpty { continue }
+            for resize in resizes {
+                logger.warning(
+                    "disk \(resize.disk) had \(resize.fromBytes) bytes and has \(resize.toBytes) now: it is attached anew, and compared with the replica")
+            }
+            return
+        }
+    }
 
     func stop() async { group.close() }
 

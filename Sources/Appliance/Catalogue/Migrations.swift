@@ -120,6 +120,15 @@ extension Catalogue {
                 t.column("created", .datetime).notNull()
             }
         }
+        migrator.registerMigration("3: how recovery points were proven") { db in
+            try db.create(table: "pointProof") { t in
+                t.column("server", .text).notNull().references("server", column: "id", onDelete: .cascade)
+                t.column("instance", .text).notNull()
+                t.column("epoch", .integer).notNull()
+                t.column("proof", .text).notNull()
+                t.primaryKey(["server", "instance", "epoch"])
+            }
+        }
         return migrator
     }
 }

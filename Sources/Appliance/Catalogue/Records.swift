@@ -175,11 +175,13 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     public var copy: PointCopyOrder?
     /// Of the recovery point that is to be made.
     public var note: String?
-    public init(instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil) {
+    public var consistency: Consistency?
+    public init(instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil) {
         self.instance = instance
         self.replaces = replaces
         self.copy = copy
         self.note = note
+        self.consistency = consistency
     }
 }
 
@@ -260,3 +262,19 @@ extension InstanceKind: DatabaseValueConvertible {}
 extension TaskStatus: DatabaseValueConvertible {}
 extension Trigger: DatabaseValueConvertible {}
 extension ServerState: DatabaseValueConvertible {}
+
+/// How a recovery point was proven, as its agent said.
+struct PointProofRecord: Codable, FetchableRecord, PersistableRecord, Sendable {
+    static let databaseTableName = "pointProof"
+    var server: String
+    var instance: String
+    var epoch: Int64
+    var proof: CutProof
+
+    init(server: String, _ proof: PointProof) {
+        self.server = server
+        instance = proof.instance
+        epoch = Int64(proof.epoch.rawValue)
+        self.proof = proof.proof
+    }
+}

@@ -19,6 +19,9 @@ public struct ReplicationSettings: Sendable, Codable, Hashable {
     /// The machine that drills and failovers start unless told otherwise.
     public var cpus: Int
     public var memoryMiB: Int
+    /// Recovery points that are more than crash-consistent: how often, and what.
+    public var consistentEverySeconds: Int?
+    public var consistency: Consistency?
 
     func order(group: GroupID, generation: Generation) -> ReplicationOrder {
         ReplicationOrder(

@@ -79,6 +79,7 @@ extension Lifecycle: LinkServerDelegate {
         live.connected = true
         live.fullSyncRate.note(status.fullSyncDoneBytes)
         agents[server] = live
+        await keepProofs(server, status.proofs)
         guard let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) }), record.state.phase == .forward
         else { return }
 
@@ -91,6 +92,7 @@ extension Lifecycle: LinkServerDelegate {
         case .replicating where status.lastRecoveryPointNanoseconds > 0 && hasRecoveryPoint(record):
             if record.state != .replicating { await happened(.pointsFollow, server) }
             await endStartTask(record)
+            await askForConsistentPoint(record)
         case .replicating:
             await reportFullSync(record, status, rate: live.fullSyncRate.bytesPerSecond)
         case .interrupted, .failed:
@@ -103,6 +105,29 @@ extension Lifecycle: LinkServerDelegate {
             if before?.phase != .fenced, let settings = record.settings, let order = try? order(record.id, settings) {
                 await tell(server, .startReplication(order))
             }
+        }
+    }
+
+    /// How its points were proven, kept for as long as they are.
+    private func keepProofs(_ server: ServerID, _ proofs: [PointProof]) async {
+        guard let live = agents[server], let newest = proofs.last else { return }
+        let fresh = proofs.filter { $0.instance != live.provenInstance || $0.epoch > live.provenThrough }
+        if fresh.isEmpty { return }
+        agents[server]?.provenInstance = newest.instance
+        agents[server]?.provenThrough = newest.epoch
+        let points = newest.epoch.rawValue % 256 == 0 ? store.recoveryPoints(GroupID(server.rawValue)) : nil
+        do {
+            try await catalogue.write { db in
+                for proof in fresh { try PointProofRecord(server: server.rawValue, proof).insert(db, onConflict: .ignore) }
+                guard let points, let oldest = fresh.first?.epoch else { return }
+                let there = Set(points.map { "\($0.instance) \($0.epoch.rawValue)" })
+                for record in try PointProofRecord.filter(Column("server") == server.rawValue).fetchAll(db)
+                where !there.contains("\(record.instance) \(record.epoch)") && (record.instance != newest.instance || record.epoch < Int64(oldest.rawValue)) {
+                    try record.delete(db)
+                }
+            }
+        } catch {
+            logger.error("cannot keep how recovery points were proven: \(error)", metadata: ["server": "\(server)"])
         }
     }
 

@@ -39,6 +39,7 @@ extension Lifecycle {
     /// beginning may have been on its way.
     static let epochsUntilLater = 3
     static let pointSecondsMax = 600.0
+    static let consistentAttemptsMax = 20
 
     /// A recovery point whose cut is made after this request; the task ends when it is durable.
     public func createPoint(_ name: String, _ request: CreatePoint, who: String) async throws -> TaskRecord {
@@ -50,7 +51,7 @@ extension Lifecycle {
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
             try db.apply(.createRecoveryPoint, to: &record, who: who, hasRecoveryPoint: true, detail: request.note)
-            return try TaskBoard.plan(.createRecoveryPoint, server: record, parameters: TaskParameters(note: request.note), who: who, in: db)
+            return try TaskBoard.plan(.createRecoveryPoint, server: record, parameters: TaskParameters(note: request.note, consistency: request.consistency), who: who, in: db)
         }
         await start(task)
         return task
@@ -62,6 +63,8 @@ extension Lifecycle {
         let (id, group) = (ServerID(server), GroupID(server))
         var known = Set(store.recoveryPoints(group).map(\.id))
         var count = 0
+        let wanted = task.parameters.consistency ?? .crash
+        var lesserCount = 0
         let deadline = ContinuousClock.now + .seconds(Self.pointSecondsMax)
         await tell(id, .cutNow(.crash))
         while true {
@@ -69,7 +72,17 @@ extension Lifecycle {
                 count += 1
                 // Epochs are short, but may be hours.
                 guard count >= Self.epochsUntilLater else {
-                    await tell(id, .cutNow(.crash))
+                    await tell(id, .cutNow(count + 1 < Self.epochsUntilLater ? .crash : wanted.cut))
+                    continue
+                }
+                guard point.consistency >= wanted else {
+                    lesserCount += 1
+                    // Made by the clock, or the attempt failed.
+                    guard lesserCount < Self.consistentAttemptsMax else {
+                        throw ApplianceError.failed(
+                            "\(lesserCount) recovery points were made, none of them \(wanted.words): the agent's log says why (\(point.id) is the last, and is \(point.consistency.words))")
+                    }
+                    await tell(id, .cutNow(wanted.cut))
                     continue
                 }
                 do { return try await markOnDemand(point, task) } catch StoreError.unknownRecoveryPoint {
@@ -94,8 +107,24 @@ extension Lifecycle {
         var result = TaskResult()
         result.recoveryPoint = point.id
         result.cutTimeNanoseconds = point.cutTimeNanoseconds
-        result.message = "recovery point \(point.id) was cut after the request, and is durable"
+        result.message = "recovery point \(point.id) was cut after the request, is durable, and is \(point.consistency.words)"
         return result
+    }
+
+    // MARK: By the clock
+
+    /// At every word of the agent: asks for the point that the settings want now and then.
+    func askForConsistentPoint(_ record: ServerRecord) async {
+        guard record.state == .replicating, let settings = record.settings, let every = settings.consistentEverySeconds, every > 0 else { return }
+        let wanted = settings.consistency ?? .filesystem
+        let now = Date()
+        if agents[record.serverID]?.nextConsistentPoint == nil {
+            let newest = store.recoveryPoints(record.group).last { $0.consistency >= wanted }
+            agents[record.serverID]?.nextConsistentPoint = newest.map { Date(nanoseconds: $0.cutTimeNanoseconds).addingTimeInterval(Double(every)) } ?? now
+        }
+        guard let next = agents[record.serverID]?.nextConsistentPoint, next <= now else { return }
+        agents[record.serverID]?.nextConsistentPoint = now.addingTimeInterval(Double(every))
+        await tell(record.serverID, .cutNow(wanted.cut))
     }
 
     // MARK: Held points
@@ -173,6 +202,27 @@ extension Lifecycle {
     private func checkText(_ text: String, _ what: String) throws(ApplianceError) {
         guard (1...200).contains(text.count), !text.unicodeScalars.contains(where: { $0.value < 0x20 || $0.value == 0x7F }) else {
             throw .invalid("\(what) has 1 to 200 characters, and no control characters")
+        }
+    }
+}
+
+extension Consistency: Comparable {
+    private var rank: Int { self == .crash ? 0 : self == .filesystem ? 1 : 2 }
+    public static func < (a: Consistency, b: Consistency) -> Bool { a.rank < b.rank }
+
+    var cut: CutConsistency {
+        switch self {
+        case .crash: .crash
+        case .filesystem: .fileSystem
+        case .application: .application
+        }
+    }
+
+    public var words: String {
+        switch self {
+        case .crash: "crash-consistent"
+        case .filesystem: "file-system-consistent"
+        case .application: "application-consistent"
         }
     }
 }

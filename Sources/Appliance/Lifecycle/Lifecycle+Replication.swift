@@ -21,6 +21,9 @@ extension Lifecycle {
                 let known = found.disks.map(\.name).joined(separator: ", ")
                 throw ApplianceError.invalid("server \(found.name) has no disk \(disk); its agent reports: \(known.isEmpty ? "none" : known)")
             }
+            if let tap = request.tap, report.tap != tap {
+                throw ApplianceError.invalid("disk \(disk) of \(found.name) is behind the \(report.tap) tap, not \(tap): run its agent with --tap \(tap)")
+            }
             return VolumeSpec(name: disk, geometry: report.geometry)
         }
         let group = found.group
@@ -50,7 +53,8 @@ extension Lifecycle {
             epochMilliseconds: request.epochMilliseconds ?? old?.epochMilliseconds ?? 1000,
             throttleBytesPerSecond: request.throttleBytesPerSecond ?? old?.throttleBytesPerSecond ?? 0,
             automaticRestart: request.automaticRestart ?? old?.automaticRestart ?? true,
-            cpus: request.cpus ?? old?.cpus ?? 2, memoryMiB: request.memoryMiB ?? old?.memoryMiB ?? 1024)
+            cpus: request.cpus ?? old?.cpus ?? 2, memoryMiB: request.memoryMiB ?? old?.memoryMiB ?? 1024,
+            consistentEverySeconds: request.consistentEverySeconds ?? old?.consistentEverySeconds, consistency: request.consistency ?? old?.consistency)
         guard !settings.disks.isEmpty, Set(settings.disks).count == settings.disks.count else {
             throw ApplianceError.invalid("name each disk to be followed once, and at least one")
         }
@@ -61,6 +65,10 @@ extension Lifecycle {
         }
         guard (20...3_600_000).contains(settings.epochMilliseconds) else {
             throw ApplianceError.invalid("an epoch lasts 20 to 3600000 milliseconds, not \(settings.epochMilliseconds)")
+        }
+        if let tap = request.tap, !["live", "nbd"].contains(tap) { throw ApplianceError.invalid("there is no tap \(tap): live or nbd") }
+        if let every = settings.consistentEverySeconds, every != 0, !(10...31_536_000).contains(every) {
+            throw ApplianceError.invalid("a file-system- or application-consistent recovery point can be had every 10 seconds to every year, not every \(every) s (0: none)")
         }
         try checkMachine(cpus: settings.cpus, memoryMiB: settings.memoryMiB)
         return settings
@@ -109,8 +117,16 @@ extension Lifecycle {
             points = points[..<cursor]
         }
         let (blocks, unopenable) = damage.damage(of: found.group)
-        return (limit.map { points.suffix($0) } ?? points).map {
-            RecoveryPointView(point: $0, damagedBlockCount: blocks[$0.id], isUnreadable: unopenable.contains($0.id))
+        let page = limit.map { points.suffix($0) } ?? points
+        let epochs = page.map { Int64($0.epoch.rawValue) }
+        let proofs: [String: CutProof] = try await catalogue.read { db in
+            guard let low = epochs.min(), let high = epochs.max() else { return [:] }
+            let records = try PointProofRecord.filter(Column("server") == found.id && Column("epoch") >= low && Column("epoch") <= high).fetchAll(db)
+            return Dictionary(uniqueKeysWithValues: records.map { ("\($0.instance) \($0.epoch)", $0.proof) })
+        }
+        return page.map {
+            RecoveryPointView(
+                point: $0, damagedBlockCount: blocks[$0.id], isUnreadable: unopenable.contains($0.id), proof: proofs["\($0.instance) \($0.epoch.rawValue)"])
         }
     }
 

@@ -115,6 +115,11 @@ struct LiveAgent: Sendable {
     var connected: Bool
     /// Full-sync bytes per second, over the last seconds.
     var fullSyncRate = RateMeter()
+    /// When a point that is more than crash-consistent is due.
+    var nextConsistentPoint: Date?
+    /// Proofs up to this epoch are in the catalogue.
+    var provenInstance: String?
+    var provenThrough = EpochNumber.none
 }
 
 /// Bytes per second over a sliding window.

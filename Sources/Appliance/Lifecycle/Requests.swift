@@ -106,6 +106,11 @@ public struct StartReplication: Sendable, Codable {
     public var memoryMiB: Int?
     /// Recovery Point Policy, as `PolicyText` has it.
     public var policy: String?
+    /// The tap that its agent must have: live or nbd; nil: whichever it has.
+    public var tap: String?
+    /// A point that is more than crash-consistent every so many seconds; 0: none.
+    public var consistentEverySeconds: Int?
+    public var consistency: Consistency?
     public init() {}
 }
 
@@ -117,7 +122,12 @@ public struct SetPolicy: Sendable, Codable {
 
 public struct CreatePoint: Sendable, Codable {
     public var note: String?
-    public init(note: String? = nil) { self.note = note }
+    /// At least; crash when not said.
+    public var consistency: Consistency?
+    public init(note: String? = nil, consistency: Consistency? = nil) {
+        self.note = note
+        self.consistency = consistency
+    }
 }
 
 public struct HoldPoint: Sendable, Codable {

@@ -140,20 +140,24 @@ public struct RecoveryPointView: Sendable, Codable {
     public var damagedBlockCount: UInt64?
     /// A layer of it cannot be read at all.
     public var isUnreadable: Bool
+    /// How it is known that it is the disks at one instant, if its agent said.
+    public var proof: CutProof?
 
-    public init(point: RecoveryPoint, damagedBlockCount: UInt64? = nil, isUnreadable: Bool = false) {
+    public init(point: RecoveryPoint, damagedBlockCount: UInt64? = nil, isUnreadable: Bool = false, proof: CutProof? = nil) {
         self.point = point
         self.damagedBlockCount = damagedBlockCount
         self.isUnreadable = isUnreadable
+        self.proof = proof
     }
 
-    private enum CodingKeys: String, CodingKey { case damagedBlockCount, isUnreadable }
+    private enum CodingKeys: String, CodingKey { case damagedBlockCount, isUnreadable, proof }
 
     public init(from decoder: any Decoder) throws {
         let container = try decoder.container(keyedBy: CodingKeys.self)
         point = try RecoveryPoint(from: decoder)
         damagedBlockCount = try container.decodeIfPresent(UInt64.self, forKey: .damagedBlockCount)
         isUnreadable = try container.decodeIfPresent(Bool.self, forKey: .isUnreadable) ?? false
+        proof = try container.decodeIfPresent(CutProof.self, forKey: .proof)
     }
 
     public func encode(to encoder: any Encoder) throws {
@@ -161,6 +165,7 @@ public struct RecoveryPointView: Sendable, Codable {
         var container = encoder.container(keyedBy: CodingKeys.self)
         try container.encodeIfPresent(damagedBlockCount, forKey: .damagedBlockCount)
         if isUnreadable { try container.encode(true, forKey: .isUnreadable) }
+        try container.encodeIfPresent(proof, forKey: .proof)
     }
 }
 

@@ -4,7 +4,7 @@ import Glibc
 import Synchronization
 
 /// What a self-test of the live tap saw.
-public struct LiveTapSelfTest: Sendable, Codable, Hashable {
+public struct LiveTapSelfTest: Sendable, Codable, Hashable, CustomStringConvertible {
     public var kernel = ""
     public var writeCount: UInt64 = 0
     public var discardCount: UInt64 = 0
@@ -18,6 +18,11 @@ public struct LiveTapSelfTest: Sendable, Codable, Hashable {
     public var recursionMissCount: UInt64 = 0
     public var milliseconds: Double = 0
     public init() {}
+
+    public var description: String {
+        "\(writeCount) writes and \(discardCount) discards all seen, \(provenCount) of \(cutCount) cuts proven; of \(completedCount) completions the kernel did not show "
+            + "\(unseenCompletionCount) (harmless)"
+    }
 }
 
 extension LiveTapGroup {

@@ -165,5 +165,7 @@ public struct AgentStatus: Sendable, Codable, Hashable {
         resyncEqualBytes = try container.decodeIfPresent(UInt64.self, forKey: .resyncEqualBytes) ?? 0
         unprovenEpochs = try container.decodeIfPresent(UInt64.self, forKey: .unprovenEpochs) ?? 0
         proofs = try container.decodeIfPresent([PointProof].self, forKey: .proofs) ?? []
+        // Figures for people: those of another version are no reason to take nothing.
+        live = try? container.decodeIfPresent(LiveTapStatistics.self, forKey: .live)
     }
 }

@@ -166,9 +166,8 @@ extension SenderLoop {
         case .end(let epoch):
             guard expect(epoch, cut, handler) else { return 0 }
             flush(handler, cut)
-            let isFileSystem = cut.kind == .exact && cut.proof?.consistency == .fileSystem
             let meta = EpochSealMeta(
-                epoch: epoch, dataBytes: epochDataBytes, zeroBytes: epochZeroBytes, digest: epochDigest, consistency: isFileSystem ? .filesystem : .crash)
+                epoch: epoch, dataBytes: epochDataBytes, zeroBytes: epochZeroBytes, digest: epochDigest, consistency: Consistency(cut))
             handler.send(.epochSeal) { meta.write(&$0) }
             // Writing may have ended the connection, and with it this epoch.
             guard case .streaming = link else { return 0 }
@@ -248,5 +247,16 @@ extension SenderLoop {
         creditedBytes = total
         lastProgress = .now()
         pump()
+    }
+}
+
+extension Consistency {
+    init(_ cut: Cut) {
+        self =
+            switch cut.kind == .exact ? cut.proof?.consistency : nil {
+            case .fileSystem: .filesystem
+            case .application: .application
+            case .crash, nil: .crash
+            }
     }
 }
