@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 
+import live
 import measure
 import store
 from measure import Failed
@@ -33,7 +34,9 @@ class Row:
             for name in names:
                 figure = contestants[name]()
                 if isinstance(figure, tuple):
-                    figure, more = figure
+                    figure, beside = figure
+                    for key, value in beside.items():
+                        more.setdefault(key if name == "ours" else f"{name}: {key}", []).append(value)
                 figures[name].append(figure)
                 note(f"{self.name}: round {number + 1}, {name} {figures[name][-1]:,.2f} {self.unit}")
         medians = {name: statistics.median(values) for name, values in figures.items()}
@@ -48,7 +51,7 @@ class Row:
         if len(medians) > 1:
             result["peers"] = {name: round(median, 3) for name, median in medians.items()}
         if more:
-            result["figures"] = {name: round(figure, 3) for name, figure in more.items()}
+            result["figures"] = {name: round(statistics.median(values), 3) for name, values in more.items()}
         return result
 
 
@@ -99,7 +102,7 @@ def rows(quick):
                     prepare=lambda: measure.fill(f"{measure.RUN}/sync.img", megabytes), rounds=3))
     made.append(Row("rto", "s", lambda: measure.script("failover.sh"), {"plain QEMU boot": lambda: measure.script("plain-boot.sh")},
                     bigger=False, limit=lambda peer: peer + 2.0, rounds=3))
-    return made + store.rows(Row, quick)
+    return made + live.rows(Row, quick) + store.rows(Row, quick)
 
 
 def main():

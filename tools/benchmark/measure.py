@@ -113,7 +113,12 @@ def fill(path, megabytes):
 
 
 def script(name, *arguments, seconds=300):
-    """A measurement made by a shell script beside this file; it prints its figure as the last line, "RESULT number"."""
+    """A measurement made by a shell script beside this file; it prints its figure as a line "RESULT number"."""
+    return figures(name, *arguments, seconds=seconds)[0]
+
+
+def figures(name, *arguments, seconds=900):
+    """As `script`, with others from its lines "FIGURE name number"."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     child = subprocess.Popen([path, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -129,7 +134,7 @@ def script(name, *arguments, seconds=300):
     found = re.search(r"^RESULT ([0-9.]+)$", output, re.M)
     if child.returncode != 0 or not found:
         raise Failed(f"{name} failed: {output.strip()[-600:]}")
-    return float(found.group(1))
+    return float(found.group(1)), {key: float(value) for key, value in re.findall(r"^FIGURE (\S+) ([0-9.]+)$", output, re.M)}
 
 
 def nbdcopy_tls(megabytes):

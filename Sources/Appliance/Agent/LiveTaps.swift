@@ -35,7 +35,7 @@ final class LiveTaps: AgentTap {
         group = try await LiveTapGroup(
             disks: configuration.disks.map { (name: $0.name, path: $0.devicePath) }, pinDirectory: pins, configuration: configuration.live
         ) { line in
-            logQueue.async { logger.warning("live tap: \(line)") }
+            logQueue.async { logger.notice("live tap: \(line)") }
         }
         source = configuration.scripted(group, logger: logger)
         let reports = zip(configuration.disks, group.disks).map { asked, disk in

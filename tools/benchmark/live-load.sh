@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# live-load.sh WHAT SECONDS: loads $BENCH_DEVICE with fio while the live tap does WHAT, and prints figures as "RESULT NUMBER" (the main one) and
+# "FIGURE NAME NUMBER". WHAT:
+#   idle DEPTH          not there
+#   attached DEPTH      follows the disk; nothing is read
+#   replicating DEPTH   replicates it; both sites are on this machine
+#   points              replicates it under 2,000 random writes per second and a database that commits: how old the newest point was
+source "$(dirname "$(readlink -f "$0")")/../lib/common.sh"
+for part in packages fetch product; do source "$repository/tools/lib/$part.sh"; done
+
+what=$1 seconds=$2 depth=${3:-32}
+afterimage=$AFTERIMAGE agent_tap=live
+make_run_dir
+fetch_qemu10
+product_setup
+
+load() { # ARGUMENT...: sets $iops and $p99 (microseconds)
+    read -r iops p99 < <(fio --name=bench --filename="$target" --rw=randwrite --bs=4k --ioengine=io_uring --direct=1 --runtime="$seconds" --time_based --ramp_time=1 \
+        --norandommap --randrepeat=0 --output-format=json "$@" 2>/dev/null | python3 -c '
+import json, sys
+text = sys.stdin.read()
+side = json.loads(text[text.index("{"):])["jobs"][0]["write"]
+print(side["iops"], side["clat_ns"]["percentile"]["99.000000"] / 1000)')
+}
+cpu_ticks() { awk '{ sub(/^.*\) /, ""); print $12 + $13 }' "/proc/$1/stat"; }
+replicate() {
+    start_appliance
+    start_agent "$@"
+    enrol s
+    timeout 600 "$afterimage" replication start s --policy all:1h --wait </dev/null >/dev/null
+}
+
+target=$BENCH_DEVICE
+case $what in
+idle) load --iodepth="$depth" ;;
+attached)
+    start_agent "$BENCH_DEVICE"
+    load --iodepth="$depth" ;;
+replicating)
+    replicate "$BENCH_DEVICE"
+    load --iodepth="$depth" ;;
+points)
+    truncate -s 5G "$run_dir/big.img"
+    attach_loop "$run_dir/big.img"
+    mkfs.ext4 -q "$loop_device"
+    mkdir "$run_dir/m"
+    mount "$loop_device" "$run_dir/m"
+    fallocate -l 4G "$run_dir/m/data"
+    target=$run_dir/m/data
+    replicate "$loop_device"
+    start "$run_dir/commits" python3 "$repository/tools/lib/transactions.py" write "$run_dir/m/shop.db" 600
+    database_pid=$started_pid
+    began=$(now) before=$(cpu_ticks "$agent_pid")
+    load --iodepth=8 --rate_iops=2000 --size=4G
+    after=$(cpu_ticks "$agent_pid") ended=$(now)
+    "$afterimage" recovery-point list s --json </dev/null >"$run_dir/points.json"
+    "$afterimage" server show s --json </dev/null >"$run_dir/server.json"
+    kill_now "$database_pid"
+    umount "$run_dir/m"
+    python3 - "$run_dir" "$began" "$ended" "$(awk -v t="$((after - before))" -v a="$began" -v b="$ended" -v h="$(getconf CLK_TCK)" 'BEGIN { print 100 * t / h / (b - a) }')" \
+        "$(wc -l <"$run_dir/commits")" <<'PYTHON'
+import json, sys
+run, began, ended, cpu, commits = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
+points = [p for p in json.load(open(run + "/points.json"))]
+live = json.load(open(run + "/server.json"))["agent"]["live"]
+# At any moment: the age of the newest durable point's cut.
+arrivals = sorted((p["receivedTimeNanoseconds"] / 1e9, p["cutTimeNanoseconds"] / 1e9) for p in points)
+ages, moment = [], began + 1
+while moment < ended:
+    known = [cut for received, cut in arrivals if received <= moment]
+    ages.append(moment - max(known))
+    moment += 0.01
+ages.sort()
+freezes = [p["proof"]["freezeMilliseconds"] for p in points if p.get("proof", {}).get("freezeMilliseconds")]
+cuts = live["provenCount"] + live["unprovenCount"]
+print("RESULT %.3f" % ages[int(len(ages) * 0.99)])
+print("FIGURE median-age-s %.3f" % ages[len(ages) // 2])
+print("FIGURE points-per-s %.2f" % (sum(began <= p["cutTimeNanoseconds"] / 1e9 <= ended for p in points) / (ended - began)))
+print("FIGURE proven-percent %.2f" % (100 * live["provenCount"] / cuts))
+print("FIGURE proven-without-freeze-percent %.2f" % (100 * (live["provenCount"] - len(freezes)) / cuts))
+print("FIGURE freeze-ms-max %.1f" % live["freezeMillisecondsMax"])
+print("FIGURE agent-cpu-percent %.2f" % cpu)
+print("FIGURE commits-per-s %.0f" % (commits / (ended - began)))
+PYTHON
+    exit ;;
+*) die "unknown: $what" ;;
+esac
+echo "RESULT $iops"
+echo "FIGURE p99-us $p99"
