@@ -60,6 +60,7 @@ final class DependentChains: @unchecked Sendable {
 
     var writeCount: UInt64 { acknowledged.reduce(0, +) }
     var acknowledged: [UInt64] { chains.map { $0.acknowledged.load(ordering: .acquiring) } }
+    var isWriting: Bool { problem == nil && !isStopping.load(ordering: .relaxed) }
     /// A write that failed.
     var problem: String? { failure.withLock { $0 } }
 

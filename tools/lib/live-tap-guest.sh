@@ -24,7 +24,7 @@ available() {
     local what=$1 log=$run_dir/fetch.log
     shift
     if (cleanup_owner=$BASHPID cleanup_stack=(); trap run_cleanup EXIT; "$@") >"$log" 2>&1; then return 0; fi
-    skip "$tool_name" "$what cannot be fetched: $(grep -v '^[EW]: Some index' "$log" | tail -n 2 | tr '\n' ' ')"
+    skip "${tool_name%.sh}" "$what cannot be fetched: $(grep -v '^[EW]: Some index' "$log" | tail -n 2 | tr '\n' ' ')"
     return 1
 }
 
@@ -62,10 +62,12 @@ start_live_tap_guest() {
         -device nvme,serial=afterimage,id=nvme -device nvme-ns,drive=nvme1,bus=nvme -device nvme-ns,drive=nvme2,bus=nvme -device nvme-ns,drive=nvme3,bus=nvme
 }
 
-# live_tap_run NAME SECONDS: waits for the end of the run NAME, and prints what it said after "LIVE-TAP-RUN NAME".
+# live_tap_run NAME SECONDS: waits for the end of the run NAME, and sets $output to what it said. (No command substitution around the wait:
+# a signal is answered at once.)
 live_tap_run() {
-    wait_console "$console" "$2" "^LIVE-TAP-END $1 " "$guest_pid" >/dev/null || { tail -n 5 "$console" >&2; return 1; }
-    sed 's/^[0-9.]* //; s/\r$//' "$console" | awk -v name="$1" '$1 == "LIVE-TAP-RUN" { on = $2 == name; next } $1 == "LIVE-TAP-END" { if (on) print; on = 0 } on'
+    wait_console "$console" "$2" "^LIVE-TAP-END $1 " "$guest_pid" >/dev/null || return 1
+    output=$(sed 's/^[0-9.]* //; s/\r$//' "$console" |
+        awk -v name="$1" '$1 == "LIVE-TAP-RUN" { on = $2 == name; next } $1 == "LIVE-TAP-END" { if (on) print; on = 0 } on')
 }
 
 # live_tap_kernel KERNEL_DIR SECONDS PAUSE KIND...: boots the kernel and runs the checks, each for SECONDS, its 32 chains pausing for PAUSE µs after each
@@ -82,7 +84,7 @@ live_tap_kernel() {
         { not_ok "$version boots and has BTF" "$(tail -n 3 "$console" | tr '\n' ' ')"; stop_process "$guest_pid"; return; }
     for kind; do
         for name in $(live_tap_kind "$kind" "$seconds" "$pause" | awk '$1 == "run" { print $2 }'); do
-            output=$(live_tap_run "$name" $((seconds * 3 + 120))) || { not_ok "$version, $name" "the guest did not get there: $(tail -n 3 "$console" | tr '\n' ' ')"; break 2; }
+            live_tap_run "$name" $((seconds * 10 + 300)) || { not_ok "$version, $name" "the guest did not get there: $(tail -n 3 "$console" | tr '\n' ' ')"; break 2; }
             live_tap_verdict "$version" "$name" "$output"
         done
     done

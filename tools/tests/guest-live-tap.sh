@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tier: guest
-# limit: 2400
+# limit: 3600
 # guest-live-tap.sh [--seconds N] [--pause µS] [--suite SUITE]... [KIND...]: the live tap on the kernels of Debian, in guests: dependent writes to virtio-blk, SCSI, NVMe
 # and loop disks, and to a group with one of each; every proven point is exact, also while the kernel's events are dropped on purpose; deliberate
 # mistakes are noticed; without BTF it refuses. SUITE: bookworm (6.1) and the newest for this Debian when not said.
