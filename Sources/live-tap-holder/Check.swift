@@ -237,6 +237,7 @@ final class LiveTapReplica {
 /// A command line on its way, with an empty environment.
 struct Shell {
     private let pid: pid_t
+    /// As the shell has it: above 128 it was a signal.
     private(set) var status: Int32?
 
     init(_ command: String) throws(SystemError) {
@@ -251,7 +252,7 @@ struct Shell {
     var hasEnded: Bool {
         mutating get {
             var raw: Int32 = 0
-            if status == nil, waitpid(pid, &raw, WNOHANG) == pid { status = raw }
+            if status == nil, waitpid(pid, &raw, WNOHANG) == pid { status = raw & 0x7F == 0 ? raw >> 8 : 128 + raw & 0x7F }
             return status != nil
         }
     }

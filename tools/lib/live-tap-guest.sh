@@ -98,11 +98,11 @@ live_tap_kind() {
     case $1 in
     virtio-blk) echo "run virtio-blk $virtio $options" ;;
     scsi) echo "run scsi --disk /dev/sda --disk /dev/sdb $options" ;;
-    nvme) echo "run nvme --disk /dev/nvme0n1 --disk /dev/nvme0n2 $options" ;;
+    nvme) echo "run nvme --disk \$(namespace 1) --disk \$(namespace 2) $options" ;;
     loop) echo "run loop --disk /dev/loop0 --disk /dev/loop1 $options" ;;
-    mixed) echo "run mixed --disk /dev/vda --disk /dev/sda --disk /dev/nvme0n1 --disk /dev/loop0 $options" ;;
+    mixed) echo "run mixed --disk /dev/vda --disk /dev/sda --disk \$(namespace 1) --disk /dev/loop0 $options" ;;
     requeue) echo "run requeue --disk /dev/vdd $options" ;;
-    ranges) echo "run many-ranges --disk /dev/nvme0n3 --load '/bin/sh /discard-load /dev/nvme0n3 $(($2 / 4 + 2))'" ;;
+    ranges) echo "run many-ranges --disk \$(namespace 3) --load \"/bin/sh /discard-load \$(namespace 3) $(($2 / 4 + 2))\"" ;;
     drops)
         echo "run dropped-completions $virtio $short --drop completions"
         echo "run dropped-issues $virtio $short --drop issues"

@@ -21,6 +21,11 @@ wait_for() {
     done
 }
 
+# namespace N: its disk. The kernel looks at them side by side and gives out names as it finds them.
+namespace() {
+    for disk in /sys/block/nvme*; do [ "$(cat "$disk/nsid")" != "$1" ] || echo "/dev/${disk##*/}"; done
+}
+
 # loops DISK MIB DEVICE...: DEVICEs with direct I/O, each on a file of MIB in the ext4 of DISK.
 loops() {
     local disk=$1 size=$2 file
