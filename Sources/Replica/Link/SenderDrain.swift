@@ -50,7 +50,7 @@ extension SenderLoop {
         isCutRequested = false
         isCutInFlight = true
         nextCut = .now() + .milliseconds(Int64(order.epochMilliseconds))
-        let (consistency, opensResync) = (wantedConsistency, isPeerHashing && resync == .off)
+        let (consistency, opensResync) = (wantedConsistency, canCompare && resync == .off)
         Task { [self] in
             // Asked before: a source that begins a full sync of its own accord does it within a cut, whose epoch is none of that yet.
             let isFullSync = await source.needsFuzzyCut
@@ -75,6 +75,8 @@ extension SenderLoop {
             // The first exact epoch after a full sync makes the first recovery point: no reason to wait for it.
             nextCut = .now()
             base.fullSyncGoesOn()
+            // One that begins at a replica with nothing goes on as it began.
+            if resync == .off { resync = .refused }
             if !isCopying { setPhase(resync == .open ? .resync : .fullSync, nil) }
         } else {
             endResync(handler)

@@ -101,8 +101,9 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     var resync = Resync.off
     /// While `resync` is open.
     var pass: ResyncPass?
-    /// The replica has something and says what.
+    /// The appliance can say what the replica has.
     var isPeerHashing = false
+    var canCompare: Bool { isPeerHashing && peerEpoch != .none }
     /// The newest epoch that the replica is known to hold.
     var peerEpoch = EpochNumber.none
     /// Handed out, and what it is to be compared with is not here yet.
@@ -217,17 +218,17 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         link = .streaming(handler)
         wasConnected = true
         resetStream(windowBytes: welcome.windowBytes)
-        isPeerHashing = welcome.hashes == true && welcome.position != nil
+        isPeerHashing = welcome.hashes == true
         peerEpoch = welcome.position?.epoch ?? .none
         if base.canContinue(group: order.group, instance: source.instance, position: welcome.position) {
             logger.info("replication goes on from \(welcome.position!.epoch)")
         } else {
-            let what = isPeerHashing ? "resync" : "full sync"
+            let what = canCompare ? "resync" : "full sync"
             logger.info("the replica holds \(welcome.position.map { "\($0.epoch) of another history" } ?? "nothing"): \(what)")
             base.beginFullSync(group: order.group, instance: source.instance)
             source.beginFullSync()
         }
-        setPhase(!base.read { $0.known!.isFullSyncing } ? .replicating : isPeerHashing ? .resync : .fullSync, nil)
+        setPhase(!base.read { $0.known!.isFullSyncing } ? .replicating : canCompare ? .resync : .fullSync, nil)
         scheduleCut()
     }
 
