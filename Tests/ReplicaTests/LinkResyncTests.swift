@@ -260,7 +260,6 @@ import Testing
             await source.untilAcknowledged(exact: source.acknowledgedExactCount + 1)
             await sender.stop()
             await proxy.stop()
-            #expect(source.fullSyncCount == 1)
             let newest = try #require(appliance.store.recoveryPoints(TestAppliance.group).last)
             #expect(newest.instance == source.instance)
             for disk in source.disks.indices {

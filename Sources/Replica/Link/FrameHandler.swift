@@ -30,6 +30,9 @@ final class FrameHandler: ChannelInboundHandler, @unchecked Sendable {
     private let refusesFailures: Bool
     private var phase = Phase.handshake
     private var assembler = FrameAssembler()
+    /// What TLS still had is handed up within the write that found the connection dead, and that write may have been an answer to a frame.
+    private var isReading = false
+    private var readMeanwhile: [ByteBuffer] = []
     private var nextSequence: UInt64 = 0
     /// All bytes of frames written, payloads included; what the peer's ALIVE reports is compared with it.
     private(set) var sentBytes: UInt64 = 0
@@ -190,15 +193,26 @@ final class FrameHandler: ChannelInboundHandler, @unchecked Sendable {
     func channelRead(context: ChannelHandlerContext, data: NIOAny) {
         lastRead = .now()
         guard phase == .open || phase == .greeting else { return }
-        var bytes = unwrapInboundIn(data)
-        do {
-            try assembler.consume(&bytes) { frame in
-                guard phase == .open || phase == .greeting else { return }
-                if frame.header.type == .alive && phase == .greeting { return }
-                try stream.received(frame)
+        readMeanwhile.append(unwrapInboundIn(data))
+        if isReading { return }
+        isReading = true
+        defer {
+            isReading = false
+            readMeanwhile.removeAll()
+        }
+        var count = 0
+        while count < readMeanwhile.count, phase == .open || phase == .greeting {
+            var bytes = readMeanwhile[count]
+            count += 1
+            do {
+                try assembler.consume(&bytes) { frame in
+                    guard phase == .open || phase == .greeting else { return }
+                    if frame.header.type == .alive && phase == .greeting { return }
+                    try stream.received(frame)
+                }
+            } catch {
+                return fail(error)
             }
-        } catch {
-            fail(error)
         }
     }
 
