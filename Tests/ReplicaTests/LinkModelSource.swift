@@ -84,6 +84,8 @@ final class ModelSource: EpochSource, @unchecked Sendable {
     func changeUnseen(disk: Int, blocks: [Int], to value: UInt8? = nil) {
         lock.withLock {
             for block in blocks {
+                // It is no zero any more, for whoever reads it.
+                trimmed.remove(Key(disk: disk, block: block))
                 let end = min((block + 1) * blockBytes, content[disk].count)
                 for index in block * blockBytes..<end { content[disk][index] = value ?? UInt8.random(in: 0...255, using: &random) }
             }

@@ -16,10 +16,10 @@ import Testing
         try await appliance.start()
         let path = appliance.directory.path + "/disk"
         try fill(path)
+        let loop = try BlockTap.EventLoop(name: "tap-speed")
+        let device = try BlockDevice.open(path: path, access: .readWrite, exclusive: true)
         for round in 0..<4 {
-            let loop = try BlockTap.EventLoop(name: "tap-speed")
-            let group = await TapGroup(
-                loop: loop, disks: [("root", try BlockDevice.open(path: path, access: .readWrite, exclusive: true, patienceMilliseconds: 5000))], instance: UUID().uuidString)
+            let group = await TapGroup(loop: loop, disks: [("root", device)], instance: UUID().uuidString)
             let sender = try appliance.sender(group, epochMilliseconds: 1000)
             let points = appliance.store.recoveryPoints(TestAppliance.group).count
             let begin = ContinuousClock.now
@@ -32,8 +32,8 @@ import Testing
             let status = sender.status
             print("round \(round): \(seconds) s, \(used) s of processor, \(status.sentBytes) bytes sent, \(status.resyncComparedBytes) compared, \(status.resyncEqualBytes) equal")
             if round > 0 { #expect(status.sentBytes == 0 && status.resyncEqualBytes == UInt64(Self.gibibytes) << 30) }
-            loop.shutdown()
         }
+        loop.shutdown()
         await appliance.stop()
     }
 
