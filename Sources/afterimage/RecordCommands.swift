@@ -144,6 +144,7 @@ struct StatusCommand: ClientCommand {
         }
         if let behind = server.behindBytes { lines.append("  behind        \(Words.bytes(behind))") }
         if let live = server.agent?.live { lines += liveTap(live) }
+        for warning in server.specification?.warnings ?? [] { lines += Terminal.field("recovery", warning) }
         for machine in server.instances {
             var line = "  \(machine.kind == .drill ? "drill" : "machine")".padding(toLength: 16, withPad: " ", startingAt: 0)
             line += "\(machine.step.rawValue)" + (machine.recoveryPoint.map { ", from \($0)" } ?? "")

@@ -10,7 +10,7 @@ struct ReplicationCommand: AsyncParsableCommand {
     struct Start: ClientCommand {
         static let configuration = CommandConfiguration(
             abstract: "Start Replication; with --wait until the first recovery point is there.",
-            discussion: "What is not given stays as it was; at first: all disks, 1000 ms, no throttle, automatic restart, 2 CPUs, 1024 MiB, policy standard.")
+            discussion: "What is not given stays as it was; at first: all disks, 1000 ms, no throttle, automatic restart, CPUs and memory of the host that is protected (2 and 1024 MiB for a served disk), policy standard.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
         @Argument(help: "The server's name.") var name: String

@@ -68,6 +68,11 @@ struct ServerCommand: AsyncParsableCommand {
     static func details(_ server: ServerView) -> [String] {
         var lines = ["  id            \(server.id)", "  site pair     \(server.sitePair)"]
         if let host = server.hostName { lines.append("  host          \(host), agent \(server.agentVersion ?? "?")") }
+        if let host = server.specification {
+            lines += Terminal.field(
+                "specification", "\(Words.count(host.cpus, "CPU")), \(host.memoryMiB) MiB, \(host.firmware == .uefi ? "UEFI" : "BIOS"), Linux \(host.kernel)"
+                    + host.networkCards.map { ", \($0.name) \(($0.addresses + [$0.mac]).joined(separator: " "))" }.joined())
+        }
         if let generation = server.generation { lines.append("  generation    \(generation)") }
         if let stored = server.storedBytes { lines.append("  stored        \(Words.bytes(stored))" + (server.layerCount.map { " in \(Words.count($0, "layer"))" } ?? "")) }
         lines.append("  policy        \(PolicyHelp.words(server.policy))" + (server.heldPointCount > 0 ? ", \(Words.count(server.heldPointCount, "held point"))" : ""))
@@ -78,7 +83,7 @@ struct ServerCommand: AsyncParsableCommand {
                     + ", automatic restart \(settings.automaticRestart ? "on" : "off"), machine \(settings.cpus) CPUs \(settings.memoryMiB) MiB")
         }
         for disk in server.disks {
-            lines.append("  disk \(disk.name)  \(disk.devicePath), \(Words.bytes(disk.geometry.sizeBytes)), tap \(disk.tap) \(disk.socketPath ?? "")")
+            lines.append("  disk \(disk.name)  \(disk.devicePath), \(Words.bytes(disk.geometry.sizeBytes)), tap \(disk.tap)" + (disk.socketPath.map { " \($0)" } ?? ""))
         }
         for machine in server.instances {
             lines.append("  machine \(machine.id)  \(machine.kind.rawValue), \(machine.step.rawValue)" + (machine.reason.map { ": \($0)" } ?? ""))

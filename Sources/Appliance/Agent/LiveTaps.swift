@@ -55,7 +55,11 @@ final class LiveTaps: AgentTap {
             base = ReplicationBase()
         }
         for report in reports { logger.info("disk \(report.name): \(report.devicePath), \(report.geometry.sizeBytes >> 20) MiB, followed by the live tap") }
-        hello = configuration.hello(instance: group.instance, disks: reports)
+        let specification = await HostInspection().specification()
+        for warning in specification.warnings { logger.warning("recovery: \(warning)") }
+        var hello = configuration.hello(instance: group.instance, disks: reports)
+        hello.specification = specification
+        self.hello = hello
     }
 
     func willReplicate(_ group: GroupID) throws { try state.track(AgentState.Tracked(group: group.rawValue, instance: self.group.instance)) }

@@ -120,7 +120,8 @@ extension Catalogue {
                 t.column("created", .datetime).notNull()
             }
         }
-        migrator.registerMigration("3: how recovery points were proven") { db in
+        migrator.registerMigration("3: how recovery points were proven, hosts' specifications") { db in
+            try db.alter(table: "server") { t in t.add(column: "specification", .text) }
             try db.create(table: "pointProof") { t in
                 t.column("server", .text).notNull().references("server", column: "id", onDelete: .cascade)
                 t.column("instance", .text).notNull()

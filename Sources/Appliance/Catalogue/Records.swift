@@ -41,6 +41,7 @@ public struct ServerRecord: Codable, Sendable, Hashable, FetchableRecord, Persis
     public var hostName: String?
     public var agentVersion: String?
     public var kernel: String?
+    public var specification: HostSpecification?
     /// The only certificate that is let in; hexadecimal.
     public var certificateSerial: String?
     /// SHA-256 of the one-time secret, hexadecimal; nil when used.

@@ -20,6 +20,7 @@ extension Lifecycle: LinkServerDelegate {
                 record.hostName = hello.hostName
                 record.agentVersion = hello.agentVersion
                 record.kernel = hello.kernel
+                record.specification = hello.specification
                 record.lastSeen = Date()
                 if let unfit {
                     try db.apply(.agentUnfit, to: &record, who: "agent of \(record.name)", hasRecoveryPoint: true, reason: unfit)

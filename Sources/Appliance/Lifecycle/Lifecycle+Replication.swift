@@ -53,7 +53,8 @@ extension Lifecycle {
             epochMilliseconds: request.epochMilliseconds ?? old?.epochMilliseconds ?? 1000,
             throttleBytesPerSecond: request.throttleBytesPerSecond ?? old?.throttleBytesPerSecond ?? 0,
             automaticRestart: request.automaticRestart ?? old?.automaticRestart ?? true,
-            cpus: request.cpus ?? old?.cpus ?? 2, memoryMiB: request.memoryMiB ?? old?.memoryMiB ?? 1024,
+            cpus: request.cpus ?? old?.cpus ?? server.specification?.cpus ?? 2,
+            memoryMiB: request.memoryMiB ?? old?.memoryMiB ?? server.specification?.memoryMiB ?? 1024,
             consistentEverySeconds: request.consistentEverySeconds ?? old?.consistentEverySeconds, consistency: request.consistency ?? old?.consistency)
         guard !settings.disks.isEmpty, Set(settings.disks).count == settings.disks.count else {
             throw ApplianceError.invalid("name each disk to be followed once, and at least one")

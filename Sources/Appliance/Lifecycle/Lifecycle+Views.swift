@@ -36,7 +36,7 @@ extension Lifecycle {
         return ServerView(
             id: record.id, name: record.name, sitePair: record.sitePair, state: record.state, stateSince: record.stateSince, reason: record.reason,
             drill: record.drill, drillReason: record.drillReason, agentConnected: connected, hostName: record.hostName,
-            agentVersion: record.agentVersion, lastSeen: connected ? Date() : record.lastSeen, disks: record.disks, settings: record.settings,
+            agentVersion: record.agentVersion, lastSeen: connected ? Date() : record.lastSeen, disks: record.disks, specification: record.specification, settings: record.settings,
             agent: connected ? live?.status : nil, policy: record.policy, recoveryPointCount: group?.recoveryPointCount ?? 0,
             heldPointCount: group == nil ? 0 : store.recoveryPoints(record.group).count { $0.hold != nil }, lastRecoveryPoint: newest?.id,
             lastRecoveryPointTime: newest.map { Date(nanoseconds: $0.cutTimeNanoseconds) },

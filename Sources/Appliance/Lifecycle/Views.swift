@@ -17,6 +17,8 @@ public struct ServerView: Sendable, Codable {
     public var agentVersion: String?
     public var lastSeen: Date?
     public var disks: [DiskReport]
+    /// Of a protected host.
+    public var specification: HostSpecification?
     public var settings: ReplicationSettings?
     public var agent: AgentStatus?
     /// Recovery Point Policy, as `PolicyText` has it.

@@ -29,12 +29,15 @@ public struct AgentHello: Sendable, Codable, Hashable {
     /// `EpochSource.instance` of the agent's tap group.
     public var instance: String
     public var disks: [DiskReport]
-    public init(agentVersion: String, hostName: String, kernel: String, instance: String, disks: [DiskReport]) {
+    /// Of a host that is itself protected (live tap).
+    public var specification: HostSpecification?
+    public init(agentVersion: String, hostName: String, kernel: String, instance: String, disks: [DiskReport], specification: HostSpecification? = nil) {
         self.agentVersion = agentVersion
         self.hostName = hostName
         self.kernel = kernel
         self.instance = instance
         self.disks = disks
+        self.specification = specification
     }
 }
 
