@@ -333,7 +333,6 @@ import Testing
         try await appliance.start()
         let old = try await replicated(appliance, sizes: [2 << 20], seed: 23, fill: true)
         await appliance.server.stop()
-        let points = appliance.store.recoveryPoints(TestAppliance.group).count
         var timing = appliance.timing
         timing.fault = fault
         try await appliance.start(timing)
@@ -344,7 +343,9 @@ import Testing
         try await eventually("it says why") { sender.status.reason?.contains(words) == true }
         #expect(sender.status.phase == .interrupted)
         await sender.stop()
-        #expect(source.acknowledgedExactCount == 0 && appliance.store.recoveryPoints(TestAppliance.group).count == points)
+        // The last epoch of its predecessor may have become durable meanwhile; nothing of its own has.
+        #expect(source.acknowledgedExactCount == 0)
+        #expect(appliance.store.recoveryPoints(TestAppliance.group).allSatisfy { $0.instance != source.instance })
         // The same agent gets through where the answers are right.
         await appliance.server.stop()
         try await appliance.start()
