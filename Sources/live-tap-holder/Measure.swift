@@ -6,7 +6,7 @@ import Glibc
 enum Measurement {
     static func run(_ arguments: [String]) async {
         guard arguments.count >= 4, let seconds = Double(arguments[0]), let interval = Double(arguments[1]) else {
-            print("usage: live-tap-holder --measure SECONDS INTERVAL-MS PIN-DIRECTORY DEVICE [stage=MIB] [depth=N] [rounds-ms=N]")
+            print("usage: live-tap-holder --measure SECONDS INTERVAL-MS PIN-DIRECTORY DEVICE [stage=MIB] [depth=N] [depth-max=N] [rounds-ms=N]")
             exit(2)
         }
         var configuration = LiveTapConfiguration()
@@ -16,6 +16,7 @@ enum Measurement {
             switch parts[0] {
             case "stage": configuration.stagingBytesMax = number << 20
             case "depth": configuration.readDepth = number
+            case "depth-max": configuration.readDepthMax = number
             case "rounds-ms": configuration.roundsMilliseconds = number
             default: break
             }
@@ -60,7 +61,7 @@ enum Measurement {
             func quantile(_ q: Double) -> Int { proofs.isEmpty ? 0 : Int(proofs[min(proofs.count - 1, Int(q * Double(proofs.count)))]) }
             print(
                 "proven \(proofs.count), not \(unproven) (\(figures.unstagedCount) larger than the stage); cut to proof \(quantile(0.5)) ms median, \(quantile(0.99)) ms p99; "
-                    + "\(figures.roundCount) rounds, at most \(figures.roundsMax); \(figures.collisionCount) collisions; \(blocks * 4096 >> 20) MiB in epochs, "
+                    + "\(figures.roundCount) rounds, at most \(figures.roundsMax); \(figures.collisionCount) collisions; \((blocks * 4096) >> 20) MiB in epochs, "
                     + "\(figures.readBytes >> 20) MiB read; \(figures.issuedCount) writes; resyncs \(figures.resyncCount)")
             group.close()
             LiveTapGroup.detach(pinDirectory: arguments[2])

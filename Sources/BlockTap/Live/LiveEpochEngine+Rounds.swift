@@ -19,6 +19,7 @@ extension LiveEpochEngine {
         var roundCount: UInt32 = 0
         var collisionCount: UInt64 = 0
         var lastRoundNanoseconds: UInt64 = 0
+        var lastRoundBlockCount: UInt64?
     }
 
     private enum Step {
@@ -64,9 +65,11 @@ extension LiveEpochEngine {
         if !run.isStaged { figures.unstagedCount += 1 }
         if let proof = run.proof {
             figures.provenCount += 1
+            if run.roundCount <= 3 { depth = max(configuration.readDepth, depth / 2) }
             if proof.consistency == .fileSystem { figures.fileSystemConsistentCount += 1 }
         } else {
             figures.unprovenCount += 1
+            deepen()
         }
         return run
     }
@@ -101,6 +104,7 @@ extension LiveEpochEngine {
             run.blocks[disk.index].formUnion(disk.dirty)
             disk.dirty = BlockBitmap(blockCount: disk.disk.blockCount)
         }
+        let blockCount = round.reduce(0) { $0 + $1.count }
         let considering = run.roundCount == 1 ? LiveReader.Consideration(priority: configuration.readPriority) : nil
         // What is too large for the stage, or cannot be read, is not handed out as if it had been read.
         guard run.blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount),
@@ -109,11 +113,17 @@ extension LiveEpochEngine {
             run.isStaged = false
             return .ended
         }
+        if let last = run.lastRoundBlockCount, blockCount > 256, blockCount > last / 2 { deepen() }
+        run.lastRoundBlockCount = blockCount
         run.lastRoundNanoseconds = LiveReconciliation.now() - began
         run.collided = collisions
         run.collisionCount += UInt64(collisions.count)
         return collisions.isEmpty ? .proven : .goOn
     }
+
+    /// Rounds that do not shrink are read with more at once, up to a limit, and so are epochs after one that was not proven: otherwise the writers'
+    /// share of the disk is the larger one, and they stay ahead for ever. It goes down again while few rounds are enough.
+    private func deepen() { depth = min(depth * 2, max(configuration.readDepth, configuration.readDepthMax)) }
 
     /// Of a cut without collisions: whether the kernel's account agrees. It may be asked later: it is about all writes so far.
     private func judge(_ run: inout Convergence) -> Step {
@@ -151,6 +161,7 @@ extension LiveEpochEngine {
         var lines: [String] = []
         onEvent = { lines.append($0) }
         let result = Result { () throws(SystemError) in try read(&run) }
+        whileFrozen?()
         let (wasHeld, milliseconds) = freeze.thaw()
         onEvent = log
         for line in lines { log?(line) }
@@ -221,7 +232,7 @@ extension LiveEpochEngine {
         }
         var collisions: [LiveStage.Place] = []
         var hasFailed = false
-        reader.read(ranges, depth: configuration.readDepth, considering: considering) { index, succeeded in
+        reader.read(ranges, depth: depth, considering: considering) { index, succeeded in
             if !succeeded { hasFailed = true }
             let place = places[index]
             for block in place.block..<place.block + UInt64(place.count) where maps.isIssued(disk: place.disk, block: block) {

@@ -51,6 +51,8 @@ package final class LiveEpochEngine {
     let maps: LiveTapMaps
     package let queue: DrainQueue
     package var faults: LiveTapFaults = []
+    /// For tests: done before the file systems are thawed.
+    package var whileFrozen: (() -> Void)?
     /// Words for the log.
     package var onEvent: ((String) -> Void)?
     let configuration: LiveTapConfiguration
@@ -65,6 +67,8 @@ package final class LiveEpochEngine {
     private var abandonedCount: UInt64 = 0
     /// Cuts that pass before file systems are frozen again only because rounds do not converge; doubles each time that does not help.
     var freezePause = (left: 0, next: 1)
+    /// Reads in flight: more while the disks are written faster than they are read.
+    var depth: Int
     /// Of what has been said more than once in a row.
     var saidLast: [String: String] = [:]
 
@@ -79,6 +83,7 @@ package final class LiveEpochEngine {
     init(attachment: LiveTapAttachment, disks: [LiveDisk], configuration: LiveTapConfiguration) throws(SystemError) {
         self.attachment = attachment
         self.configuration = configuration
+        depth = configuration.readDepth
         maps = attachment.maps
         self.disks = disks.enumerated().map { Disk($0.element, index: $0.offset) }
         queue = DrainQueue(bufferCount: configuration.drainBufferCount)
@@ -197,12 +202,14 @@ package final class LiveEpochEngine {
         guard let epoch = draining else { return false }
         var runs: [(disk: Disk, first: UInt64, count: UInt64, slot: Int)] = []
         var isStarved = false
-        // Under a budget not more than a tenth of a second's: this blocks the thread.
-        let budget = configuration.readBytesPerSecondMax / 10 / UInt64(DrainQueue.bufferBytes)
-        let runsMax = configuration.readBytesPerSecondMax == 0 || isDrainingStaged ? 8 : Int(min(max(budget, 1), 8))
+        // Many short ones or a few long ones; under a budget not more than a tenth of a second's: this blocks the thread.
+        let rate = isDrainingStaged ? 0 : configuration.readBytesPerSecondMax
+        let bytesMax = rate == 0 ? 8 * DrainQueue.bufferBytes : Int(min(max(rate / 10, UInt64(blockBytes)), UInt64(8 * DrainQueue.bufferBytes)))
+        let runsMax = isDrainingStaged ? 8 : depth
+        var bytes = 0
         fill: for disk in disks {
             while let block = disk.pending.nextSet(from: 0) {
-                guard runs.count < runsMax else { break fill }
+                guard runs.count < runsMax, bytes < bytesMax else { break fill }
                 guard let slot = queue.takeBuffer() else {
                     isStarved = true
                     break fill
@@ -210,6 +217,7 @@ package final class LiveEpochEngine {
                 let count: UInt64 = disk.pending.runLength(first: block, limit: UInt64(DrainQueue.bufferBytes / blockBytes))
                 disk.pending.clear(first: block, length: count)
                 runs.append((disk, block, count, slot))
+                bytes += Int(count) * blockBytes
             }
         }
         if runs.isEmpty {
@@ -238,7 +246,7 @@ package final class LiveEpochEngine {
                 LiveReader.Range(
                     fd: $0.disk.disk.device.fd, offsetBytes: $0.first * UInt64(blockBytes), lengthBytes: length($0), memory: queue.memory(slot: $0.slot))
             }
-            reader.read(ranges, depth: configuration.readDepth, considering: .init(priority: configuration.readPriority)) { index, succeeded in
+            reader.read(ranges, depth: depth, considering: .init(priority: configuration.readPriority)) { index, succeeded in
                 if !succeeded { failed[index] = true }
             }
         }

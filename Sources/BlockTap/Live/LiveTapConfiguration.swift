@@ -12,8 +12,9 @@ public struct LiveTapConfiguration: Sendable {
     /// Memory for one epoch's blocks while its rounds run, taken as it is needed; an epoch that is larger is sent without a proof, and the next
     /// one is smaller.
     public var stagingBytesMax = 256 << 20
-    /// Reads in flight.
+    /// Reads in flight; and at most, while rounds do not shrink.
     public var readDepth = 32
+    public var readDepthMax = 128
     /// Of full sync, of epochs without a proof and of an epoch's first round, all disks together; 0: as fast as the disks are. Not of the later
     /// rounds: what they cost is decided by who writes meanwhile.
     public var readBytesPerSecondMax: UInt64 = 0

@@ -150,13 +150,17 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         get async { await loop.run { clivetap_io_priority(0) } }
     }
 
-    /// For tests: what the algorithm does wrong on purpose, and which events the kernel's half drops, in bursts of `burst` out of `period`
-    /// nanoseconds.
-    package func inject(_ faults: LiveTapFaults, issues: (period: UInt64, burst: UInt64) = (0, 0), completions: (period: UInt64, burst: UInt64) = (0, 0)) async {
+    /// For tests: what the algorithm does wrong on purpose, which events the kernel's half drops, in bursts of `burst` out of `period`
+    /// nanoseconds, and what is done inside a freeze.
+    package func inject(
+        _ faults: LiveTapFaults, issues: (period: UInt64, burst: UInt64) = (0, 0), completions: (period: UInt64, burst: UInt64) = (0, 0),
+        whileFrozen: (@Sendable () -> Void)? = nil
+    ) async {
         let engine = engine
         await loop.run {
             engine.engine.faults = faults
             engine.engine.drop(issues: issues, completions: completions)
+            engine.engine.whileFrozen = whileFrozen
         }
     }
 }

@@ -114,6 +114,18 @@ final class LiveTapBed: @unchecked Sendable {
         return copy
     }
 
+    /// Carries until the images are proven and nothing has been written since, and compares. (A file system may still be mounted after `umount`, in
+    /// a mount namespace that somebody made meanwhile, and write.)
+    func quietImagesEqualDisks() async throws -> Bool {
+        for _ in 0..<20 {
+            let before = await group.liveStatistics.issuedCount
+            try await carryUntilProven()
+            if try imagesEqualDisks() { return true }
+            if await group.liveStatistics.issuedCount == before { return false }
+        }
+        return false
+    }
+
     /// Whether the images are what the disks hold now, read past the page cache.
     func imagesEqualDisks() throws -> Bool {
         for (loop, image) in zip(loops, images) {

@@ -123,7 +123,7 @@ struct LiveTapInspectionTests {
         try await bed.fullSync()
         let figures = await bed.group.liveStatistics
         #expect(figures.readBytes >= 16 << 20)
-        #expect(figures.readWaitMilliseconds > 200)
+        #expect(figures.readWaitMilliseconds > 0)
         #expect(await bed.group.ioPriority == 2 << 13 | 7)
         try await bed.carryUntilProven()
         #expect(try bed.imagesEqualDisks())
