@@ -21,8 +21,8 @@ struct MountedFileSystem: Equatable {
         let fd = open(root + mountPoint, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW)
         guard fd >= 0 else { return nil }
         var facts = stat()
-        // A btrfs has numbers of its own for its subvolumes.
-        if fstat(fd, &facts) == 0, DeviceNumber(facts.st_dev) == fileNumber || fileNumber != device { return fd }
+        // A btrfs has numbers of its own for its subvolumes. In somebody else's namespace a path may be made to lead anywhere.
+        if fstat(fd, &facts) == 0, DeviceNumber(facts.st_dev) == fileNumber || (fileNumber != device && root.isEmpty) { return fd }
         close(fd)
         return nil
     }

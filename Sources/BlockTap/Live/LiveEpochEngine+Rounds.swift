@@ -30,8 +30,21 @@ extension LiveEpochEngine {
         case ended
     }
 
+    /// What was taken goes back if it throws: no epoch has it.
     func converge(_ consistency: CutConsistency) throws(SystemError) -> Convergence {
         var run = Convergence(blocks: disks.map { BlockBitmap(blockCount: $0.disk.blockCount) })
+        do throws(SystemError) {
+            try converge(&run, consistency)
+        } catch {
+            if !faults.contains(.forgetWhatWasTaken) {
+                for disk in disks { disk.dirty.formUnion(run.blocks[disk.index]) }
+            }
+            throw error
+        }
+        return run
+    }
+
+    private func converge(_ run: inout Convergence, _ consistency: CutConsistency) throws(SystemError) {
         stage.clear()
         var step: Step
         if consistency == .fileSystem, configuration.freezes {
@@ -71,7 +84,6 @@ extension LiveEpochEngine {
             figures.unprovenCount += 1
             deepen()
         }
-        return run
     }
 
     /// The budget of time begins after an epoch's first round.
@@ -96,6 +108,7 @@ extension LiveEpochEngine {
     private func read(_ run: inout Convergence) throws(SystemError) -> Step {
         let began = LiveReconciliation.now()
         run.proof = nil
+        if faults.contains(.failInRound), run.roundCount > 0 { throw SystemError(errno: ENOMEM, doing: "make a bitmap, as a test wants it") }
         run.timeNanoseconds = try flip()
         run.roundCount += 1
         var round: [BlockBitmap] = []

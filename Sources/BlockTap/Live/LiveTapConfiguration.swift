@@ -99,4 +99,8 @@ package struct LiveTapFaults: OptionSet, Sendable {
     package static let skipReconciliation = LiveTapFaults(rawValue: 16)
     /// Believe that what is free in memory is free on disk.
     package static let skipFreeSpaceSync = LiveTapFaults(rawValue: 32)
+    /// Not wrong, but a failure to be survived: no memory in an epoch's second round.
+    package static let failInRound = LiveTapFaults(rawValue: 64)
+    /// Then forget what the first round took.
+    package static let forgetWhatWasTaken = LiveTapFaults(rawValue: 128)
 }

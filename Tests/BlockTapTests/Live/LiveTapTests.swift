@@ -140,6 +140,30 @@ struct LiveTapTests {
         Issue.record("mutant \(fault.rawValue) was not caught in \(points) points")
     }
 
+    @Test("A cut that fails in the middle of its rounds gives back what it took", arguments: [LiveTapFaults.failInRound, [.failInRound, .forgetWhatWasTaken]])
+    func failureInRound(fault: LiveTapFaults) async throws {
+        let bed = try LiveTapBed(disks: 2, bytes: 32 << 20)
+        try await bed.start()
+        let writers = DependentWriters(bed)
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        try await bed.carryUntilProven()
+        await bed.group.inject(fault)
+        var failures = 0
+        for _ in 0..<400 where failures < 5 {
+            try await writers.progress(by: 50)
+            do { try await bed.carry() } catch let error as SystemError where error.errno == ENOMEM { failures += 1 }
+        }
+        #expect(failures == 5)
+        await bed.group.inject([])
+        try await bed.carryUntilProven()
+        #expect(writers.violations(in: bed.images).isEmpty == (fault == .failInRound))
+        writers.stop()
+        try await bed.carryUntilProven()
+        #expect(try bed.imagesEqualDisks() == (fault == .failInRound))
+    }
+
     @Test("Believing the program without asking the kernel is caught as soon as the kernel hides issues")
     func reconciliationIsNeeded() async throws {
         let bed = try LiveTapBed(disks: 1, bytes: 32 << 20)
