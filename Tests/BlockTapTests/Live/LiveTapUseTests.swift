@@ -31,9 +31,8 @@ struct LiveTapUseTests {
             "mkfs.ext4 -q -F ${DISK}p3", "partx -d $DISK || true", "printf 'label: dos\\n,20M\\n' | sfdisk -q --no-reread --wipe always $DISK",
         ]),
         ("swap that is used", "mkswap", [
-            "wipefs -aq $DISK", "mkswap -q $DISK", "swapon $DISK",
-            "python3 -c 'import mmap,os\nm=mmap.mmap(-1,24<<20,flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)\nm.write(os.urandom(24<<20))\nm.madvise(21)\nf=[l for l in open(\"/proc/self/status\") if l.startswith(\"VmSwap\")]\nassert int(f[0].split()[1])>0,f\nassert sum(m[::4096])>0'",
-            "swapoff $DISK",
+            "wipefs -aq $DISK", "mkswap -q $DISK",
+            "trap 'swapoff $DISK' EXIT\nswapon $DISK\npython3 -c 'import mmap,os\nm=mmap.mmap(-1,24<<20,flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)\nm.write(os.urandom(24<<20))\nm.madvise(21)\nf=[l for l in open(\"/proc/self/status\") if l.startswith(\"VmSwap\")]\nassert int(f[0].split()[1])>0,f\nassert sum(m[::4096])>0'",
         ]),
         ("ext4: files, buffered and mapped, fstrim", "fstrim", [
             "mkfs.ext4 -q -F $DISK", "mount $DISK $MOUNT", "cp -a /etc/services $MOUNT/a",
