@@ -52,7 +52,7 @@ let package = Package(
         .target(
             name: "Appliance",
             dependencies: [
-                "Replica",
+                "BlockTap", "Replica",
                 .product(name: "Hummingbird", package: "hummingbird"),
                 .product(name: "HummingbirdTLS", package: "hummingbird"),
                 .product(name: "GRDB", package: "GRDB.swift"),
@@ -70,14 +70,14 @@ let package = Package(
         .executableTarget(
             name: "afterimage",
             dependencies: [
-                "Appliance",
+                "Appliance", "BlockTap", "Replica",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
             ],
             swiftSettings: settings),
         .executableTarget(
             name: "order-check",
             dependencies: [
-                "Replica", "CIoUring", "CLibNBD",
+                "BlockTap", "Replica", "CIoUring", "CLibNBD",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
@@ -103,11 +103,11 @@ let package = Package(
         // A process with nothing but a live tap in it, for tests to kill; and the check of the live tap for guests.
         .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap", "CLiveTap"]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "live-tap-holder"]),
-        .testTarget(name: "ReplicaTests", dependencies: ["Replica", "StoreSimulation"]),
+        .testTarget(name: "ReplicaTests", dependencies: ["BlockTap", "Replica", "StoreSimulation", "CLZ4"]),
         .testTarget(
             name: "ApplianceTests",
             dependencies: [
-                "Appliance", "afterimage",
+                "Appliance", "BlockTap", "Replica", "afterimage",
                 .product(name: "HummingbirdTesting", package: "hummingbird"),
             ]),
     ]
