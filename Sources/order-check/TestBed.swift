@@ -72,6 +72,14 @@ final class TestBed: @unchecked Sendable {
         try output("mount", ["-t", fileSystem.rawValue, "-o", fileSystem.mountOptions, device, directory])
     }
 
+    /// A program that another thread is starting has our files open for a moment.
+    private func unmount(_ directory: String) throws {
+        for _ in 0..<100 {
+            do { return _ = try output("umount", [directory]) } catch { usleep(50_000) }
+        }
+        try output("umount", [directory])
+    }
+
     /// A loop device over `image` and its file system, mounted while `body` reads in it; checked afterwards.
     func withMounted<T>(_ image: String, _ body: (String) throws -> T) throws -> T {
         let device = try output("losetup", ["--find", "--show", image]).trimmingCharacters(in: .whitespacesAndNewlines)
@@ -81,9 +89,9 @@ final class TestBed: @unchecked Sendable {
         let result: T
         do {
             result = try body(directory)
-            try output("umount", [directory])
+            try unmount(directory)
         } catch {
-            _ = try? output("umount", [directory])
+            _ = try? unmount(directory)
             throw error
         }
         try FileManager.default.removeItem(atPath: directory)
