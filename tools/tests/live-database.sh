@@ -98,7 +98,12 @@ postgresql() {
     protect_mounted ext4 320
     mkdir "$mounted/pg"
     chown postgres "$mounted/pg"
-    chmod 711 "$run_dir" # its sockets are below
+    # Its files are below directories of runs, which are closed to others.
+    local directory=$run_dir
+    while [[ $directory == */afterimage-* ]]; do
+        chmod o+x "$directory"
+        directory=$(dirname "$directory")
+    done
     as_postgres "$postgres_bin/initdb" -D "$mounted/pg" --no-instructions </dev/null >/dev/null || { not_ok "PostgreSQL" "initdb failed"; return; }
     postgres start "$mounted/pg" || { not_ok "PostgreSQL" "$(tail -n 3 "$mounted/pg/log")"; return; }
     as_postgres "$postgres_bin/psql" -h "$mounted/pg" -d postgres -qc "create table t (n int primary key, filler text)" </dev/null
