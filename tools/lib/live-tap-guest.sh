@@ -108,7 +108,8 @@ live_tap_kind() {
         echo "run dropped-issues $virtio $short --drop issues"
         ;;
     mutants)
-        echo "run mutant-without-collision-check $virtio $short --fault skip-collision-check"
+        # Without a pause, so that blocks are written again before they are read on a fast machine, too.
+        echo "run mutant-without-collision-check $virtio $short --pause 0 --fault skip-collision-check"
         echo "run mutant-that-believes-its-program $virtio $short --drop issues --fault skip-reconciliation"
         ;;
     btf)
