@@ -96,6 +96,15 @@ reclaim_stale_runs() {
     done
 }
 
+# keep_bpffs: a bpffs that this run mounts on /sys/fs/bpf (the live tap does, where the system has not) goes with it, unless somebody has
+# something pinned there by then. The kernel's own files end in .debug.
+keep_bpffs() {
+    grep -q ' /sys/fs/bpf bpf ' /proc/mounts || defer unmount_unused_bpffs
+}
+unmount_unused_bpffs() {
+    [ -n "$(find /sys/fs/bpf -mindepth 1 ! -name '*.debug' 2>/dev/null)" ] || umount /sys/fs/bpf
+}
+
 # --- processes -------------------------------------------------------------------------------------------------------
 # start LOG COMMAND...: starts COMMAND in the background; its pid is in $started_pid. It dies with this shell.
 start() {

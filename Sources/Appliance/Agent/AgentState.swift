@@ -8,6 +8,7 @@ import Replica
 ///     STATE/lock                    held while the agent runs
 ///     STATE/disks.json              name → size in bytes when last protected
 ///     STATE/tap-name                what the live tap's pins are called after
+///     STATE/script-pending          see `scriptPendingFile`
 ///     STATE/tracked.json            whose replica the live tap's bitmaps are relative to
 ///     STATE/enrolment/{key.pem,cert.pem,ca.pem,link.json}
 final class AgentState: @unchecked Sendable {
@@ -54,6 +55,9 @@ final class AgentState: @unchecked Sendable {
         encoder.outputFormatting = [.sortedKeys]
         try KeyFile.write(String(decoding: try encoder.encode(sizes), as: UTF8.self), to: disksFile.path, mode: 0o600)
     }
+
+    /// There while the pre-script may have stopped applications and the post-script has not run.
+    var scriptPendingFile: String { directory.appendingPathComponent("script-pending").path }
 
     // MARK: live tap
 

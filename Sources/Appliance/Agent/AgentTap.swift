@@ -41,9 +41,11 @@ extension AgentConfiguration {
     }
 
     /// With the operator's scripts around cuts that are to be application-consistent.
-    func scripted(_ source: any EpochSource, logger: Logger) -> any EpochSource {
-        if preScript == nil, postScript == nil { return source }
-        return ScriptedSource(source, .init(before: preScript, after: postScript, limitSeconds: scriptSeconds), logger: logger)
+    func scripted(_ source: any EpochSource, _ state: AgentState, logger: Logger) async throws -> any EpochSource {
+        let scripts = ScriptedSource.Scripts(before: preScript, after: postScript, limitSeconds: scriptSeconds, pendingFile: state.scriptPendingFile)
+        let scripted = ScriptedSource(source, scripts, logger: logger)
+        await scripted.finishPending()
+        return scripted
     }
 
     func hello(instance: String, disks: [DiskReport]) -> AgentHello {

@@ -24,7 +24,7 @@ final class InlineTaps: AgentTap {
         let instance = UUID().uuidString.lowercased()
         loop = try EventLoop(name: "tap")
         let group = await TapGroup(loop: loop, disks: disks, instance: instance, configuration: configuration.tap)
-        source = configuration.scripted(group, logger: logger)
+        source = try await configuration.scripted(group, state, logger: logger)
         // Off the tap's thread: whoever reads the log may be slow, and writes of the protected machine must not wait for that.
         let logQueue = DispatchQueue(label: "tap-log")
         var servers: [NBDServer<TappedDisk>] = []

@@ -37,7 +37,7 @@ final class LiveTaps: AgentTap {
         ) { line in
             logQueue.async { logger.notice("live tap: \(line)") }
         }
-        source = configuration.scripted(group, logger: logger)
+        source = try await configuration.scripted(group, state, logger: logger)
         let reports = zip(configuration.disks, group.disks).map { asked, disk in
             DiskReport(name: disk.name, devicePath: asked.devicePath, geometry: disk.geometry, tap: AgentConfiguration.TapKind.live.rawValue)
         }

@@ -1,4 +1,5 @@
 import BlockTap
+import Foundation
 import Logging
 import Replica
 import Subprocess
@@ -11,6 +12,8 @@ final class ScriptedSource: EpochSource {
         var before: String?
         var after: String?
         var limitSeconds = 60
+        /// Made before the first script, removed after the second.
+        var pendingFile: String
     }
 
     private let inner: any EpochSource
@@ -38,18 +41,29 @@ final class ScriptedSource: EpochSource {
     func read(disk: Int, offsetBytes: UInt64, lengthBytes: Int) async -> [UInt8]? { await inner.read(disk: disk, offsetBytes: offsetBytes, lengthBytes: lengthBytes) }
 
     func cut(fuzzyBytesMax: UInt64, consistency: CutConsistency) async throws -> Cut {
-        guard consistency == .application, scripts.before != nil || scripts.after != nil else {
-            return try await inner.cut(fuzzyBytesMax: fuzzyBytesMax, consistency: consistency == .application ? .fileSystem : consistency)
+        guard consistency == .application else { return try await inner.cut(fuzzyBytesMax: fuzzyBytesMax, consistency: consistency) }
+        guard scripts.before != nil || scripts.after != nil else {
+            logger.warning("an application-consistent recovery point was asked for, but this agent has no scripts (--pre-script, --post-script): the file systems are frozen")
+            return try await inner.cut(fuzzyBytesMax: fuzzyBytesMax, consistency: .fileSystem)
         }
+        // Whoever kills this process in between must not leave the applications waiting.
+        try KeyFile.write("", to: scripts.pendingFile, mode: 0o600)
         var isReady = true
         if let before = scripts.before { isReady = await run(before, "pre") }
         let result: Result<Cut, any Error>
         do { result = .success(try await inner.cut(fuzzyBytesMax: fuzzyBytesMax, consistency: .fileSystem)) } catch { result = .failure(error) }
-        if let after = scripts.after { _ = await run(after, "post") }
+        await finishPending()
         var cut = try result.get()
         // Behind an inline tap the file systems are somebody else's: a virtual machine's, which the script knows.
         if isReady, let proof = cut.proof, proof.consistency == .fileSystem || proof.method == .copyBeforeWrite { cut.proof!.consistency = .application }
         return cut
+    }
+
+    /// Runs the second script if the first one was run, by this process or one before it.
+    func finishPending() async {
+        guard FileManager.default.fileExists(atPath: scripts.pendingFile) else { return }
+        if let after = scripts.after { _ = await run(after, "post") }
+        try? FileManager.default.removeItem(atPath: scripts.pendingFile)
     }
 
     /// Whether it ended well, and in time.
