@@ -224,4 +224,39 @@ import Testing
         #expect(try stage.blocks(last)[..<9] == [33, 34, 35, 36, 37, 38, 39, 40, 0])
         stage.store.close()
     }
+
+    /// Seed 411587: layers were merged again after an open fork had looked at which to turn to, and before it held them. It turned to layers that
+    /// were gone from the state, and kept their files for as long as it was open.
+    @Test func aForkThatFollowsAMergeFollowsTheOneThatCameMeanwhile() throws {
+        let stage = try Stage { $0.garbageBytesMin = 0 }
+        try stage.create()
+        var points: [RecoveryPointID] = []
+        for number in 0..<5 { points.append(try stage.epoch(number, UInt32(number + 1))) }
+        try stage.store.fork(ForkID("f"), of: stage.group, at: points.last!, purpose: "")
+        let fork = try stage.store.openFork(ForkID("f"), volume: 0)
+        func drop(_ point: RecoveryPointID) throws {
+            try stage.store.dropRecoveryPoints(stage.group, [point])
+            while try stage.store.upkeepStep() != nil {}
+        }
+        try drop(points[0])
+        #expect(stage.store.read { $0.layers.count } == 4)
+        nonisolated(unsafe) var meanwhile: Result<Void, any Error>?
+        stage.storage.onStep = { what, path in
+            guard meanwhile == nil, what == "open", path.hasPrefix("layers/") else { return }
+            meanwhile = .success(())
+            meanwhile = Result { try drop(points[1]) }
+        }
+        while stage.store.forkUpkeepStep() {}
+        stage.storage.onStep = nil
+        try #require(meanwhile).get()
+        try stage.rest()
+        #expect(stage.store.read { $0.layers.count } == 3)
+        #expect(fork.chain.map(\.id) == stage.store.read { state in state.chain(state.forks[ForkID("f")]!.volumes[0].parent).map(\.id) })
+        #expect(stage.files("layers").count == 3)
+        #expect(try fork.image().withUnsafeBytes { stamps($0)[0] } == 1)
+        try fork.close()
+        stage.store.close()
+    }
+
+    @Test func seedsThatFailed() throws { _ = try Simulation.run(seed: 411_587, steps: 400) }
 }

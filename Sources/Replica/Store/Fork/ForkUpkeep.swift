@@ -60,13 +60,14 @@ extension ReplicaStore {
             guard let count = read({ $0.forks[id]?.volumes.count }) else { return }
             for number in 0..<count {
                 guard let volume = shared.withLock({ $0.openForks["\(id)/\(number)"]?.volume }) else { continue }
-                try follow(id, number, volume)
+                // Until nothing is left to follow: whoever merges looks at what the disk held before, not at what it is turning to.
+                while try followOnce(id, number, volume) {}
             }
         }
     }
 
-    /// The layers are read here; what they say is handed over in parts to where the disk is used.
-    private func follow(_ id: ForkID, _ number: Int, _ volume: ForkVolume) throws(StoreError) {
+    /// The layers are read here; what they say is handed over in parts to where the disk is used. False when the disk is where it should be.
+    private func followOnce(_ id: ForkID, _ number: Int, _ volume: ForkVolume) throws(StoreError) -> Bool {
         // Both change under the fork's lock only.
         let known = Set(volume.chain.lazy.map(\.id))
         let seen = Set(volume.map.layers.lazy.map(\.layer))
@@ -76,7 +77,7 @@ extension ReplicaStore {
             if shared.isClosed || known.isSubset(of: chain.lazy.map(\.id)) { return nil }
             return (chain, shared.add(Pin(chain)))
         }
-        guard let found else { return }
+        guard let found else { return false }
         defer { unpin(found.pin) }
         // Newest first: what a newer one has named is not looked for in those below. None is needed when only layers went of which nothing is
         // to be seen.
@@ -91,7 +92,7 @@ extension ReplicaStore {
         let change = ForkFollow(
             chain: found.chain, checksums: layers.map(\.checksums), segments: try segments.open(Set(found.chain.lazy.flatMap { $0.segments.lazy.map(\.segment) })))
         nonisolated(unsafe) var step = ForkFollow.Step()
-        guard volume.whereUsed({ step = volume.beginFollow(change) }) else { return }
+        guard volume.whereUsed({ step = volume.beginFollow(change) }) else { return false }
         for (number, layer) in layers.enumerated() {
             try layer.reader.forEachExtents { extents throws(StoreError) in
                 var next = 0
@@ -102,7 +103,7 @@ extension ReplicaStore {
                 }
             }
         }
-        _ = volume.whereUsed(drained: true) { volume.endFollow(change) }
+        return volume.whereUsed(drained: true) { volume.endFollow(change) }
     }
 }
 
