@@ -27,6 +27,7 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: ArgumentHelp("live tap: read at most so many bytes per second for what can wait: 50MiB; 0 for no limit.", valueName: "bytes")) var readLimit = ByteCount(bytes: 0)
         @Option(help: "live tap: reads in flight.") var readDepth: Int = 32
         @Option(help: "live tap: normal, low or idle: how its reads stand beside everybody else's, where the disk's scheduler knows priorities.") var readPriority: LiveReadPriority = .low
+        @Option(help: ArgumentHelp("live tap: while the newest recovery point is younger, reads of many blocks give way to others who use the disks; 0: never.", valueName: "seconds")) var patience: Int = 30
         @Option(help: "live tap: memory in MiB for the blocks of an epoch while it is proven.") var stageMib: Int = 256
         @Flag(inversion: .prefixedNo, help: "live tap: the disks' file systems may be frozen for a moment (at most --freeze-ms).") var freeze = true
         @Option(help: "live tap: how long a freeze may last, milliseconds.") var freezeMs: Int = 500
@@ -47,6 +48,7 @@ struct AgentCommand: AsyncParsableCommand {
             following.readBytesPerSecondMax = readLimit.bytes
             following.readDepth = readDepth
             following.readPriority = readPriority
+            following.patienceSeconds = patience
             following.stagingBytesMax = stageMib << 20
             following.freezes = freeze
             following.freezeMilliseconds = freezeMs

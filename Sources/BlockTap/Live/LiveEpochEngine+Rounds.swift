@@ -6,6 +6,9 @@ import Glibc
 /// For a *crash-consistent* point: rounds until one is proven; if their budget is used up, one more while the file systems are frozen. For a
 /// *file-system-consistent* one: the file systems write out what they have, rounds until one was short, then the last one while they are
 /// frozen. Only the cut and the reads are inside the freeze. If that fails, the point is what the rounds prove.
+///
+/// As long as the newest proven point is young (`patienceSeconds`), rounds of many blocks give way to others who use the disks, and nothing is
+/// frozen for them: on disks that are written faster than they are read that way, epochs are not proven until the patience is used up.
 extension LiveEpochEngine {
     struct Convergence {
         /// All that was taken.
@@ -62,7 +65,8 @@ extension LiveEpochEngine {
             }
         } else {
             step = try rounds(&run) { $0.proof != nil }
-            if step == .goOn, configuration.freezes {
+            let isSmall = (run.lastRoundBlockCount ?? 0) <= Self.smallRoundBlockCount
+            if step == .goOn, configuration.freezes, isSmall || patienceEnds() <= LiveReconciliation.now() {
                 if freezePause.left > 0 {
                     freezePause.left -= 1
                 } else if try frozenRound(&run, isAsked: false) == .proven {
@@ -78,6 +82,7 @@ extension LiveEpochEngine {
         if !run.isStaged { figures.unstagedCount += 1 }
         if let proof = run.proof {
             figures.provenCount += 1
+            provenAt = LiveReconciliation.now()
             if run.roundCount <= 3 { depth = max(configuration.readDepth, depth / 2) }
             if proof.consistency == .fileSystem { figures.fileSystemConsistentCount += 1 }
         } else {
@@ -105,7 +110,7 @@ extension LiveEpochEngine {
     }
 
     /// A cut, and its blocks to the stage. `proven` here: nothing collided.
-    private func read(_ run: inout Convergence) throws(SystemError) -> Step {
+    private func read(_ run: inout Convergence, isFrozen: Bool = false) throws(SystemError) -> Step {
         let began = LiveReconciliation.now()
         run.proof = nil
         if faults.contains(.failInRound), run.roundCount > 0 { throw SystemError(errno: ENOMEM, doing: "make a bitmap, as a test wants it") }
@@ -118,9 +123,15 @@ extension LiveEpochEngine {
             disk.dirty = BlockBitmap(blockCount: disk.disk.blockCount)
         }
         let blockCount = round.reduce(0) { $0 + $1.count }
-        let considering = run.roundCount == 1 ? LiveReader.Consideration(priority: configuration.readPriority) : nil
+        var considering: LiveReader.Consideration?
+        if !isFrozen, run.roundCount == 1 || blockCount > Self.smallRoundBlockCount {
+            considering = .init(priority: run.roundCount == 1 ? configuration.readPriority : .normal, isBudgeted: run.roundCount == 1)
+            if blockCount > Self.smallRoundBlockCount { considering!.givesWayUntil = patienceEnds() }
+        }
+        // This thread has other things to do meanwhile: then it is handed out as it is read.
+        let isTooSlow = considering.map { $0.givesWayUntil > began && reader.pace.nanoseconds(readCount: blockCount) > UInt64(configuration.roundsMilliseconds) * 1_000_000 } ?? false
         // What is too large for the stage, or cannot be read, is not handed out as if it had been read.
-        guard run.blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount),
+        guard !isTooSlow, run.blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount),
             let collisions = readRound(round, first: run.collided, considering: considering)
         else {
             run.isStaged = false
@@ -132,6 +143,20 @@ extension LiveEpochEngine {
         run.collided = collisions
         run.collisionCount += UInt64(collisions.count)
         return collisions.isEmpty ? .proven : .goOn
+    }
+
+    /// A round of so many blocks is over before anybody notices.
+    private static let smallRoundBlockCount: UInt64 = 4096
+
+    /// Until when reads of many blocks give way (monotonic clock); 0: they do not at all.
+    func patienceEnds() -> UInt64 {
+        if configuration.patienceSeconds <= 0 { return 0 }
+        if needsFuzzyCut || draining?.isFullSync == true {
+            provenAt = 0
+            return .max
+        }
+        if provenAt == 0 { provenAt = LiveReconciliation.now() }
+        return provenAt + UInt64(configuration.patienceSeconds) * 1_000_000_000
     }
 
     /// Rounds that do not shrink are read with more at once, up to a limit, and so are epochs after one that was not proven: otherwise the writers'
@@ -173,7 +198,7 @@ extension LiveEpochEngine {
         let log = onEvent
         var lines: [String] = []
         onEvent = { lines.append($0) }
-        let result = Result { () throws(SystemError) in try read(&run) }
+        let result = Result { () throws(SystemError) in try read(&run, isFrozen: true) }
         whileFrozen?()
         let (wasHeld, milliseconds) = freeze.thaw()
         onEvent = log

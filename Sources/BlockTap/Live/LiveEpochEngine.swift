@@ -60,7 +60,7 @@ package final class LiveEpochEngine {
     let reader: LiveReader
     let reconciliation: LiveReconciliation
     let stage: LiveStage
-    private var draining: ClosedEpoch?
+    var draining: ClosedEpoch?
     private var isDrainingStaged = false
     private var unacknowledged: [ClosedEpoch] = []
     var figures = LiveTapStatistics()
@@ -69,6 +69,8 @@ package final class LiveEpochEngine {
     var freezePause = (left: 0, next: 1)
     /// Reads in flight: more while the disks are written faster than they are read.
     var depth: Int
+    /// When the newest proven point was, or there began to be any (monotonic clock); 0: not yet.
+    var provenAt: UInt64 = 0
     /// Of what has been said more than once in a row.
     var saidLast: [String: String] = [:]
 
@@ -246,7 +248,8 @@ package final class LiveEpochEngine {
                 LiveReader.Range(
                     fd: $0.disk.disk.device.fd, offsetBytes: $0.first * UInt64(blockBytes), lengthBytes: length($0), memory: queue.memory(slot: $0.slot))
             }
-            reader.read(ranges, depth: depth, considering: .init(priority: configuration.readPriority)) { index, succeeded in
+            let considering = LiveReader.Consideration(priority: configuration.readPriority, givesWayUntil: patienceEnds())
+            reader.read(ranges, depth: depth, considering: considering) { index, succeeded in
                 if !succeeded { failed[index] = true }
             }
         }
@@ -326,6 +329,7 @@ package final class LiveEpochEngine {
         s.openReconciliationCount = reconciliation.openCount
         s.readBytes = reader.readBytes
         s.readWaitMilliseconds = reader.waitNanoseconds / 1_000_000
+        s.gaveWayCount = reader.pace.loweredCount
         s.resizes = resizes
         for disk in disks {
             let counters = maps.disks[disk.index]

@@ -19,6 +19,9 @@ public struct LiveTapConfiguration: Sendable {
     /// rounds: what they cost is decided by who writes meanwhile.
     public var readBytesPerSecondMax: UInt64 = 0
     public var readPriority = LiveReadPriority.low
+    /// For so long after the newest proven point, and during a full sync, reads of many blocks give way: as few are in flight at once as it takes for
+    /// the disks to answer as quickly as when nobody else uses them (`LiveReadPace`). 0: they never do.
+    public var patienceSeconds = 30
     public var roundsMax = 64
     /// Not counting an epoch's first round, which takes what it takes.
     public var roundsMilliseconds = 2000
@@ -64,6 +67,8 @@ public struct LiveTapStatistics: Sendable, Codable, Hashable {
     /// Read from the disks, and waited because of the budget for that.
     public var readBytes: UInt64 = 0
     public var readWaitMilliseconds: UInt64 = 0
+    /// Times that fewer reads were made at once, because the disks were busy with others'.
+    public var gaveWayCount: UInt64 = 0
     /// Looks at the kernel's account that decided nothing.
     public var openReconciliationCount: UInt64 = 0
     /// Times that writes were missed and everything had to be compared or copied again; and why, the last time.

@@ -115,6 +115,54 @@ struct LiveTapInspectionTests {
         #expect(none.wait(now: now) == 0)
     }
 
+    @Test("Reads give way: a disk that others keep busy gets one at a time, an idle one as many as it takes")
+    func pace() {
+        // Eight requests at once are answered in 100 µs, more in proportion.
+        var pace = LiveReadPace()
+        var now: UInt64 = 1
+        func settle(others: Int, reads: Int = 20_000) {
+            for _ in 0..<reads {
+                let nanoseconds = UInt64(100_000 * max(8, others + pace.depth) / 8)
+                now += nanoseconds / UInt64(pace.depth)
+                pace.ended(bytes: 4096, afterNanoseconds: nanoseconds, now: now, depthMax: 32)
+            }
+        }
+        settle(others: 0)
+        #expect((8...12).contains(pace.depth) && pace.pauseNanoseconds == 0)
+        settle(others: 64)
+        #expect(pace.depth == 1 && pace.loweredCount > 0 && pace.pauseNanoseconds > 0)
+        settle(others: 4)
+        #expect((3...8).contains(pace.depth) && pace.pauseNanoseconds == 0)
+        settle(others: 0)
+        #expect((8...12).contains(pace.depth))
+        // A disk that has become slower for good is as fast as it can be, in the end.
+        for _ in 0..<40 {
+            now += 60_000_000_000
+            settle(others: 64, reads: 1000)
+        }
+        #expect(pace.depth > 4)
+    }
+
+    @Test("A disk that is never idle has proven points all the same: patience ends")
+    func patience() async throws {
+        let bed = try LiveTapBed(disks: 1, bytes: 96 << 20)
+        bed.configuration.patienceSeconds = 1
+        try await bed.start()
+        // Enough of them for rounds of many blocks.
+        let writers = DependentWriters(bed, .init(chains: 32, hotPercent: 0))
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        for _ in 0..<3 {
+            try await writers.progress(by: 20_000)
+            try await bed.carryUntilProven(attempts: 2000)
+            let violations = writers.violations(in: bed.images)
+            try #require(violations.isEmpty, "\(violations.prefix(3))")
+        }
+        writers.stop()
+        #expect(try await bed.quietImagesEqualDisks())
+    }
+
     @Test("A full sync keeps to its budget and its priority")
     func consideration() async throws {
         let bed = try LiveTapBed(disks: 1, bytes: 16 << 20)
