@@ -93,9 +93,25 @@ final class DependentChain: @unchecked Sendable {
 
     enum PointVerdict { case exact(newest: UInt64), violation(String) }
 
+    /// What a chain's blocks hold after its first `writeCount` writes; moves on as newer points are looked at.
+    struct Model {
+        fileprivate var writeCount = 0
+        fileprivate var sequences: [[UInt64]]
+
+        init(_ chain: DependentChain) { sequences = chain.diskBlocks.indices.map { [UInt64](repeating: 0, count: chain.ownBlockCount(disk: $0)) } }
+
+        fileprivate mutating func advance(to count: Int, _ log: [Write]) {
+            for n in writeCount..<count {
+                let write = log[n]
+                for block in Int(write.block)..<Int(write.block) + Int(write.blockCount) { sequences[Int(write.disk)][block] = UInt64(n + 1) }
+            }
+            writeCount = count
+        }
+    }
+
     /// Whether the chain's blocks in a recovery point are what they were after some write m, all earlier ones included, the last
-    /// one possibly in part (it may have been in flight). `stamp` gives (chain, sequence) of a disk's block.
-    func check(_ stamp: (_ disk: Int, _ diskBlock: Int) throws -> (UInt64, UInt64)) rethrows -> PointVerdict {
+    /// one possibly in part (it may have been in flight). `stamp` gives (chain, sequence) of a disk's block. `model`: of an earlier point, or new.
+    func check(_ model: inout Model, _ stamp: (_ disk: Int, _ diskBlock: Int) throws -> (UInt64, UInt64)) rethrows -> PointVerdict {
         let log = writes
         var found: [[UInt64]] = []
         var newest: UInt64 = 0
@@ -110,19 +126,15 @@ final class DependentChain: @unchecked Sendable {
             }
             found.append(sequences)
         }
-        var expected = diskBlocks.indices.map { [UInt64](repeating: 0, count: ownBlockCount(disk: $0)) }
-        for n in 0..<Int(newest) {
-            let write = log[n]
-            for block in Int(write.block)..<(Int(write.block) + Int(write.blockCount)) {
-                let isLast = n + 1 == Int(newest)
-                if isLast && found[Int(write.disk)][block] != newest { continue }
-                expected[Int(write.disk)][block] = UInt64(n + 1)
-            }
-        }
+        let before = max(0, Int(newest) - 1)
+        if model.writeCount > before { model = Model(self) }
+        model.advance(to: before, log)
+        let last = newest > 0 ? log[before] : nil
         for disk in diskBlocks.indices {
-            for own in found[disk].indices where found[disk][own] != expected[disk][own] {
+            for own in found[disk].indices where found[disk][own] != model.sequences[disk][own] {
+                if found[disk][own] == newest, let last, Int(last.disk) == disk, (Int(last.block)..<Int(last.block) + Int(last.blockCount)).contains(own) { continue }
                 return .violation(
-                    "disk \(disk) block \(diskBlock(own)) holds write \(found[disk][own]) where \(expected[disk][own]) was acknowledged before write \(newest), which is there")
+                    "disk \(disk) block \(diskBlock(own)) holds write \(found[disk][own]) where \(model.sequences[disk][own]) was acknowledged before write \(newest), which is there")
             }
         }
         return .exact(newest: newest)

@@ -104,10 +104,14 @@ struct OrderCheck: AsyncParsableCommand {
         guard let group = store.groups().first else { throw TestBed.Failure(description: "the store has no group") }
         let points = store.recoveryPoints(group.id)
         let tally = Mutex(Tally())
-        // Reads of old points are many and small: several at a time.
-        DispatchQueue.concurrentPerform(iterations: points.count) { i in
-            let verdict = Result { try self.judge(points[i], of: group.id, in: store, chains, bed) }
-            tally.withLock { $0.count(points[i].id, verdict) }
+        // Several at a time, each from an older point to a newer one.
+        let parts = ProcessInfo.processInfo.activeProcessorCount
+        DispatchQueue.concurrentPerform(iterations: parts) { part in
+            var models = chains.map { DependentChain.Model($0) }
+            for point in points[points.count * part / parts..<points.count * (part + 1) / parts] {
+                let verdict = Result { try self.judge(point, of: group.id, in: store, chains, &models, bed) }
+                tally.withLock { $0.count(point.id, verdict) }
+            }
         }
         let (passed, failedPoints, newestSeen) = tally.withLock { ($0.passed, $0.failed, $0.newestSeen) }
         if !points.contains(where: \.isOnDemand) { throw TestBed.Failure(description: "the last recovery point is gone") }
@@ -138,7 +142,7 @@ struct OrderCheck: AsyncParsableCommand {
     /// Reads one recovery point whole and lets every chain judge it. The last one, made on demand when nobody wrote any more, must hold all that was
     /// acknowledged.
     private func judge(
-        _ point: RecoveryPoint, of group: GroupID, in store: ReplicaStore, _ chains: [DependentChain], _ bed: TestBed
+        _ point: RecoveryPoint, of group: GroupID, in store: ReplicaStore, _ chains: [DependentChain], _ models: inout [DependentChain.Model], _ bed: TestBed
     ) throws -> (newest: UInt64, violations: [String]) {
         let bytes = size << 20
         let images = (0..<disks).map { _ in UnsafeMutableRawBufferPointer.allocate(byteCount: bytes, alignment: blockBytes) }
@@ -151,8 +155,8 @@ struct OrderCheck: AsyncParsableCommand {
         }
         var newestSeen: UInt64 = 0
         var violations: [String] = []
-        for chain in chains {
-            let verdict = chain.check { disk, block in
+        for (number, chain) in chains.enumerated() {
+            let verdict = chain.check(&models[number]) { disk, block in
                 let at = images[disk].baseAddress! + block * blockBytes
                 return (at.load(as: UInt64.self), at.load(fromByteOffset: 8, as: UInt64.self))
             }
