@@ -80,7 +80,8 @@ let package = Package(
                 "BlockTap", "Replica", "CIoUring", "CLibNBD",
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
-            ]),
+            ],
+            swiftSettings: settings),
         // The store on simulated files against a model: the tool `simulate` and the tests share it.
         .target(name: "StoreSimulation", dependencies: ["BlockTap", "Replica", .product(name: "Logging", package: "swift-log")], swiftSettings: settings),
         .executableTarget(name: "simulate", dependencies: ["StoreSimulation", .product(name: "ArgumentParser", package: "swift-argument-parser")]),
@@ -103,7 +104,7 @@ let package = Package(
         // A process with nothing but a live tap in it, for tests to kill; and the check of the live tap for guests.
         .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap", "CLiveTap"]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "live-tap-holder"]),
-        .testTarget(name: "ReplicaTests", dependencies: ["BlockTap", "Replica", "StoreSimulation", "CLZ4"]),
+        .testTarget(name: "ReplicaTests", dependencies: ["BlockTap", "Replica", "StoreSimulation", "CLZ4", "order-check"]),
         .testTarget(
             name: "ApplianceTests",
             dependencies: [
