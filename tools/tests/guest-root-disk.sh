@@ -50,10 +50,13 @@ at_machine() {
     return 1
 }
 machine_says() { at_machine "$@" || { echo "$said"; return 1; }; }
-show_machine() {
-    say "the end of the agent's journal:"
-    machine_says 'journalctl -u afterimage-agent -o cat -n 25 --no-pager' || true
-    sed 's/^/    /' <<<"$said" >&2
+# The last words of both sites, for a check that fails.
+show_logs() {
+    say "the end of appliance.log:"
+    tail -n 8 "$run_dir/appliance.log" 2>/dev/null | sed 's/^/    /' >&2
+    ! alive "$guest_pid" || at_machine 'journalctl -u afterimage-agent -o cat -n 15 --no-pager' || true
+    say "the agent's journal, or the machine's last answer:"
+    sed 's/^/    /' <<<"${said:-}" >&2
 }
 acknowledged_at_least() { [ "$(last_acknowledged "$console")" -ge "$1" ]; }
 
@@ -66,16 +69,54 @@ say "$first"
 # --- its agent, as the README says -----------------------------------------------------------------------------------
 appliance_options=(--advertise 10.0.2.2) # where QEMU's network has this host
 start_appliance
-followed() { machine_says afterimage agent disks && grep -E '^/dev/vda .*' <<<"$said"; }
-check "the agent finds the root disk" followed
-echo "$said" >&2
-at_machine systemctl enable --now afterimage-agent || true
-echo "$said" >&2
+can_follow() { machine_says afterimage agent disks && grep -E '^/dev/vda +disk .* / +yes *$' <<<"$said" || { echo "$said"; return 1; }; }
+check "the agent can follow the root disk, mounted as it is" can_follow
+check "its unit starts under systemd" machine_says 'systemctl enable --now afterimage-agent && systemctl is-active afterimage-agent'
 "$afterimage" site-pair create pair --type zone-to-zone --primary here --secondary there </dev/null >/dev/null
 enrolment=$("$afterimage" server add "$server" --pair pair </dev/null | grep -o 'afterimage agent enroll --token [^ ]*')
 check "it is enrolled with the command that the appliance prints" machine_says "$enrolment"
-echo "$said" >&2
-check "its agent connects" until_true 60 server_state_is "$server" Initialized
-show_machine
-"$afterimage" status >&2
-"$afterimage" server show root >&2
+connects() { until_true 60 server_state_is "$server" Initialized || server_json "$server"; }
+check "it connects" connects
+specified() {
+    local view
+    view=$(server_json "$server")
+    [ "$(json specification.cpus <<<"$view") $(json specification.memoryMiB <<<"$view") $(json specification.firmware <<<"$view")" = "2 1024 bios" ] &&
+        [ "$(json specification.kernel <<<"$view")" = "$(check_field "$first" kernel)" ] && [ "$(json specification.warnings <<<"$view")" = "[]" ] || { json specification <<<"$view"; return 1; }
+}
+check "what its recovery machine must be is known, and nothing would keep that from booting" specified
+
+# --- replication, with its defaults ----------------------------------------------------------------------------------
+sync_began=$(now)
+replicates() { "$afterimage" replication start "$server" --wait </dev/null && server_state_is "$server" Replicating; }
+check "it replicates" replicates
+sync_seconds=$(since "$sync_began")
+# proofs: how many points there are, and how many of them say how they were proven.
+proofs() {
+    "$afterimage" recovery-point list "$server" --json </dev/null |
+        python3 -c 'import json, sys; p = json.load(sys.stdin); print(len(p), sum(1 for x in p if (x.get("proof") or {}).get("method") in ("rounds", "freeze")))'
+}
+machine_time() { at_machine date +%s.%N && machine_time=$said; }
+points_follow() { # a proven point cut after the time $1 of the machine
+    until_true 120 has_point_after "$server" "$1" || { echo "no recovery point: $(server_field "$server" state), $(server_field "$server" reason)"; return 1; }
+    read -r count proven < <(proofs)
+    [ "$count" = "$proven" ] || { echo "$proven of $count points are proven"; return 1; }
+}
+machine_time
+check "its recovery points are proven while it is written to" points_follow "$machine_time"
+"$afterimage" status </dev/null >&2
+"$afterimage" recovery-point list "$server" </dev/null >&2
+
+# --- the agent dies, and systemd starts it again ---------------------------------------------------------------------
+full_syncs() { "$afterimage" event list --server "$server" --limit 500 --json </dev/null | python3 -c 'import json, sys; print(sum(1 for e in json.load(sys.stdin) if e.get("after") == "Initial Full Sync"))'; }
+syncs=$(full_syncs)
+goes_on_after_kill() { # NUMBER of restarts until then
+    restarted() { at_machine systemctl show -p NRestarts --value afterimage-agent && [ "$said" = "$1" ]; }
+    until_true 60 restarted "$1" || { echo "systemd restarted it $said times, not $1"; return 1; }
+    machine_time
+    points_follow "$machine_time" || return 1
+    [ "$(full_syncs)" = "$syncs" ] && [ "$(server_field "$server" agent.live.resyncCount)" = 0 ] || { echo "there was a full sync, or a resync"; return 1; }
+    [ "$(at_machine 'journalctl -u afterimage-agent -o cat --no-pager' && grep -c 'followed while no agent ran' <<<"$said")" = "$1" ] || { echo "$said"; return 1; }
+}
+at_machine 'kill -KILL $(systemctl show -p MainPID --value afterimage-agent)'
+check "killed, the agent is back by itself, and nothing is copied again" goes_on_after_kill 1
+"$afterimage" event list </dev/null >&2
