@@ -96,15 +96,15 @@ proofs() {
         python3 -c 'import json, sys; p = json.load(sys.stdin); print(len(p), sum(1 for x in p if (x.get("proof") or {}).get("method") in ("rounds", "freeze")))'
 }
 machine_time() { at_machine date +%s.%N && machine_time=$said; }
-points_follow() { # a proven point cut after the time $1 of the machine
+all_proven() { # but for $1 of them; what proved a point comes with the agent's next report
+    read -r count proven < <(proofs) && [ "$((count - proven))" -le "${1:-0}" ]
+}
+points_follow() { # a point cut after the time $1 of the machine
     until_true 120 has_point_after "$server" "$1" || { echo "no recovery point: $(server_field "$server" state), $(server_field "$server" reason)"; return 1; }
-    read -r count proven < <(proofs)
-    [ "$count" = "$proven" ] || { echo "$proven of $count points are proven"; return 1; }
+    until_true 60 all_proven "${2:-0}" || { echo "$proven of $count points are proven"; return 1; }
 }
 machine_time
 check "its recovery points are proven while it is written to" points_follow "$machine_time"
-"$afterimage" status </dev/null >&2
-"$afterimage" recovery-point list "$server" </dev/null >&2
 
 # --- the agent dies, and systemd starts it again ---------------------------------------------------------------------
 full_syncs() { "$afterimage" event list --server "$server" --limit 500 --json </dev/null | python3 -c 'import json, sys; print(sum(1 for e in json.load(sys.stdin) if e.get("after") == "Initial Full Sync"))'; }
@@ -113,10 +113,72 @@ goes_on_after_kill() { # NUMBER of restarts until then
     restarted() { at_machine systemctl show -p NRestarts --value afterimage-agent && [ "$said" = "$1" ]; }
     until_true 60 restarted "$1" || { echo "systemd restarted it $said times, not $1"; return 1; }
     machine_time
-    points_follow "$machine_time" || return 1
+    points_follow "$machine_time" "$1" || return 1 # a killed agent may have owed a report
     [ "$(full_syncs)" = "$syncs" ] && [ "$(server_field "$server" agent.live.resyncCount)" = 0 ] || { echo "there was a full sync, or a resync"; return 1; }
     [ "$(at_machine 'journalctl -u afterimage-agent -o cat --no-pager' && grep -c 'followed while no agent ran' <<<"$said")" = "$1" ] || { echo "$said"; return 1; }
 }
 at_machine 'kill -KILL $(systemctl show -p MainPID --value afterimage-agent)'
 check "killed, the agent is back by itself, and nothing is copied again" goes_on_after_kill 1
-"$afterimage" event list </dev/null >&2
+
+
+# --- disaster and failover -------------------------------------------------------------------------------------------
+# Points are cut by the machine's clock, and acknowledgements received by ours: at most so much is the machine's ahead.
+machine_time
+more=$(($(last_acknowledged "$console") + 100))
+acknowledged_more() { [ "$(last_acknowledged "$console")" -ge "$more" ]; }
+until_true 120 acknowledged_more && points_follow "$machine_time" 1 || not_ok "the machine goes on recording" "$(tail -n 3 "$console" | tr '\n' ' ')"
+asked=$(now)
+machine_time
+ahead=$(awk -v m="$machine_time" -v a="$asked" 'BEGIN { printf "%.6f", m - a }')
+kill_now "$guest_pid"
+killed=$(now)
+failed_over() {
+    "$afterimage" failover start "$server" --network isolated --boot-check 'serial:AFTERIMAGE-CHECK ok .* kernel=' --boot-timeout 300 --wait </dev/null &&
+        server_state_is "$server" "Failed Over" || { server_field "$server" reason; return 1; }
+}
+check "lost, it is failed over: its own check passes there" failed_over
+view=$(server_json "$server")
+recovered=$(json instances.-1 <<<"$view")
+line=$(json bootLine <<<"$recovered")
+point=$(json recoveryPoint <<<"$recovered")
+say "$line"
+cut=$(points "$server" | awk -v id="$point" -v ahead="$ahead" '$1 == id { printf "%.6f", $2 - ahead }')
+promised=$(last_acknowledged "$console" "${cut:-0}") last=$(check_field "$line" last) acknowledged=$(last_acknowledged "$console")
+has_all() { [ "$promised" -gt 0 ] && [ "${last:-0}" -ge "$promised" ] || { echo "acknowledged before the cut: $promised; it has ${last:-none}"; return 1; }; }
+check "every record that was acknowledged before the cut is there" has_all
+as_it_was() {
+    local field
+    [ "$(check_field "$line" boots)" = 2 ] && [ "$(check_field "$line" errors)" = 0 ] || { echo "$line"; return 1; }
+    for field in root failed state kernel; do [ "$(check_field "$line" $field)" = "$(check_field "$first" $field)" ] || { echo "$line"; return 1; }; done
+}
+check "its root file system is writable and whole, and the same units run" as_it_was
+recovered_console=$(json consolePath <<<"$recovered")
+goes_on() { grep -aq 'AFTERIMAGE-ACK' "$recovered_console"; }
+check "it goes on recording" until_true 60 goes_on
+
+# The point itself, as after a power cut.
+whole_in_point() {
+    local image=$run_dir/point.img copy=$run_dir/copy device line status=0
+    "$afterimage" recovery-point export "$server" "$point" --to raw --output "$image" --wait </dev/null || return 1
+    mkdir "$copy"
+    device=$(losetup --find --show --offset "$debian_disk_offset" "$image")
+    mount "$device" "$copy" || status=1 # replays the journal
+    if [ "$status" = 0 ]; then
+        line=$("$copy/usr/local/bin/recorder" check "$copy/var/lib/witness") && [[ " $line " == *" last=$last "* ]] || { echo "$line, not last=$last"; status=1; }
+        umount "$copy"
+        e2fsck -fn "$device" || status=1
+    fi
+    losetup -d "$device"
+    return "$status"
+}
+check "the point's root file system needs nothing but its journal, and has the same records" whole_in_point
+check "the failover is committed" "$afterimage" failover commit "$server" --yes "$server"
+
+[ "$failures" = 0 ] || finish
+cat <<SUMMARY
+    $(os_release PRETTY_NAME), Linux $(check_field "$first" kernel): the primary was up after $(check_field "$first" uptime) s, the recovered machine after $(check_field "$line" uptime) s
+    first full sync $sync_seconds s; $proven of $count recovery points say how they were proven
+    acknowledged $acknowledged records, $promised before the cut; recovered $last
+    RPO $(since "$cut" "$killed") s, RTO $(json rtoSeconds <<<"$recovered") s; the whole test $(since "$seconds_began") s
+SUMMARY
+finish
