@@ -40,13 +40,13 @@ exec {typed}<>"$hands.in" {shown}<>"$hands.out"
 at_machine() {
     local line lines=()
     printf '%s\n' "$*" >&"$typed"
-    while IFS= read -r -t 120 -u "$shown" line; do
+    while IFS= read -r -t 240 -u "$shown" line; do
         case $line in
         HANDS-STATUS\ *) said=$(printf '%s\n' "${lines[@]}"); [ "${line#* }" = 0 ]; return ;;
         esac
         lines+=("$line")
     done
-    said="no answer within 120 s; the console ends with: $(tail -n 3 "$console" | tr '\n' ' ')"
+    said="no answer within 240 s; the console ends with: $(tail -n 3 "$console" | tr '\n' ' ')"
     return 1
 }
 machine_says() { at_machine "$@" || { echo "$said"; return 1; }; }
@@ -62,7 +62,7 @@ acknowledged_at_least() { [ "$(last_acknowledged "$console")" -ge "$1" ]; }
 
 start_guest "$console" -smp 2 -m 1024 -drive "file=$disk,format=raw,if=virtio,cache=none" -netdev user,id=net0 -device virtio-net-pci,netdev=net0,romfile= \
     -device virtio-serial-pci -chardev "pipe,id=hands,path=$hands" -device virtserialport,chardev=hands,name=hands
-first=$(wait_console "$console" 240 'AFTERIMAGE-CHECK' "$guest_pid") || true
+first=$(wait_console "$console" 400 'AFTERIMAGE-CHECK' "$guest_pid") || true
 if [[ $first == *"AFTERIMAGE-CHECK ok boots=1 "* ]]; then ok "a Debian boots from its disk"; else not_ok "a Debian boots from its disk" "${first:-$(tail -n 3 "$console" | tr '\n' ' ')}"; finish; fi
 say "$first"
 
@@ -75,7 +75,7 @@ check "its unit starts under systemd" machine_says 'systemctl enable --now after
 "$afterimage" site-pair create pair --type zone-to-zone --primary here --secondary there </dev/null >/dev/null
 enrolment=$("$afterimage" server add "$server" --pair pair </dev/null | grep -o 'afterimage agent enroll --token [^ ]*')
 check "it is enrolled with the command that the appliance prints" machine_says "$enrolment"
-connects() { until_true 60 server_state_is "$server" Initialized || server_json "$server"; }
+connects() { until_true 180 server_state_is "$server" Initialized || server_json "$server"; }
 check "it connects" connects
 specified() {
     local view
@@ -100,8 +100,8 @@ all_proven() { # but for $1 of them; what proved a point comes with the agent's 
     read -r count proven < <(proofs) && [ "$((count - proven))" -le "${1:-0}" ]
 }
 points_follow() { # a point cut after the time $1 of the machine
-    until_true 120 has_point_after "$server" "$1" || { echo "no recovery point: $(server_field "$server" state), $(server_field "$server" reason)"; return 1; }
-    until_true 60 all_proven "${2:-0}" || { echo "$proven of $count points are proven"; return 1; }
+    until_true 240 has_point_after "$server" "$1" || { echo "no recovery point: $(server_field "$server" state), $(server_field "$server" reason)"; return 1; }
+    until_true 120 all_proven "${2:-0}" || { echo "$proven of $count points are proven"; return 1; }
 }
 machine_time
 check "its recovery points are proven while it is written to" points_follow "$machine_time"
@@ -111,7 +111,7 @@ full_syncs() { "$afterimage" event list --server "$server" --limit 500 --json </
 syncs=$(full_syncs)
 goes_on_after_kill() { # NUMBER of restarts until then
     restarted() { at_machine systemctl show -p NRestarts --value afterimage-agent && [ "$said" = "$1" ]; }
-    until_true 60 restarted "$1" || { echo "systemd restarted it $said times, not $1"; return 1; }
+    until_true 180 restarted "$1" || { echo "systemd restarted it $said times, not $1"; return 1; }
     machine_time
     points_follow "$machine_time" "$1" || return 1 # a killed agent may have owed a report
     [ "$(full_syncs)" = "$syncs" ] && [ "$(server_field "$server" agent.live.resyncCount)" = 0 ] || { echo "there was a full sync, or a resync"; return 1; }
@@ -126,14 +126,14 @@ check "killed, the agent is back by itself, and nothing is copied again" goes_on
 machine_time
 more=$(($(last_acknowledged "$console") + 100))
 acknowledged_more() { [ "$(last_acknowledged "$console")" -ge "$more" ]; }
-until_true 120 acknowledged_more && points_follow "$machine_time" 1 || not_ok "the machine goes on recording" "$(tail -n 3 "$console" | tr '\n' ' ')"
+until_true 240 acknowledged_more && points_follow "$machine_time" 1 || not_ok "the machine goes on recording" "$(tail -n 3 "$console" | tr '\n' ' ')"
 asked=$(now)
 machine_time
 ahead=$(awk -v m="$machine_time" -v a="$asked" 'BEGIN { printf "%.6f", m - a }')
 kill_now "$guest_pid"
 killed=$(now)
 failed_over() {
-    "$afterimage" failover start "$server" --network isolated --boot-check 'serial:AFTERIMAGE-CHECK ok .* kernel=' --boot-timeout 300 --wait </dev/null &&
+    "$afterimage" failover start "$server" --network isolated --boot-check 'serial:AFTERIMAGE-CHECK ok .* kernel=' --boot-timeout 400 --wait </dev/null &&
         server_state_is "$server" "Failed Over" || { server_field "$server" reason; return 1; }
 }
 check "lost, it is failed over: its own check passes there" failed_over
@@ -154,7 +154,7 @@ as_it_was() {
 check "its root file system is writable and whole, and the same units run" as_it_was
 recovered_console=$(json consolePath <<<"$recovered")
 goes_on() { grep -aq 'AFTERIMAGE-ACK' "$recovered_console"; }
-check "it goes on recording" until_true 60 goes_on
+check "it goes on recording" until_true 180 goes_on
 
 # The point itself, as after a power cut.
 whole_in_point() {
