@@ -4,7 +4,7 @@ import Glibc
 /// Mounted file systems held still (FIFREEZE): what is on their disks is what they hold, and nothing more is written. A process of its own thaws them
 /// after the limit, or at once when this one is killed. Whoever holds this must not write to them, nor wait for anybody who may.
 ///
-/// (A service manager that kills a whole control group kills that process too: the agent's unit says `KillMode=mixed`, or it is run outside.)
+/// (A service manager that kills a whole control group kills that process too: the agent's unit says `KillMode=process`, or it is run outside.)
 package struct FileSystemFreeze: ~Copyable {
     private let fds: [Int32]
     private let isFrozen: [Bool]
