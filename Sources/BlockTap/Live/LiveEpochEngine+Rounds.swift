@@ -155,7 +155,8 @@ extension LiveEpochEngine {
             provenAt = 0
             return .max
         }
-        if provenAt == 0 { provenAt = LiveReconciliation.now() }
+        // Of a process that has just begun, too: how old the newest proven point is, it does not know, and it may be the tenth that was killed.
+        if provenAt == 0 { return 0 }
         return provenAt + UInt64(configuration.patienceSeconds) * 1_000_000_000
     }
 

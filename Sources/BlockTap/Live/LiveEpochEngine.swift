@@ -69,7 +69,7 @@ package final class LiveEpochEngine {
     var freezePause = (left: 0, next: 1)
     /// Reads in flight: more while the disks are written faster than they are read.
     var depth: Int
-    /// When the newest proven point was, or there began to be any (monotonic clock); 0: not yet.
+    /// When this process proved the newest point (monotonic clock); 0: it has not yet.
     var provenAt: UInt64 = 0
     /// Of what has been said more than once in a row.
     var saidLast: [String: String] = [:]

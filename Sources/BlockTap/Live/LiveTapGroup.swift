@@ -150,6 +150,14 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         get async { await loop.run { clivetap_io_priority(0) } }
     }
 
+    /// For tests: whether reads of many blocks would give way now.
+    package var hasPatience: Bool {
+        get async {
+            let engine = engine
+            return await loop.run { engine.engine.patienceEnds() > LiveReconciliation.now() }
+        }
+    }
+
     /// For tests: what the algorithm does wrong on purpose, which events the kernel's half drops, in bursts of `burst` out of `period`
     /// nanoseconds, and what is done inside a freeze.
     package func inject(

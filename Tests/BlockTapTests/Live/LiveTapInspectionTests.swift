@@ -163,6 +163,27 @@ struct LiveTapInspectionTests {
         #expect(try await bed.quietImagesEqualDisks())
     }
 
+    @Test("An agent that is killed again and again, before its patience ends, has proven points all the same")
+    func patienceOfTheKilled() async throws {
+        let bed = try LiveTapBed(disks: 1, bytes: 96 << 20)
+        bed.configuration.patienceSeconds = 3600
+        try await bed.start()
+        let writers = DependentWriters(bed, .init(chains: 32, hotPercent: 0))
+        try writers.start()
+        defer { writers.stop() }
+        try await bed.fullSync()
+        for _ in 0..<3 {
+            bed.kill()
+            try await bed.start()
+            #expect(await bed.group.hasPatience == false)
+            try await writers.progress(by: 20_000)
+            try await bed.carryUntilProven(attempts: 200)
+            #expect(await bed.group.hasPatience)
+            let violations = writers.violations(in: bed.images)
+            try #require(violations.isEmpty, "\(violations.prefix(3))")
+        }
+    }
+
     @Test("A full sync keeps to its budget and its priority")
     func consideration() async throws {
         let bed = try LiveTapBed(disks: 1, bytes: 16 << 20)
