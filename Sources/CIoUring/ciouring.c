@@ -10,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
@@ -206,7 +205,6 @@ int ciouring_file_direct_alignment(int fd, uint32_t *bytes) {
     return 0;
 }
 
-int ciouring_flock_exclusive(int fd) { return flock(fd, LOCK_EX | LOCK_NB) < 0 ? -errno : 0; }
 
 int ciouring_fallocate(int fd, int mode, uint64_t offset, uint64_t length) {
     return fallocate(fd, mode, (off_t)offset, (off_t)length) < 0 ? -errno : 0;

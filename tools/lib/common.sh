@@ -116,7 +116,8 @@ start() {
     defer stop_process "$started_pid" "$(process_start_time "$started_pid")"
 }
 
-alive() { kill -0 "$1" 2>/dev/null && [ "$(sed 's/^.*) //' "/proc/$1/stat" 2>/dev/null | cut -c1)" != Z ]; }
+# A killed process may be a zombie while a thread of it is still in the kernel and holds its locks and disks.
+alive() { kill -0 "$1" 2>/dev/null && [ "$(sed 's/^.*) //' "/proc/$1/task/"*/stat 2>/dev/null | grep -c '^[^ZX]')" != 0 ]; }
 
 # stop_process PID [START_TIME]: TERM, then KILL after 5 s. Does nothing when PID is meanwhile somebody else.
 stop_process() {
@@ -132,7 +133,7 @@ stop_process() {
 kill_now() {
     local pid
     kill -KILL "$@" 2>/dev/null || true
-    for pid in "$@"; do until_true 10 process_gone "$pid" || return 1; done
+    for pid in "$@"; do until_true 30 process_gone "$pid" || return 1; done
 }
 process_gone() { ! alive "$1"; }
 

@@ -27,7 +27,7 @@ final class AgentState: @unchecked Sendable {
         let lockPath = directory.appendingPathComponent("lock").path
         lockFD = open(lockPath, O_RDWR | O_CREAT | O_CLOEXEC, 0o600)
         guard lockFD >= 0 else { throw AgentError("cannot open \(lockPath): \(String(cString: strerror(errno)))") }
-        guard flock(lockFD, LOCK_EX | LOCK_NB) == 0 else {
+        guard lockFile(lockFD) == 0 else {
             close(lockFD)
             throw AgentError("another agent is running with the state directory \(path): stop it first, or give this one a directory of its own (--state)")
         }

@@ -85,7 +85,7 @@ public final class BlockDevice: @unchecked Sendable {
         guard fstat(fd, &opened) == 0, opened.st_rdev == facts.st_rdev, opened.st_ino == facts.st_ino,
             opened.st_mode & S_IFMT == facts.st_mode & S_IFMT
         else { throw refuse(ESTALE, "it was replaced by another device or file meanwhile; try again") }
-        if exclusive && !isBlockDevice && ciouring_flock_exclusive(fd) < 0 {
+        if exclusive, !isBlockDevice, lockFile(fd, patienceMilliseconds: 0) != 0 {
             throw refuse(EAGAIN, "another program has locked it (is a second agent running on this disk?)")
         }
 

@@ -1,4 +1,3 @@
-import CIoUring
 import CLiveTap
 import Glibc
 
@@ -62,11 +61,7 @@ final class LiveTapAttachment {
         guard mkdir(directory, 0o700) == 0 || errno == EEXIST else { throw SystemError(errno: errno, doing: "make \(directory) (is its parent a bpffs?)") }
         let fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
         guard fd >= 0 else { throw SystemError(errno: errno, doing: "open \(directory)") }
-        // A killed process may take a moment to be gone.
-        for _ in 0..<100 {
-            if ciouring_flock_exclusive(fd) == 0 { return fd }
-            usleep(50_000)
-        }
+        if lockFile(fd) == 0 { return fd }
         close(fd)
         throw SystemError(errno: EAGAIN, what: "cannot use \(directory): another process has this live tap (is a second agent running?)")
     }

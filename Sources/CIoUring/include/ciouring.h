@@ -81,7 +81,6 @@ int ciouring_block_size_bytes(int fd, uint64_t *bytes);           // BLKGETSIZE6
 int ciouring_block_logical_bytes(int fd, uint32_t *bytes);        // BLKSSZGET
 int ciouring_block_optimal_bytes(int fd, uint32_t *bytes);        // BLKIOOPT
 int ciouring_file_direct_alignment(int fd, uint32_t *bytes);      // statx STATX_DIOALIGN; 0 bytes when unknown
-int ciouring_flock_exclusive(int fd);                             // LOCK_EX | LOCK_NB
 int ciouring_fallocate(int fd, int mode, uint64_t offset, uint64_t length);
 uint32_t ciouring_device_major(uint64_t device);                  // of a dev_t
 uint32_t ciouring_device_minor(uint64_t device);

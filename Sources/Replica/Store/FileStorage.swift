@@ -51,8 +51,8 @@ public final class FileStorage: Storage, @unchecked Sendable {
     public func lock() throws(StoreError) {
         let descriptor = Glibc.open(full("LOCK"), O_RDWR | O_CREAT | O_CLOEXEC, 0o600)
         guard descriptor >= 0 else { throw storageError(errno, "cannot open \(full("LOCK"))") }
-        guard flock(descriptor, LOCK_EX | LOCK_NB) == 0 else {
-            let code = errno
+        let code = lockFile(descriptor)
+        guard code == 0 else {
             Glibc.close(descriptor)
             if code == EWOULDBLOCK { throw .busy("the store \(location) is in use by another process: stop it first") }
             throw .io(errno: code, what: "cannot lock \(full("LOCK"))")

@@ -21,6 +21,20 @@ private func refusal(of path: String, access: BlockDevice.Access = .readWrite, e
         #expect(!device.isBlockDevice)
     }
 
+    @Test func aLockWaitsForAHolderThatIsAboutToBeGone() throws {
+        let file = try TemporaryFile(bytes: 4096)
+        let first = open(file.path, O_RDWR | O_CLOEXEC), second = open(file.path, O_RDWR | O_CLOEXEC)
+        defer { close(second) }
+        #expect(lockFile(first) == 0)
+        #expect(lockFile(second, patienceMilliseconds: 100) == EWOULDBLOCK)
+        Thread.detachNewThread {
+            usleep(200_000)
+            close(first)
+        }
+        #expect(lockFile(second, patienceMilliseconds: 60_000) == 0)
+        #expect(lockFile(-1) == EBADF)
+    }
+
     @Test func refusesWhatIsNotADisk() throws {
         #expect(refusal(of: "/nonexistent/disk")?.errno == ENOENT)
         #expect(refusal(of: "/nonexistent/disk")?.what == "cannot open /nonexistent/disk: there is no such device or file")

@@ -73,9 +73,9 @@ public struct StoreCheck {
         let descriptor = open(directory + "/LOCK", O_RDONLY | O_CLOEXEC)
         if descriptor < 0, errno != ENOENT { throw storageError(errno, "cannot open \(directory)/LOCK") }
         defer { if descriptor >= 0 { close(descriptor) } }
-        if descriptor >= 0, flock(descriptor, LOCK_EX | LOCK_NB) != 0 {
-            if errno == EWOULDBLOCK { throw .busy("the store \(directory) is in use by another process: stop it first") }
-            throw storageError(errno, "cannot lock \(directory)/LOCK")
+        if descriptor >= 0, case let code = lockFile(descriptor), code != 0 {
+            if code == EWOULDBLOCK { throw .busy("the store \(directory) is in use by another process: stop it first") }
+            throw storageError(code, "cannot lock \(directory)/LOCK")
         }
         return try run(FileStorage(directory: directory), readsData: readsData, progress: progress)
     }
