@@ -93,9 +93,11 @@ final class DependentChain: @unchecked Sendable {
 
     enum PointVerdict { case exact(newest: UInt64), violation(String) }
 
-    /// What a chain's blocks hold after its first `writeCount` writes; moves on as newer points are looked at.
+    /// What a chain's blocks hold after its first `writeCount` writes; moves on as newer points are looked at, and only so.
     struct Model {
         fileprivate var writeCount = 0
+        /// Of the point looked at last.
+        fileprivate var newest: UInt64 = 0
         fileprivate var sequences: [[UInt64]]
 
         init(_ chain: DependentChain) { sequences = chain.diskBlocks.indices.map { [UInt64](repeating: 0, count: chain.ownBlockCount(disk: $0)) } }
@@ -110,7 +112,7 @@ final class DependentChain: @unchecked Sendable {
     }
 
     /// Whether the chain's blocks in a recovery point are what they were after some write m, all earlier ones included, the last
-    /// one possibly in part (it may have been in flight). `stamp` gives (chain, sequence) of a disk's block. `model`: of an earlier point, or new.
+    /// one possibly in part (it may have been in flight). `stamp` gives (chain, sequence) of a disk's block. `model`: of an older point, or new: what that has, this one has.
     func check(_ model: inout Model, _ stamp: (_ disk: Int, _ diskBlock: Int) throws -> (UInt64, UInt64)) rethrows -> PointVerdict {
         let log = writes
         var found: [[UInt64]] = []
@@ -126,8 +128,9 @@ final class DependentChain: @unchecked Sendable {
             }
             found.append(sequences)
         }
+        guard newest >= model.newest else { return .violation("its newest write is \(newest); an older recovery point has \(model.newest)") }
+        model.newest = newest
         let before = max(0, Int(newest) - 1)
-        if model.writeCount > before { model = Model(self) }
         model.advance(to: before, log)
         let last = newest > 0 ? log[before] : nil
         for disk in diskBlocks.indices {

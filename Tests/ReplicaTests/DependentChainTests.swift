@@ -54,13 +54,16 @@ import Testing
         return nil
     }
 
-    @Test func everyStateIsExactInAnyOrder() {
+    @Test func everyStateIsExactAndNoneGoesBack() {
         let (disks, chain) = written(3000)
         var model = DependentChain.Model(chain)
         for (number, image) in disks.images.enumerated() { #expect(newest(chain, &model, image) == UInt64((number + 1) * 100)) }
-        for (number, image) in disks.images.enumerated().reversed() { #expect(newest(chain, &model, image) == UInt64((number + 1) * 100)) }
         let nothing = disks.image.map { $0.map { _ in (chain: UInt64(0), sequence: UInt64(0)) } }
-        #expect(newest(chain, &model, nothing) == 0)
+        for older in [disks.images[disks.images.count - 2], nothing] {
+            #expect(newest(chain, &model, older) == nil)
+            var fresh = DependentChain.Model(chain)
+            #expect(newest(chain, &fresh, older) != nil)
+        }
     }
 
     /// The newest write may be there in part; nothing else may be missing, or from elsewhere.

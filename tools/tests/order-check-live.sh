@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# limit: 600
+# limit: 900
 # order-check of the live tap: dependent writes on the raw disk and in mounted file systems, agent, appliance or both killed meanwhile; every
 # recovery point is crash-consistent, and the last one has every write.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
@@ -20,7 +20,7 @@ checked() {
         not_ok "$name" "exit code $status: $(tail -n 6 "$run_dir/log" | tr '\n' ' ')"
     fi
 }
-checked "live tap, two disks, 32 chains, with kills" --fs none --disks 2 --chains 32 --kill 3 --seconds 15
+checked "live tap, two disks, 32 chains, with kills" --fs none --disks 2 --chains 32 --kill 3 --seconds 120
 checked "live tap, ext4 on two disks, with kills" --fs ext4 --disks 2 --kill 3 --seconds 10
 checked "live tap, XFS, with kills" --fs xfs --disks 1 --kill 3 --seconds 10
 finish
