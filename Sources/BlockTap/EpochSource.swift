@@ -153,6 +153,8 @@ public protocol EpochSource: AnyObject, Sendable {
     /// otherwise it is exact, if the source can prove it (else fuzzy, and complete). Throws `EpochError.draining` while the previous epoch
     /// has not been handed out whole.
     func cut(fuzzyBytesMax: UInt64, consistency: CutConsistency) async throws -> Cut
+    /// Somebody waits for the next cuts: for some seconds they count for more than whoever else uses the disks.
+    func hurry()
     /// The next item, or nil when there is none yet; `setWakeup`'s closure is called when that changes.
     func nextItem() -> DrainItem?
     func setWakeup(_ wakeup: (@Sendable () -> Void)?)
@@ -171,6 +173,8 @@ public protocol EpochSource: AnyObject, Sendable {
 
 extension EpochSource {
     public func cut(fuzzyBytesMax: UInt64) async throws -> Cut { try await cut(fuzzyBytesMax: fuzzyBytesMax, consistency: .crash) }
+
+    public func hurry() {}
 
     /// A source that can only be drained.
     public func read(disk: Int, offsetBytes: UInt64, lengthBytes: Int) async -> [UInt8]? { nil }

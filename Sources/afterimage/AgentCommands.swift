@@ -27,7 +27,8 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: ArgumentHelp("live tap: read at most so many bytes per second for what can wait: 50MiB; 0 for no limit.", valueName: "bytes")) var readLimit = ByteCount(bytes: 0)
         @Option(help: "live tap: reads in flight.") var readDepth: Int = 32
         @Option(help: "live tap: normal, low or idle: how its reads stand beside everybody else's, where the disk's scheduler knows priorities.") var readPriority: LiveReadPriority = .low
-        @Option(help: ArgumentHelp("live tap: while the newest recovery point is younger, reads of many blocks give way to others who use the disks; 0: never.", valueName: "seconds")) var patience: Int = 30
+        @Option(help: ArgumentHelp("live tap: reads of many blocks take what time others leave them, and this share of it all; 100: as much as they need.", valueName: "percent")) var readShare: Int = 5
+        @Option(help: ArgumentHelp("live tap: once the newest recovery point is older, they take what they need, for a while; 0: always.", valueName: "seconds")) var patience: Int = 60
         @Option(help: "live tap: memory in MiB for the blocks of an epoch while it is proven.") var stageMib: Int = 256
         @Flag(inversion: .prefixedNo, help: "live tap: the disks' file systems may be frozen for a moment (at most --freeze-ms).") var freeze = true
         @Option(help: "live tap: how long a freeze may last, milliseconds.") var freezeMs: Int = 500
@@ -48,6 +49,7 @@ struct AgentCommand: AsyncParsableCommand {
             following.readBytesPerSecondMax = readLimit.bytes
             following.readDepth = readDepth
             following.readPriority = readPriority
+            following.readShare = Double(readShare) / 100
             following.patienceSeconds = patience
             following.stagingBytesMax = stageMib << 20
             following.freezes = freeze
@@ -72,6 +74,8 @@ struct AgentCommand: AsyncParsableCommand {
             guard (1...65536).contains(preservedMib) else { throw ValidationError("--preserved-mib must be between 1 and 65536") }
             guard (8...65536).contains(stageMib) else { throw ValidationError("--stage-mib must be between 8 and 65536") }
             guard (1...1024).contains(readDepth) else { throw ValidationError("--read-depth must be between 1 and 1024") }
+            guard (1...100).contains(readShare) else { throw ValidationError("--read-share must be between 1 and 100") }
+            guard (0...86_400).contains(patience) else { throw ValidationError("--patience must be between 0 and 86400") }
             guard (10...10000).contains(freezeMs) else { throw ValidationError("--freeze-ms must be between 10 and 10000") }
             guard (1...3600).contains(scriptSeconds) else { throw ValidationError("--script-seconds must be between 1 and 3600") }
             _ = try agentConfiguration()

@@ -4,6 +4,7 @@
 #   idle DEPTH          not there
 #   attached DEPTH      follows the disk; nothing is read
 #   replicating DEPTH   replicates it; both sites are on this machine
+#   quiet               replicates a TiB that nobody writes to: percent of a core
 #   points              replicates it under 2,000 random writes per second and a database that commits: how old the newest point was
 source "$(dirname "$(readlink -f "$0")")/../lib/common.sh"
 for part in packages fetch product; do source "$repository/tools/lib/$part.sh"; done
@@ -38,7 +39,29 @@ attached)
     load --iodepth="$depth" ;;
 replicating)
     replicate "$BENCH_DEVICE"
-    load --iodepth="$depth" ;;
+    load --iodepth="$depth"
+    "$afterimage" server show s --json </dev/null | python3 -c '
+import json, sys
+server = json.load(sys.stdin)
+live = server["agent"]["live"]
+print("FIGURE proven-percent %.1f" % (100 * live["provenCount"] / max(1, live["provenCount"] + live["unprovenCount"])))
+print("FIGURE newest-point-age-s %.1f" % server["rpoSeconds"])
+print("FIGURE gave-way %d" % live["gaveWayCount"])' ;;
+quiet)
+    truncate -s 1T "$run_dir/big.img"
+    attach_loop "$run_dir/big.img"
+    mkfs.xfs -q "$loop_device"
+    mkdir "$run_dir/m"
+    mount "$loop_device" "$run_dir/m"
+    replicate "$loop_device"
+    sleep 5
+    began=$(now) before=$(cpu_ticks "$agent_pid")
+    sleep "$seconds"
+    after=$(cpu_ticks "$agent_pid") ended=$(now)
+    umount "$run_dir/m"
+    awk -v t="$((after - before))" -v a="$began" -v b="$ended" -v h="$(getconf CLK_TCK)" 'BEGIN { printf "RESULT %.3f\n", 100 * t / h / (b - a) }'
+    awk '$1 == "VmHWM:" { printf "FIGURE agent-memory-mib %.0f\n", $2 / 1024 }' "/proc/$agent_pid/status"
+    exit ;;
 points)
     truncate -s 5G "$run_dir/big.img"
     attach_loop "$run_dir/big.img"

@@ -32,6 +32,7 @@ final class ScriptedSource: EpochSource {
     static var drainBufferBytes: Int { LiveTapGroup.drainBufferBytes }
     func beginFullSync() { inner.beginFullSync() }
     var needsFuzzyCut: Bool { get async { await inner.needsFuzzyCut } }
+    func hurry() { inner.hurry() }
     func nextItem() -> DrainItem? { inner.nextItem() }
     func setWakeup(_ wakeup: (@Sendable () -> Void)?) { inner.setWakeup(wakeup) }
     func release(_ buffer: DrainBuffer) { inner.release(buffer) }

@@ -76,6 +76,12 @@ final class SysfsStatistics {
         return (fields.count > 6 ? fields[6] : 0) + (fields.count > 13 ? fields[13] : 0)
     }
 
+    /// Milliseconds that all requests took that have completed since the disk appeared, together.
+    func spentMilliseconds() -> Int64 {
+        let fields = Self.numbers(stat)
+        return [3, 7, 14, 16].reduce(0) { $0 + (fields.count > $1 ? fields[$1] : 0) }
+    }
+
     /// Whether the kernel keeps it (an administrator can turn it off at any time).
     var isKept: Bool { fileText(isKeptPath)?.trimmingNewline == "1" }
 

@@ -7,8 +7,8 @@ import Glibc
 /// *file-system-consistent* one: the file systems write out what they have, rounds until one was short, then the last one while they are
 /// frozen. Only the cut and the reads are inside the freeze. If that fails, the point is what the rounds prove.
 ///
-/// As long as the newest proven point is young (`patienceSeconds`), rounds of many blocks give way to others who use the disks, and nothing is
-/// frozen for them: on disks that are written faster than they are read that way, epochs are not proven until the patience is used up.
+/// A crash-consistent point that nobody asked for takes no more of the disks' time than its share (`LiveReadShare`), unless it is urgent
+/// (`LiveUrgency`): rounds of many blocks that would take more are not run, and nothing is frozen for them; the epoch is handed out as it is read.
 extension LiveEpochEngine {
     struct Convergence {
         /// All that was taken.
@@ -23,6 +23,8 @@ extension LiveEpochEngine {
         var collisionCount: UInt64 = 0
         var lastRoundNanoseconds: UInt64 = 0
         var lastRoundBlockCount: UInt64?
+        /// Somebody asked for this point.
+        var isAsked = false
     }
 
     private enum Step {
@@ -35,7 +37,7 @@ extension LiveEpochEngine {
 
     /// What was taken goes back if it throws: no epoch has it.
     func converge(_ consistency: CutConsistency) throws(SystemError) -> Convergence {
-        var run = Convergence(blocks: disks.map { BlockBitmap(blockCount: $0.disk.blockCount) })
+        var run = Convergence(blocks: disks.map { BlockBitmap(blockCount: $0.disk.blockCount) }, isAsked: consistency != .crash)
         do throws(SystemError) {
             try converge(&run, consistency)
         } catch {
@@ -66,7 +68,7 @@ extension LiveEpochEngine {
         } else {
             step = try rounds(&run) { $0.proof != nil }
             let isSmall = (run.lastRoundBlockCount ?? 0) <= Self.smallRoundBlockCount
-            if step == .goOn, configuration.freezes, isSmall || patienceEnds() <= LiveReconciliation.now() {
+            if step == .goOn, configuration.freezes, isSmall || isUrgent() {
                 if freezePause.left > 0 {
                     freezePause.left -= 1
                 } else if try frozenRound(&run, isAsked: false) == .proven {
@@ -82,7 +84,6 @@ extension LiveEpochEngine {
         if !run.isStaged { figures.unstagedCount += 1 }
         if let proof = run.proof {
             figures.provenCount += 1
-            provenAt = LiveReconciliation.now()
             if run.roundCount <= 3 { depth = max(configuration.readDepth, depth / 2) }
             if proof.consistency == .fileSystem { figures.fileSystemConsistentCount += 1 }
         } else {
@@ -123,15 +124,21 @@ extension LiveEpochEngine {
             disk.dirty = BlockBitmap(blockCount: disk.disk.blockCount)
         }
         let blockCount = round.reduce(0) { $0 + $1.count }
-        var considering: LiveReader.Consideration?
-        if !isFrozen, run.roundCount == 1 || blockCount > Self.smallRoundBlockCount {
-            considering = .init(priority: run.roundCount == 1 ? configuration.readPriority : .normal, isBudgeted: run.roundCount == 1)
-            if blockCount > Self.smallRoundBlockCount { considering!.givesWayUntil = patienceEnds() }
+        let isFree = isFrozen || run.isAsked || isUrgent()
+        var considering = LiveReader.Consideration(priority: .normal, isBudgeted: false, isFree: isFree)
+        if run.roundCount == 1, !isFrozen {
+            considering.priority = configuration.readPriority
+            considering.isBudgeted = true
         }
-        // This thread has other things to do meanwhile: then it is handed out as it is read.
-        let isTooSlow = considering.map { $0.givesWayUntil > began && reader.pace.nanoseconds(readCount: blockCount) > UInt64(configuration.roundsMilliseconds) * 1_000_000 } ?? false
+        var isTooMuch = false
+        if !isFree, blockCount > Self.smallRoundBlockCount, reader.share.least < 1 {
+            _ = reader.share.wait(now: began)
+            // Later rounds may be owed: they are what the first one was for.
+            isTooMuch = reader.share.credit < (run.roundCount == 1 ? Double(blockCount) * nanosecondsPerBlock : -LiveReadShare.creditMax / 2)
+            if isTooMuch { figures.gaveWayCount += 1 }
+        }
         // What is too large for the stage, or cannot be read, is not handed out as if it had been read.
-        guard !isTooSlow, run.blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount),
+        guard !isTooMuch, run.blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount),
             let collisions = readRound(round, first: run.collided, considering: considering)
         else {
             run.isStaged = false
@@ -140,6 +147,10 @@ extension LiveEpochEngine {
         if let last = run.lastRoundBlockCount, blockCount > 256, blockCount > last / 2 { deepen() }
         run.lastRoundBlockCount = blockCount
         run.lastRoundNanoseconds = LiveReconciliation.now() - began
+        if blockCount > Self.smallRoundBlockCount {
+            let each = Double(run.lastRoundNanoseconds) / Double(blockCount)
+            nanosecondsPerBlock = nanosecondsPerBlock == 0 ? each : nanosecondsPerBlock * 0.75 + each * 0.25
+        }
         run.collided = collisions
         run.collisionCount += UInt64(collisions.count)
         return collisions.isEmpty ? .proven : .goOn
@@ -148,17 +159,10 @@ extension LiveEpochEngine {
     /// A round of so many blocks is over before anybody notices.
     private static let smallRoundBlockCount: UInt64 = 4096
 
-    /// Until when reads of many blocks give way (monotonic clock); 0: they do not at all.
-    func patienceEnds() -> UInt64 {
-        if configuration.patienceSeconds <= 0 { return 0 }
-        if needsFuzzyCut || draining?.isFullSync == true {
-            provenAt = 0
-            return .max
-        }
-        // Of a process that has just begun, too: how old the newest proven point is, it does not know, and it may be the tenth that was killed.
-        if provenAt == 0 { return 0 }
-        return provenAt + UInt64(configuration.patienceSeconds) * 1_000_000_000
-    }
+    /// Whether a recovery point is worth more now than what others do with the disks.
+    func isUrgent() -> Bool { !needsFuzzyCut && draining?.isFullSync != true && urgency.isUrgent(now: LiveReconciliation.now()) }
+
+    func hurry() { urgency.hurry(now: LiveReconciliation.now()) }
 
     /// Rounds that do not shrink are read with more at once, up to a limit, and so are epochs after one that was not proven: otherwise the writers'
     /// share of the disk is the larger one, and they stay ahead for ever. It goes down again while few rounds are enough.

@@ -44,6 +44,7 @@ package final class LiveEpochEngine {
         var number: EpochNumber
         /// Part of a full sync: given back, its blocks are unsynced again; else dirty.
         var isFullSync: Bool
+        var isExact = false
         var blocks: [BlockBitmap]
     }
 
@@ -69,8 +70,9 @@ package final class LiveEpochEngine {
     var freezePause = (left: 0, next: 1)
     /// Reads in flight: more while the disks are written faster than they are read.
     var depth: Int
-    /// When this process proved the newest point (monotonic clock); 0: it has not yet.
-    var provenAt: UInt64 = 0
+    var urgency: LiveUrgency
+    /// Of rounds of many blocks, lately; 0: not known.
+    var nanosecondsPerBlock = 0.0
     /// Of what has been said more than once in a row.
     var saidLast: [String: String] = [:]
 
@@ -89,7 +91,9 @@ package final class LiveEpochEngine {
         maps = attachment.maps
         self.disks = disks.enumerated().map { Disk($0.element, index: $0.offset) }
         queue = DrainQueue(bufferCount: configuration.drainBufferCount)
-        reader = try LiveReader(bytesPerSecondMax: configuration.readBytesPerSecondMax)
+        urgency = LiveUrgency(patienceSeconds: configuration.patienceSeconds)
+        reader = try LiveReader(
+            bytesPerSecondMax: configuration.readBytesPerSecondMax, share: configuration.readShare, accounts: disks.map(\.statistics))
         reconciliation = LiveReconciliation(maps: maps, disks: disks, reader: reader)
         stage = try LiveStage(blockCount: configuration.stagingBytesMax / blockBytes)
         isFresh = !attachment.wasAdopted || maps.state.pointee.is_synced == 0
@@ -104,6 +108,7 @@ package final class LiveEpochEngine {
 
     package func beginFullSync() {
         maps.state.pointee.is_synced = 0
+        urgency.hasNone()
         for disk in disks { disk.unsynced.setAll() }
         figures.skippedFreeBytes = configuration.skipsFreeSpace ? leaveOutFreeSpace() : 0
     }
@@ -143,7 +148,7 @@ package final class LiveEpochEngine {
             proof = attempt.proof
         }
         for (disk, blocks) in zip(disks, blocks) { disk.pending.formUnion(blocks) }
-        draining = ClosedEpoch(number: number, isFullSync: isFullSync, blocks: blocks)
+        draining = ClosedEpoch(number: number, isFullSync: isFullSync, isExact: proof != nil, blocks: blocks)
         let count = blocks.reduce(0) { $0 + $1.count }
         return Cut(epoch: number, kind: proof == nil ? .fuzzy : .exact, timeNanoseconds: time, blockCount: count, proof: proof)
     }
@@ -202,6 +207,12 @@ package final class LiveEpochEngine {
     /// Hands out what there is room for. Returns whether there may be more at once; otherwise the queue says when.
     package func pump() -> Bool {
         guard let epoch = draining else { return false }
+        let isFree = isUrgent()
+        if !isDrainingStaged, !isFree, case let wait = reader.share.wait(now: LiveReconciliation.now()), wait > 0 {
+            // Others want to be answered by this thread meanwhile.
+            usleep(UInt32(min(max(wait / 1000, 1000), 20_000)))
+            return true
+        }
         var runs: [(disk: Disk, first: UInt64, count: UInt64, slot: Int)] = []
         var isStarved = false
         // Many short ones or a few long ones; under a budget not more than a tenth of a second's: this blocks the thread.
@@ -248,7 +259,7 @@ package final class LiveEpochEngine {
                 LiveReader.Range(
                     fd: $0.disk.disk.device.fd, offsetBytes: $0.first * UInt64(blockBytes), lengthBytes: length($0), memory: queue.memory(slot: $0.slot))
             }
-            let considering = LiveReader.Consideration(priority: configuration.readPriority, givesWayUntil: patienceEnds())
+            let considering = LiveReader.Consideration(priority: configuration.readPriority, isFree: isFree)
             reader.read(ranges, depth: depth, considering: considering) { index, succeeded in
                 if !succeeded { failed[index] = true }
             }
@@ -295,6 +306,7 @@ package final class LiveEpochEngine {
     package func acknowledge(_ number: EpochNumber) {
         while let epoch = unacknowledged.first, epoch.number <= number {
             unacknowledged.removeFirst()
+            if epoch.isExact { urgency.hasPoint(now: LiveReconciliation.now()) }
             // First: a process that is killed after the next line has bits too many, never too few.
             maps.state.pointee.last_acknowledged = epoch.number.rawValue
             let later = unacknowledged + (draining.map { [$0] } ?? [])
@@ -329,7 +341,6 @@ package final class LiveEpochEngine {
         s.openReconciliationCount = reconciliation.openCount
         s.readBytes = reader.readBytes
         s.readWaitMilliseconds = reader.waitNanoseconds / 1_000_000
-        s.gaveWayCount = reader.pace.loweredCount
         s.resizes = resizes
         for disk in disks {
             let counters = maps.disks[disk.index]

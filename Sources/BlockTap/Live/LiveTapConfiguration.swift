@@ -19,9 +19,11 @@ public struct LiveTapConfiguration: Sendable {
     /// rounds: what they cost is decided by who writes meanwhile.
     public var readBytesPerSecondMax: UInt64 = 0
     public var readPriority = LiveReadPriority.low
-    /// For so long after the newest proven point, and during a full sync, reads of many blocks give way: as few are in flight at once as it takes for
-    /// the disks to answer as quickly as when nobody else uses them (`LiveReadPace`). 0: they never do.
-    public var patienceSeconds = 30
+    /// Reads of many blocks give way to others who use the disks: they take what time those leave, and at least this share of it all (0...1; 1: they do not
+    /// give way). An epoch that would take more is handed out without a proof.
+    public var readShare = 0.05
+    /// Once the newest recovery point is older, reads take what they need, for as long as there is hope (`LiveUrgency`). 0: always.
+    public var patienceSeconds = 60
     public var roundsMax = 64
     /// Not counting an epoch's first round, which takes what it takes.
     public var roundsMilliseconds = 2000
@@ -67,7 +69,7 @@ public struct LiveTapStatistics: Sendable, Codable, Hashable {
     /// Read from the disks, and waited because of the budget for that.
     public var readBytes: UInt64 = 0
     public var readWaitMilliseconds: UInt64 = 0
-    /// Times that fewer reads were made at once, because the disks were busy with others'.
+    /// Epochs handed out without a proof, because that would have taken more of the disks' time than its share.
     public var gaveWayCount: UInt64 = 0
     /// Looks at the kernel's account that decided nothing.
     public var openReconciliationCount: UInt64 = 0

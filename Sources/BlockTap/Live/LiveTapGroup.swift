@@ -104,6 +104,11 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
     public func setWakeup(_ wakeup: (@Sendable () -> Void)?) { engine.engine.queue.setWakeup(wakeup) }
     public func release(_ buffer: DrainBuffer) { engine.engine.queue.freeBuffer(slot: buffer.slot) }
 
+    public func hurry() {
+        let engine = engine
+        loop.execute { engine.engine.hurry() }
+    }
+
     public func acknowledge(_ epoch: EpochNumber) {
         let engine = engine
         loop.execute { engine.engine.acknowledge(epoch) }
@@ -150,11 +155,11 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         get async { await loop.run { clivetap_io_priority(0) } }
     }
 
-    /// For tests: whether reads of many blocks would give way now.
-    package var hasPatience: Bool {
+    /// For tests: whether reads of many blocks would not give way now.
+    package var isUrgent: Bool {
         get async {
             let engine = engine
-            return await loop.run { engine.engine.patienceEnds() > LiveReconciliation.now() }
+            return await loop.run { engine.engine.isUrgent() }
         }
     }
 

@@ -35,6 +35,7 @@ extension SenderLoop {
     func cutNow(_ consistency: CutConsistency) {
         isCutRequested = true
         if consistency.rawValue > wantedConsistency.rawValue { wantedConsistency = consistency }
+        source.hurry()
         scheduleCut()
     }
 

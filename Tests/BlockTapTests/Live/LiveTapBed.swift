@@ -186,6 +186,19 @@ final class DependentWriters: @unchecked Sendable {
         chains = (0..<options.chains).map { _ in Chain(blocks: perChain) }
     }
 
+    /// Of `disks` that are followed and whose full sync is done. The caller stops them.
+    static func followed(disks: Int, _ options: Options = Options()) async throws -> (bed: LiveTapBed, writers: DependentWriters) {
+        let bed = try LiveTapBed(disks: disks, bytes: 32 << 20)
+        try await bed.start()
+        let writers = DependentWriters(bed, options)
+        try writers.start()
+        do { try await bed.fullSync() } catch {
+            writers.stop()
+            throw error
+        }
+        return (bed, writers)
+    }
+
     var writeCount: Int { chains.reduce(0) { $0 + $1.written.load(ordering: .relaxed) } }
 
     /// Returns when so many more writes have been acknowledged.

@@ -115,47 +115,103 @@ struct LiveTapInspectionTests {
         #expect(none.wait(now: now) == 0)
     }
 
-    @Test("Reads give way: a disk that others keep busy gets one at a time, an idle one as many as it takes")
-    func pace() {
-        // Eight requests at once are answered in 100 µs, more in proportion.
-        var pace = LiveReadPace()
-        var now: UInt64 = 1
-        func settle(others: Int, reads: Int = 20_000) {
-            for _ in 0..<reads {
-                let nanoseconds = UInt64(100_000 * max(8, others + pace.depth) / 8)
-                now += nanoseconds / UInt64(pace.depth)
-                pace.ended(bytes: 4096, afterNanoseconds: nanoseconds, now: now, depthMax: 32)
+    @Test("Reads take the time that others leave, and a tenth of it all")
+    func share() {
+        var share = LiveReadShare(least: 0.1)
+        var now: UInt64 = 1_000_000_000
+        var spent = 0.0                                            // milliseconds of all requests
+        // So many milliseconds, in which others have `others` requests under way all the time, and ours are read whenever they may be.
+        func read(milliseconds: UInt64, others: Double) -> Double {
+            let end = now + milliseconds * 1_000_000
+            var read: UInt64 = 0
+            while now < end {
+                let wait = min(share.wait(now: now), 20_000_000)
+                now += wait
+                spent += Double(wait) / 1e6 * others
+                if wait > 0 { continue }
+                share.begin(now: now) { [Int64(spent)] }
+                let began = now
+                now += 10_000_000
+                read += 10_000_000
+                spent += 10 * (others + 32)
+                share.end(began: began, now: now, isFree: false) { [Int64(spent)] }
             }
+            return Double(read) / Double(milliseconds * 1_000_000)
         }
-        settle(others: 0)
-        #expect((8...12).contains(pace.depth) && pace.pauseNanoseconds == 0)
-        settle(others: 64)
-        #expect(pace.depth == 1 && pace.loweredCount > 0 && pace.pauseNanoseconds > 0)
-        settle(others: 4)
-        #expect((3...8).contains(pace.depth) && pace.pauseNanoseconds == 0)
-        settle(others: 0)
-        #expect((8...12).contains(pace.depth))
-        // A disk that has become slower for good is as fast as it can be, in the end.
-        for _ in 0..<40 {
-            now += 60_000_000_000
-            settle(others: 64, reads: 1000)
-        }
-        #expect(pace.depth > 4)
+        _ = read(milliseconds: 10_000, others: 0)
+        #expect((0.9...1).contains(read(milliseconds: 10_000, others: 0)))
+        _ = read(milliseconds: 10_000, others: 32)
+        #expect((0.08...0.12).contains(read(milliseconds: 10_000, others: 32)))
+        _ = read(milliseconds: 10_000, others: 0.5)
+        #expect((0.4...0.6).contains(read(milliseconds: 10_000, others: 0.5)))
+        // What was not used is saved for a second's reading, not more.
+        now += 3_600_000_000_000
+        let waits = share.wait(now: now)
+        #expect(waits == 0 && share.credit == LiveReadShare.creditMax)
+        var all = LiveReadShare(least: 1)
+        let never = all.wait(now: 5)
+        #expect(never == 0)
     }
 
-    @Test("A disk that is never idle has proven points all the same: patience ends")
-    func patience() async throws {
+    @Test("A point is urgent when it was asked for, and when there is none that is young, but not for ever")
+    func urgency() {
+        let second: UInt64 = 1_000_000_000
+        var urgency = LiveUrgency(patienceSeconds: 30), now = 1000 * second
+        func urgentSeconds(of seconds: Int) -> Int {
+            (0..<seconds).reduce(0) { count, _ in
+                now += second
+                return count + (urgency.isUrgent(now: now) ? 1 : 0)
+            }
+        }
+        #expect(urgentSeconds(of: 1) == 1)
+        urgency.hasPoint(now: now)
+        #expect(urgentSeconds(of: 29) == 0)
+        #expect((9...10).contains(urgentSeconds(of: 12)))
+        // It did not help: 30 s, 60, 120, … 600 of rest between.
+        #expect(urgentSeconds(of: 26) == 0)
+        #expect((9...11).contains(urgentSeconds(of: 30)))
+        let hours = urgentSeconds(of: 36_000)
+        #expect((550...700).contains(hours), "\(hours)")
+        urgency.hurry(now: now)
+        #expect((9...10).contains(urgentSeconds(of: 12)))
+        urgency.hasPoint(now: now)
+        #expect(urgentSeconds(of: 28) == 0)
+        #expect((9...10).contains(urgentSeconds(of: 13)))
+        var hasty = LiveUrgency(patienceSeconds: 0)
+        hasty.hasPoint(now: now)
+        let isHasty = hasty.isUrgent(now: now + 1)
+        var patient = LiveUrgency(patienceSeconds: .max)
+        patient.hasPoint(now: now)
+        let isPatient = !patient.isUrgent(now: now + 1)
+        #expect(isHasty && isPatient)
+    }
+
+    @Test("Reads give way on a disk that is never idle; a point that somebody waits for is proven all the same")
+    func givesWay() async throws {
         let bed = try LiveTapBed(disks: 1, bytes: 96 << 20)
-        bed.configuration.patienceSeconds = 1
+        bed.configuration.patienceSeconds = 86_400
         try await bed.start()
         // Enough of them for rounds of many blocks.
-        let writers = DependentWriters(bed, .init(chains: 32, hotPercent: 0))
+        let writers = DependentWriters(bed, .init(chains: 32, pauseMicroseconds: 50, hotPercent: 0))
         try writers.start()
         defer { writers.stop() }
         try await bed.fullSync()
-        for _ in 0..<3 {
-            try await writers.progress(by: 20_000)
-            try await bed.carryUntilProven(attempts: 2000)
+        // The first point is urgent.
+        try await bed.carryUntilProven(attempts: 2000)
+        for _ in 0..<2 {
+            let before = await bed.group.liveStatistics
+            for _ in 0..<2000 where await bed.group.liveStatistics.gaveWayCount == before.gaveWayCount {
+                try await writers.progress(by: 10_000)
+                try await bed.carry()
+            }
+            let after = await bed.group.liveStatistics
+            #expect(after.gaveWayCount > before.gaveWayCount && after.unprovenCount > before.unprovenCount)
+            var isProven = false
+            for _ in 0..<2000 where !isProven {
+                bed.group.hurry()
+                isProven = try await bed.carry().kind == .exact
+            }
+            #expect(isProven)
             let violations = writers.violations(in: bed.images)
             try #require(violations.isEmpty, "\(violations.prefix(3))")
         }
@@ -168,17 +224,17 @@ struct LiveTapInspectionTests {
         let bed = try LiveTapBed(disks: 1, bytes: 96 << 20)
         bed.configuration.patienceSeconds = 3600
         try await bed.start()
-        let writers = DependentWriters(bed, .init(chains: 32, hotPercent: 0))
+        let writers = DependentWriters(bed, .init(chains: 32, pauseMicroseconds: 50, hotPercent: 0))
         try writers.start()
         defer { writers.stop() }
         try await bed.fullSync()
         for _ in 0..<3 {
             bed.kill()
             try await bed.start()
-            #expect(await bed.group.hasPatience == false)
+            #expect(await bed.group.isUrgent)
             try await writers.progress(by: 20_000)
             try await bed.carryUntilProven(attempts: 200)
-            #expect(await bed.group.hasPatience)
+            #expect(await bed.group.isUrgent == false)
             let violations = writers.violations(in: bed.images)
             try #require(violations.isEmpty, "\(violations.prefix(3))")
         }

@@ -10,12 +10,8 @@ import Testing
 struct LiveTapTests {
     @Test("Every proven point is a state that the disks had, and in the end the replica is the disks", arguments: [1, 2])
     func provenPointsAreExact(disks: Int) async throws {
-        let bed = try LiveTapBed(disks: disks, bytes: 32 << 20)
-        try await bed.start()
-        let writers = DependentWriters(bed)
-        try writers.start()
+        let (bed, writers) = try await DependentWriters.followed(disks: disks)
         defer { writers.stop() }
-        try await bed.fullSync()
         var proven = 0
         for _ in 0..<60 {
             try await writers.progress(by: 50)
@@ -31,13 +27,9 @@ struct LiveTapTests {
 
     @Test("Epochs given back and sent again, and groups that die and are taken over, lose no write")
     func survivesLossAndTakeOver() async throws {
-        let bed = try LiveTapBed(disks: 2, bytes: 32 << 20)
-        try await bed.start()
-        let instance = bed.group.instance
-        let writers = DependentWriters(bed, .init(pauseMicroseconds: 50))
-        try writers.start()
+        let (bed, writers) = try await DependentWriters.followed(disks: 2, .init(pauseMicroseconds: 50))
         defer { writers.stop() }
-        try await bed.fullSync()
+        let instance = bed.group.instance
         try await bed.carryUntilProven()
         for round in 0..<40 {
             try await writers.progress(by: 30)
@@ -60,12 +52,8 @@ struct LiveTapTests {
 
     @Test("Completions that the kernel does not show cost reads, not writes: points stay exact, and it is counted")
     func unseenCompletions() async throws {
-        let bed = try LiveTapBed(disks: 2, bytes: 32 << 20)
-        try await bed.start()
-        let writers = DependentWriters(bed, .init(pauseMicroseconds: 20))
-        try writers.start()
+        let (bed, writers) = try await DependentWriters.followed(disks: 2, .init(pauseMicroseconds: 20))
         defer { writers.stop() }
-        try await bed.fullSync()
         await bed.group.inject([], completions: (period: 20_000_000, burst: 3_000_000))
         var proven = 0
         for _ in 0..<40 {
@@ -87,12 +75,8 @@ struct LiveTapTests {
 
     @Test("Issues that the kernel does not show are never passed over: no wrong point, a resync that says so, and then exact again")
     func unseenIssues() async throws {
-        let bed = try LiveTapBed(disks: 1, bytes: 32 << 20)
-        try await bed.start()
-        let writers = DependentWriters(bed, .init(pauseMicroseconds: 20))
-        try writers.start()
+        let (bed, writers) = try await DependentWriters.followed(disks: 1, .init(pauseMicroseconds: 20))
         defer { writers.stop() }
-        try await bed.fullSync()
         try await bed.carryUntilProven()
         for _ in 0..<5 {
             await bed.group.inject([], issues: (period: 50_000_000, burst: 1_000_000), completions: (period: 30_000_000, burst: 1_000_000))
@@ -119,12 +103,8 @@ struct LiveTapTests {
         LiveTapFaults.forgetInFlightAtCut, .skipCollisionCheck, .singleBuffer, .unsharedCut,
     ])
     func mutantsAreCaught(fault: LiveTapFaults) async throws {
-        let bed = try LiveTapBed(disks: 2, bytes: 32 << 20)
-        try await bed.start()
-        let writers = DependentWriters(bed)
-        try writers.start()
+        let (bed, writers) = try await DependentWriters.followed(disks: 2)
         defer { writers.stop() }
-        try await bed.fullSync()
         try await bed.carryUntilProven()
         await bed.group.inject(fault)
         var points = 0
@@ -142,12 +122,8 @@ struct LiveTapTests {
 
     @Test("A cut that fails in the middle of its rounds gives back what it took", arguments: [LiveTapFaults.failInRound, [.failInRound, .forgetWhatWasTaken]])
     func failureInRound(fault: LiveTapFaults) async throws {
-        let bed = try LiveTapBed(disks: 2, bytes: 32 << 20)
-        try await bed.start()
-        let writers = DependentWriters(bed)
-        try writers.start()
+        let (bed, writers) = try await DependentWriters.followed(disks: 2)
         defer { writers.stop() }
-        try await bed.fullSync()
         try await bed.carryUntilProven()
         await bed.group.inject(fault)
         var failures = 0
@@ -166,12 +142,8 @@ struct LiveTapTests {
 
     @Test("Believing the program without asking the kernel is caught as soon as the kernel hides issues")
     func reconciliationIsNeeded() async throws {
-        let bed = try LiveTapBed(disks: 1, bytes: 32 << 20)
-        try await bed.start()
-        let writers = DependentWriters(bed)
-        try writers.start()
+        let (bed, writers) = try await DependentWriters.followed(disks: 1)
         defer { writers.stop() }
-        try await bed.fullSync()
         try await bed.carryUntilProven()
         await bed.group.inject(.skipReconciliation, issues: (period: 20_000_000, burst: 2_000_000), completions: (period: 20_000_000, burst: 2_500_000))
         for _ in 0..<400 {

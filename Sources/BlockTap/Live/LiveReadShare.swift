@@ -1,0 +1,63 @@
+import Glibc
+
+/// How much of the time the disks are read beside others who use them: what those leave, and at least a share of it all.
+///
+/// Time that passes earns credit, reading spends it. How busy others keep the disks is seen while nothing of ours is read: what the requests that
+/// ended took together, by the time that has passed, is how many were under way at once on average (Little's law); from 1 on there is no time
+/// that they leave. What is not known yet counts as busy. All times are nanoseconds of the monotonic clock.
+struct LiveReadShare {
+    /// 0...1; 1: no limit.
+    let least: Double
+    /// What may be saved up, or owed.
+    static let creditMax = 1e9
+    /// Others are looked at for so long at a time, and at least so often.
+    static let lookNanoseconds: UInt64 = 20_000_000
+    private static let lookEvery: UInt64 = 500_000_000
+
+    private(set) var credit = 0.0
+    /// How much of the time others use: 0...1.
+    private(set) var busy = 1.0
+    private var earnedAt: UInt64 = 0
+    private var lookedAt: UInt64 = 0
+    /// Since when nothing is read, and what the kernel's account of each disk was then.
+    private var quiet: (since: UInt64, spent: [Int64])?
+
+    init(least: Double) { self.least = least }
+
+    /// How long the disks are not to be read, at least.
+    mutating func wait(now: UInt64) -> UInt64 {
+        if least >= 1 { return 0 }
+        earn(now: now)
+        if let quiet, now > lookedAt + Self.lookEvery, now < quiet.since + Self.lookNanoseconds { return quiet.since + Self.lookNanoseconds - now }
+        return credit > 0 ? 0 : UInt64(1 - credit / rate)
+    }
+
+    /// Of the time that passes, what may be read.
+    private var rate: Double { max(0.001, least, 1 - busy) }
+
+    private mutating func earn(now: UInt64) {
+        if earnedAt > 0, now > earnedAt { credit = min(Self.creditMax, credit + Double(now - earnedAt) * rate) }
+        earnedAt = now
+    }
+
+    /// Reading begins. `spent`: of each disk, milliseconds that all its requests took since it is there.
+    mutating func begin(now: UInt64, spent: () -> [Int64]) {
+        if let quiet, now >= quiet.since + Self.lookNanoseconds {
+            let milliseconds = Double(now - quiet.since) / 1e6
+            let others = zip(spent(), quiet.spent).map { Double($0 - $1) / milliseconds }.max() ?? 0
+            let seen = min(1, max(0, others))
+            // That they have begun is believed at once, that they have ended after a second's looks.
+            let weight = lookedAt == 0 ? 1 : max(seen > busy ? 0.7 : 0.1, 1 - exp2(-milliseconds / 1000))
+            busy += (seen - busy) * weight
+            lookedAt = now
+        }
+        quiet = nil
+        earn(now: now)
+    }
+
+    /// Reading has ended. `isFree`: it is not to be paid for.
+    mutating func end(began: UInt64, now: UInt64, isFree: Bool, spent: () -> [Int64]) {
+        if !isFree { credit = max(-Self.creditMax, credit - Double(now - began)) }
+        quiet = (now, spent())
+    }
+}
