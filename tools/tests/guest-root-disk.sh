@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # tier: guest
-# limit: 900
+# limit: 1500
 # A whole Debian on its root disk, mounted and busy, followed by the live tap under the unit that systemd gets; it is lost, and comes up elsewhere.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 for part in guest protected debian-disk; do source "$repository/tools/lib/$part.sh"; done
