@@ -10,12 +10,12 @@ struct Afterimage: AsyncParsableCommand {
             $AFTERIMAGE_PROFILE, or \(ClientProfilePath.standard).
 
             Exit codes: 0 done; 1 the operation failed; 3 not possible in the present state; 4 no such thing; \
-            5 the appliance cannot be reached; 64 wrong usage.
+            5 the appliance cannot be reached; 6 not let in, or not with this role; 64 wrong usage.
             """,
         version: ProgramVersion.text,
         subcommands: [
             StatusCommand.self, SitePairCommand.self, ServerCommand.self, ReplicationCommand.self, RecoveryPointCommand.self,
-            DrillCommand.self, FailoverCommand.self, TaskCommand.self, EventCommand.self, ApplianceCommand.self, AgentCommand.self,
+            DrillCommand.self, FailoverCommand.self, TaskCommand.self, EventCommand.self, TokenCommand.self, ApplianceCommand.self, AgentCommand.self,
             TapCommand.self, StoreCommand.self,
         ])
 }

@@ -11,6 +11,7 @@ enum Exit {
     static let refused = ExitCode(3)
     static let notFound = ExitCode(4)
     static let unreachable = ExitCode(5)
+    static let forbidden = ExitCode(6)
     static let usage = ExitCode(64)
 }
 
@@ -44,6 +45,7 @@ extension ClientCommand {
             case .problem(let problem):
                 if global.json { Terminal.error(json: problem) } else { Terminal.error(problem.detail) }
                 throw switch problem.status {
+                case 401, 403: Exit.forbidden
                 case 404: Exit.notFound
                 case 409: Exit.refused
                 case 400, 422: Exit.usage

@@ -97,6 +97,7 @@ extension PortForward: ExpressibleByArgument {
 
 extension SitePairType: ExpressibleByArgument {}
 extension Consistency: ExpressibleByArgument {}
+extension Role: ExpressibleByArgument {}
 extension RecoveryNetwork: ExpressibleByArgument {}
 extension AcceleratorChoice: ExpressibleByArgument {}
 

@@ -3,24 +3,29 @@ import HTTPTypes
 import Hummingbird
 import HummingbirdTesting
 import Logging
+import NIOCore
 import Replica
+import Synchronization
 import Testing
 
 @testable import Appliance
 
 @Suite("API")
 struct APITests {
+    /// A route's path with something in place of its parameters, which is there nowhere.
+    private func path(_ route: APIRoute) -> String {
+        route.path.replacingOccurrences(of: #"\{\w+\}"#, with: "none", options: .regularExpression)
+    }
+
     @Test("every route but the open ones refuses who has no token or a wrong one")
     func authentication() async throws {
         try await withAPI { api, _, client in
             var checked = 0
             for route in api.routes {
-                let path = route.path.replacingOccurrences(of: "{server}", with: "web").replacingOccurrences(of: "{point}", with: "p")
-                    .replacingOccurrences(of: "{task}", with: "1").replacingOccurrences(of: "{mount}", with: "m")
                 for header in [nil, "Bearer wrong", "Basic YTpi", "Bearer "] {
                     var headers = HTTPFields()
                     if let header { headers[.authorization] = header }
-                    let response = try await client.execute(uri: path, method: route.method, headers: headers)
+                    let response = try await client.execute(uri: path(route), method: route.method, headers: headers)
                     if route.access == .open {
                         #expect(route.path == "/v1/enrol" || response.status == .ok, "\(route.path)")
                     } else {
@@ -31,6 +36,111 @@ struct APITests {
             }
             #expect(checked == (api.routes.count - 3) * 4)
         }
+    }
+
+    @Test("every route refuses the roles below its own, and no other; only what shows things is for viewers")
+    func roles() async throws {
+        try await withAPI { api, _, client in
+            for role in Role.allCases {
+                let secret = try await api.tokens.create(.init(name: "a-\(role.rawValue)", role: role), who: "me").secret
+                for route in api.routes {
+                    let response = try await client.execute(uri: path(route), method: route.method, headers: [.authorization: "Bearer \(secret)"])
+                    guard case .role(let needed) = route.access else { continue }
+                    #expect(needed > .viewer || route.method == .get, "\(route.method) \(route.path)")
+                    #expect(response.status != .unauthorized)
+                    #expect((response.status == .forbidden) == (role < needed), "\(route.method) \(route.path) by a \(role.rawValue): \(response.status)")
+                    if role < needed {
+                        let problem = try JSONDecoder().decode(Problem.self, from: Data(buffer: response.body))
+                        #expect(problem.type == "problem:forbidden" && problem.detail.contains("a-\(role.rawValue)") && problem.detail.contains(needed.rawValue))
+                    }
+                }
+            }
+        }
+    }
+
+    @Test("a token is good until it is revoked or its time is over; nobody but its holder has its secret")
+    func tokens() async throws {
+        try await withAPI { api, token, client in
+            func ask(_ method: HTTPRequest.Method, _ path: String, _ body: String? = nil, as secret: String) async throws -> TestResponse {
+                try await client.execute(uri: path, method: method, headers: [.authorization: "Bearer \(secret)"], body: body.map { .init(string: $0) })
+            }
+            let response = try await ask(.post, "/v1/tokens", #"{"name":"ops","role":"operator"}"#, as: token)
+            #expect(response.status == .created)
+            let created = try APIJSON.decoder().decode(CreatedToken.self, from: Data(buffer: response.body))
+            let left = try #require(created.token.expires).timeIntervalSinceNow
+            #expect((89.9...90).contains(left / 86_400))
+            #expect(try await ask(.get, "/v1/status", as: created.secret).status == .ok)
+            #expect(try await ask(.post, "/v1/tokens", #"{"name":"ops","role":"viewer"}"#, as: token).status == .conflict)
+            for body in [#"{"name":"Ops","role":"viewer"}"#, #"{"name":"x","role":"king"}"#, #"{"name":"x"}"#, #"{"name":"x","role":"viewer","days":-1}"#, #"{"name":"x","role":"viewer","days":3651}"#] {
+                #expect(try await ask(.post, "/v1/tokens", body, as: token).status.code == 422, "\(body)")
+            }
+            let endless = try await api.tokens.create(.init(name: "endless", role: .viewer, days: 0), who: "me")
+            #expect(endless.token.expires == nil)
+            let list = try await ask(.get, "/v1/tokens", as: token)
+            #expect(try APIJSON.decoder().decode([TokenView].self, from: Data(buffer: list.body)).map(\.name) == ["administrator", "endless", "ops"])
+            let events = try await ask(.get, "/v1/events", as: token)
+            for text in [list, events].map({ String(buffer: $0.body) }) {
+                #expect(!text.contains(created.secret) && !text.contains(Secrets.hash(created.secret)) && !text.contains(endless.secret))
+            }
+            #expect(String(buffer: events.body).contains("Create token"))
+
+            // The time is moved, not waited for.
+            try await api.tokens.catalogue.write { db in
+                var record = try #require(try TokenRecord.fetchOne(db, key: "ops"))
+                record.expires = Date() - 1
+                try record.update(db)
+            }
+            #expect(try await ask(.get, "/v1/status", as: created.secret).status == .unauthorized)
+            #expect(try await ask(.delete, "/v1/tokens/endless", as: token).status == .noContent)
+            #expect(try await ask(.get, "/v1/status", as: endless.secret).status == .unauthorized)
+            #expect(try await ask(.delete, "/v1/tokens/endless", as: token).status == .notFound)
+            #expect(try await ask(.delete, "/v1/tokens/administrator", as: token).status == .conflict)
+            #expect(try await ask(.get, "/v1/status", as: token).status == .ok)
+        }
+    }
+
+    @Test("an address that shows too many wrong tokens has to wait, whatever it shows then")
+    func limit() async throws {
+        try await withAPI(.live) { api, token, client in
+            let wrong: HTTPFields = [.authorization: "Bearer wrong"]
+            var statuses: [Int] = []
+            for _ in 0..<15 { statuses.append(Int(try await client.execute(uri: "/v1/status", method: .get, headers: wrong).status.code)) }
+            #expect(statuses.prefix(10).allSatisfy { $0 == 401 } && statuses.contains(429))
+            for _ in 0..<30 { _ = try await client.execute(uri: "/v1/enrol", method: .post, headers: [:], body: .init(string: #"{"secret":"guess","csr":"none"}"#)) }
+            let response = try await client.execute(uri: "/v1/status", method: .get, headers: [.authorization: "Bearer \(token)"])
+            #expect(response.status == .tooManyRequests)
+            #expect(Int(response.headers[.retryAfter] ?? "") ?? 0 > 0)
+            #expect(try await client.execute(uri: "/v1/health", method: .get).status == .ok)
+        }
+    }
+
+    @Test("failures are forgotten one every six seconds; addresses do not wait for each other, nor do they fill the memory")
+    func limiter() throws {
+        let clock = Mutex(1000.0)
+        let limiter = AuthenticationLimiter { clock.withLock { $0 } }
+        func waits(_ address: SocketAddress?) -> Bool { (try? limiter.check(address)) == nil }
+        let a = try SocketAddress(ipAddress: "192.0.2.1", port: 1), mapped = try SocketAddress(ipAddress: "::ffff:192.0.2.1", port: 2)
+        let six = try SocketAddress(ipAddress: "2001:db8::1", port: 1), neighbour = try SocketAddress(ipAddress: "2001:db8::ffff:2", port: 1)
+        let far = try SocketAddress(ipAddress: "2001:db8:0:1::1", port: 1)
+        for address in [a, six] {
+            for _ in 0..<10 {
+                #expect(!waits(address))
+                limiter.failed(address)
+            }
+        }
+        #expect(waits(a) && waits(mapped) && waits(six) && waits(neighbour) && !waits(far) && !waits(nil))
+        #expect { try limiter.check(a) } throws: { "\($0)".contains("192.0.2.1") && "\($0)".contains("6 s") }
+        clock.withLock { $0 += 5.9 }
+        #expect(waits(a))
+        clock.withLock { $0 += 0.2 }
+        #expect(!waits(a))
+        limiter.failed(a)
+        #expect(waits(a))
+        clock.withLock { $0 += 3600 }
+        #expect(!waits(a))
+        for _ in 0..<10 { limiter.failed(a) }
+        for i in 0..<10_000 { limiter.failed(try SocketAddress(ipAddress: "10.\(i >> 8).\(i & 255).1", port: 1)) }
+        #expect(waits(a), "an address was forgotten for others that have less to wait for")
     }
 
     @Test("errors are problem+json with a sentence")
@@ -143,7 +253,7 @@ struct APITests {
             let stored = try await lifecycle.server("web")
             let left = try #require(stored.enrolmentExpires).timeIntervalSinceNow
             #expect((890...900).contains(left))
-            try await api.catalogue.write { db in
+            try await api.tokens.catalogue.write { db in
                 var record = try db.server("web")
                 record.enrolmentExpires = Date() - 1
                 try record.update(db)
@@ -174,7 +284,7 @@ struct APITests {
     }
 
     /// The API over a real catalogue, store and CA, asked through its router.
-    private func withAPI(_ body: @Sendable (API, String, any TestClientProtocol) async throws -> Void) async throws {
+    private func withAPI(_ setup: TestingSetup = .router, _ body: @Sendable (API, String, any TestClientProtocol) async throws -> Void) async throws {
         let directory = try TemporaryDirectory()
         let logger = Logger(label: "test") { _ in SwiftLogNoOpLogHandler() }
         let catalogue = try Catalogue(path: directory.path + "/c.sqlite")
@@ -186,9 +296,9 @@ struct APITests {
             mounts: PointMounter(store: store, runtimeDirectory: directory.path, logger: logger),
             authority: try CertificateAuthority.create(directory: directory.path + "/ca"),
             settings: LifecycleSettings(apiURL: "https://127.0.0.1:1", linkHost: "127.0.0.1", linkPort: 2, storeDirectory: directory.path), logger: logger)
-        let token = try await AccessTokens.administrator(catalogue: catalogue, profilePath: directory.path + "/client.json")
+        let token = try await AccessTokens(catalogue: catalogue).administrator(profilePath: directory.path + "/client.json")
         let api = API(lifecycle: lifecycle, catalogue: catalogue, logger: logger)
-        try await Application(router: api.router()).test(.router) { client in try await body(api, token, client) }
+        try await Application(router: api.router()).test(setup) { client in try await body(api, token, client) }
         await lifecycle.stop()
         store.close()
         try catalogue.close()

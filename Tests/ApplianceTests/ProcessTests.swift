@@ -42,6 +42,29 @@ struct ProcessTests {
         #expect(nowhere.code == 5 && nowhere.errors.contains("/nonexistent"))
     }
 
+    @Test("a viewer's profile shows and does nothing else; a revoked one does nothing at all")
+    func viewer() async throws {
+        let sites = try TwoSites()
+        try await sites.startAppliance(qemu: nil)
+        let file = sites.state + "/viewer.json"
+        let made = try await sites.cli("token create watch --role viewer --days 1 --write-profile \(file)")
+        #expect(made.code == 0, "\(made.errors)")
+        let mode = try #require(FileManager.default.attributesOfItem(atPath: file)[.posixPermissions] as? Int)
+        #expect(mode == 0o600)
+        #expect(!made.output.contains(try ClientProfile.load(path: file).token))
+        let view = ["AFTERIMAGE_PROFILE": file]
+        #expect(try await Program.run(["status"], environment: view).code == 0)
+        let refused = try await Program.run(["site-pair", "create", "pair"], environment: view)
+        #expect(refused.code == 6 && refused.errors.contains("watch is a viewer's"))
+        let again = try await sites.cli("token create watch --role operator --write-profile \(sites.state)/other.json")
+        #expect(again.code == 3 && !FileManager.default.fileExists(atPath: sites.state + "/other.json"))
+        #expect(try await sites.cli("token create other --role operator --write-profile /nonexistent/x.json").code == 1)
+        let listed = try await sites.json([TokenView].self, "token list")
+        #expect(listed.map(\.name) == ["administrator", "watch"] && listed.map(\.role) == [.administrator, .viewer])
+        #expect(try await sites.cli("token revoke watch").code == 0)
+        #expect(try await Program.run(["status"], environment: view).code == 6)
+    }
+
     @Test("a client that trusts another CA gets nothing")
     func pinned() async throws {
         let sites = try TwoSites(), other = try TwoSites()

@@ -7,8 +7,15 @@ import Logging
 /// The REST API: the routes, and the router made from them.
 struct API: Sendable {
     let lifecycle: Lifecycle
-    let catalogue: Catalogue
+    let tokens: AccessTokens
     let logger: Logger
+    private let limiter = AuthenticationLimiter()
+
+    init(lifecycle: Lifecycle, catalogue: Catalogue, logger: Logger) {
+        self.lifecycle = lifecycle
+        tokens = AccessTokens(catalogue: catalogue)
+        self.logger = logger
+    }
 
     func router() -> Router<APIContext> {
         let router = Router(context: APIContext.self)
@@ -19,9 +26,9 @@ struct API: Sendable {
                 switch route.access {
                 case .open:
                     return try await route.handler(request, context)
-                case .token:
+                case .role(let role):
                     var known = context
-                    known.who = try await who(request)
+                    known.who = try await who(request, context, atLeast: role, at: route)
                     return try await route.handler(request, known)
                 }
             }
@@ -29,13 +36,18 @@ struct API: Sendable {
         return router
     }
 
-    /// The name of the token that the request carries.
-    private func who(_ request: Request) async throws -> String {
+    /// The name of the token that the request carries, if that is enough.
+    private func who(_ request: Request, _ context: APIContext, atLeast role: Role, at route: APIRoute) async throws -> String {
+        try limiter.check(context.remoteAddress)
         let refusal = ApplianceError.unauthorized("This needs an access token: Authorization: Bearer TOKEN (the CLI takes it from its profile, see afterimage --help).")
-        guard let header = request.headers[.authorization], header.hasPrefix("Bearer ") else { throw refusal }
-        // Hashes are compared, so the time that the comparison takes says nothing about the token.
-        let hash = Secrets.hash(String(header.dropFirst("Bearer ".count)))
-        guard let token = try await catalogue.read({ db in try TokenRecord.filter(Column("hash") == hash).fetchOne(db) }) else { throw refusal }
+        guard let header = request.headers[.authorization] else { throw refusal }
+        guard header.hasPrefix("Bearer "), let token = try await tokens.holder(secret: String(header.dropFirst("Bearer ".count))) else {
+            limiter.failed(context.remoteAddress)
+            throw refusal
+        }
+        guard token.role >= role else {
+            throw ApplianceError.forbidden("The token \(token.name) is a \(token.role.rawValue)'s: \(route.method.rawValue) \(route.path) needs one of an \(role.rawValue).")
+        }
         return token.name
     }
 
@@ -45,7 +57,7 @@ struct API: Sendable {
         try APIResponse.json(TaskView(task), status: task.status == .running ? .accepted : .ok)
     }
 
-    var routes: [APIRoute] { open + sites + servers + replication + recovery + records }
+    var routes: [APIRoute] { open + sites + servers + replication + recovery + records + access }
 
     private var open: [APIRoute] {
         [
@@ -55,24 +67,28 @@ struct API: Sendable {
             APIRoute(method: .get, path: "/v1/ca", access: .open, summary: "the appliance's CA certificate, to be compared with a fingerprint") { _, _ in
                 try APIResponse.json(CACertificate(certificate: lifecycle.authority.certificatePEM))
             },
-            APIRoute(method: .post, path: "/v1/enrol", access: .open, summary: "exchange an enrolment token's secret and a CSR for a certificate") { request, _ in
-                try APIResponse.json(try await lifecycle.enrol(try await request.decoded(EnrolRequest.self)))
+            APIRoute(method: .post, path: "/v1/enrol", access: .open, summary: "exchange an enrolment token's secret and a CSR for a certificate") { request, context in
+                try limiter.check(context.remoteAddress)
+                do { return try APIResponse.json(try await lifecycle.enrol(try await request.decoded(EnrolRequest.self))) } catch let error as ApplianceError {
+                    if case .unauthorized = error { limiter.failed(context.remoteAddress) }
+                    throw error
+                }
             },
         ]
     }
 
     private var sites: [APIRoute] {
         [
-            APIRoute(method: .get, path: "/v1/status", summary: "am I protected?") { _, _ in
+            APIRoute(method: .get, path: "/v1/status", access: .role(.viewer), summary: "am I protected?") { _, _ in
                 try APIResponse.json(try await lifecycle.status())
             },
-            APIRoute(method: .get, path: "/v1/store", summary: "the store: space, layers, what upkeep and scrubbing did, what is damaged") { _, _ in
+            APIRoute(method: .get, path: "/v1/store", access: .role(.viewer), summary: "the store: space, layers, what upkeep and scrubbing did, what is damaged") { _, _ in
                 try APIResponse.json(await lifecycle.storeReport())
             },
-            APIRoute(method: .get, path: "/v1/site-pairs", summary: "list site pairs") { _, _ in
+            APIRoute(method: .get, path: "/v1/site-pairs", access: .role(.viewer), summary: "list site pairs") { _, _ in
                 try APIResponse.json(try await lifecycle.sitePairs())
             },
-            APIRoute(method: .post, path: "/v1/site-pairs", summary: "create a site pair") { request, context in
+            APIRoute(method: .post, path: "/v1/site-pairs", access: .role(.administrator), summary: "create a site pair") { request, context in
                 let pair = try await lifecycle.createSitePair(try await request.decoded(CreateSitePair.self), who: context.who)
                 return try APIResponse.json(pair, status: .created)
             },
@@ -81,23 +97,23 @@ struct API: Sendable {
 
     private var servers: [APIRoute] {
         [
-            APIRoute(method: .get, path: "/v1/servers", summary: "list servers") { _, _ in
+            APIRoute(method: .get, path: "/v1/servers", access: .role(.viewer), summary: "list servers") { _, _ in
                 try APIResponse.json(try await lifecycle.views())
             },
-            APIRoute(method: .post, path: "/v1/servers", summary: "add 1 to 10 servers") { request, context in
+            APIRoute(method: .post, path: "/v1/servers", access: .role(.administrator), summary: "add 1 to 10 servers") { request, context in
                 let added = try await lifecycle.addServers(try await request.decoded(AddServers.self), who: context.who)
                 return try APIResponse.json(added, status: .created)
             },
-            APIRoute(method: .get, path: "/v1/servers/{server}", summary: "show a server") { _, context in
+            APIRoute(method: .get, path: "/v1/servers/{server}", access: .role(.viewer), summary: "show a server") { _, context in
                 try APIResponse.json(try await lifecycle.view(try name(context)))
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}", summary: "unregister a server") { request, context in
+            APIRoute(method: .delete, path: "/v1/servers/{server}", access: .role(.administrator), summary: "unregister a server") { request, context in
                 try accepted(try await lifecycle.removeServer(try name(context), try await request.decoded(RemoveServer.self), who: context.who))
             },
-            APIRoute(method: .put, path: "/v1/servers/{server}/policy", summary: "set the Recovery Point Policy") { request, context in
+            APIRoute(method: .put, path: "/v1/servers/{server}/policy", access: .role(.operator), summary: "set the Recovery Point Policy") { request, context in
                 try APIResponse.json(try await lifecycle.setPolicy(try name(context), try await request.decoded(SetPolicy.self), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/enrolment", summary: "a new enrolment token") { _, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/enrolment", access: .role(.administrator), summary: "a new enrolment token") { _, context in
                 try APIResponse.json(try await lifecycle.renewEnrolment(try name(context), who: context.who), status: .created)
             },
         ]
@@ -105,58 +121,58 @@ struct API: Sendable {
 
     private var replication: [APIRoute] {
         [
-            APIRoute(method: .post, path: "/v1/servers/{server}/replication", summary: "Start Replication") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "Start Replication") { request, context in
                 try accepted(try await lifecycle.startReplication(try name(context), try await request.decoded(StartReplication.self), who: context.who))
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}/replication", summary: "Stop Replication") { _, context in
+            APIRoute(method: .delete, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "Stop Replication") { _, context in
                 try accepted(try await lifecycle.stopReplication(try name(context), who: context.who))
             },
-            APIRoute(method: .get, path: "/v1/servers/{server}/recovery-points", summary: "list recovery points, oldest first (?limit=N: the newest N; &before=POINT: those before it)") { request, context in
+            APIRoute(method: .get, path: "/v1/servers/{server}/recovery-points", access: .role(.viewer), summary: "list recovery points, oldest first (?limit=N: the newest N; &before=POINT: those before it)") { request, context in
                 let query = request.uri.queryParameters
                 let limit = query["limit"] == nil ? nil : try limit(request)
                 return try APIResponse.json(try await lifecycle.recoveryPoints(try name(context), limit: limit, before: query["before"].map(String.init)))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points", summary: "Create Recovery Point: one that is cut after the request") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points", access: .role(.operator), summary: "Create Recovery Point: one that is cut after the request") { request, context in
                 try accepted(try await lifecycle.createPoint(try name(context), try await request.decoded(CreatePoint.self), who: context.who))
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}", summary: "delete a recovery point; confirmed by its ID") { request, context in
+            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}", access: .role(.operator), summary: "delete a recovery point; confirmed by its ID") { request, context in
                 let point = try context.parameters.require("point")
                 try await lifecycle.deletePoint(try name(context), point: point, try await request.decoded(Confirmation.self), who: context.who)
                 return Response(status: .noContent)
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/hold", summary: "hold a recovery point under a name: it does not expire") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/hold", access: .role(.operator), summary: "hold a recovery point under a name: it does not expire") { request, context in
                 let point = try context.parameters.require("point")
                 return try APIResponse.json(try await lifecycle.holdPoint(try name(context), point: point, try await request.decoded(HoldPoint.self), who: context.who))
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}/hold", summary: "release a held recovery point; confirmed by its name") { request, context in
+            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}/hold", access: .role(.operator), summary: "release a held recovery point; confirmed by its name") { request, context in
                 let point = try context.parameters.require("point")
                 return try APIResponse.json(try await lifecycle.releasePoint(try name(context), point: point, try await request.decoded(Confirmation.self), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/export", summary: "serve a recovery point read-only over NBD") { _, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/export", access: .role(.operator), summary: "serve a recovery point read-only over NBD") { _, context in
                 let point = try context.parameters.require("point")
                 return try APIResponse.json(try await lifecycle.export(try name(context), point: point, who: context.who), status: .created)
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}/export", summary: "end an export") { _, context in
+            APIRoute(method: .delete, path: "/v1/servers/{server}/recovery-points/{point}/export", access: .role(.operator), summary: "end an export") { _, context in
                 try await lifecycle.unexport(try name(context), point: try context.parameters.require("point"), who: context.who)
                 return Response(status: .noContent)
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/copy", summary: "Export Recovery Point: a disk of it into a file or onto a device of the appliance's host") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/copy", access: .role(.administrator), summary: "Export Recovery Point: a disk of it into a file or onto a device of the appliance's host") { request, context in
                 let point = try context.parameters.require("point")
                 return try accepted(try await lifecycle.copyPoint(try name(context), point: point, try await request.decoded(CopyPoint.self), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/mount", summary: "mount a file system of a recovery point read-only on the appliance's host") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/recovery-points/{point}/mount", access: .role(.administrator), summary: "mount a file system of a recovery point read-only on the appliance's host") { request, context in
                 let point = try context.parameters.require("point")
                 let mounted = try await lifecycle.mountPoint(try name(context), point: point, try await request.decoded(MountPoint.self), who: context.who)
                 return try APIResponse.json(mounted, status: .created)
             },
-            APIRoute(method: .get, path: "/v1/mounts", summary: "list mounted recovery points") { _, _ in
+            APIRoute(method: .get, path: "/v1/mounts", access: .role(.viewer), summary: "list mounted recovery points") { _, _ in
                 try APIResponse.json(try await lifecycle.pointMounts())
             },
-            APIRoute(method: .delete, path: "/v1/mounts/{mount}", summary: "unmount a recovery point") { _, context in
+            APIRoute(method: .delete, path: "/v1/mounts/{mount}", access: .role(.administrator), summary: "unmount a recovery point") { _, context in
                 try await lifecycle.unmountPoint(try context.parameters.require("mount"), who: context.who)
                 return Response(status: .noContent)
             },
-            APIRoute(method: .get, path: "/v1/exports", summary: "list exported recovery points") { _, _ in
+            APIRoute(method: .get, path: "/v1/exports", access: .role(.viewer), summary: "list exported recovery points") { _, _ in
                 try APIResponse.json(try await lifecycle.pointExports())
             },
         ]
@@ -164,25 +180,25 @@ struct API: Sendable {
 
     private var recovery: [APIRoute] {
         [
-            APIRoute(method: .post, path: "/v1/servers/{server}/drill", summary: "Disaster Recovery Drill") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/drill", access: .role(.operator), summary: "Disaster Recovery Drill") { request, context in
                 try accepted(try await lifecycle.startDrill(try name(context), try await request.decoded(StartMachine.self), who: context.who))
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}/drill", summary: "Clear Test Failover Environment") { _, context in
+            APIRoute(method: .delete, path: "/v1/servers/{server}/drill", access: .role(.operator), summary: "Clear Test Failover Environment") { _, context in
                 try accepted(try await lifecycle.clearDrill(try name(context), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/failover", summary: "Failover") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover", access: .role(.operator), summary: "Failover") { request, context in
                 try accepted(try await lifecycle.startFailover(try name(context), try await request.decoded(StartMachine.self), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/failover/recovery-point", summary: "Change Recovery Point") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover/recovery-point", access: .role(.operator), summary: "Change Recovery Point") { request, context in
                 try accepted(try await lifecycle.changeRecoveryPoint(try name(context), try await request.decoded(StartMachine.self), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/failover/machine", summary: "start a failed-over machine that has stopped") { _, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover/machine", access: .role(.operator), summary: "start a failed-over machine that has stopped") { _, context in
                 try accepted(try await lifecycle.startMachine(try name(context), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/failover/commit", summary: "Commit Failover; confirmed by the server's name when recovery points go") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/failover/commit", access: .role(.operator), summary: "Commit Failover; confirmed by the server's name when recovery points go") { request, context in
                 try accepted(try await lifecycle.commitFailover(try name(context), try await request.decoded(Confirmation.self), who: context.who))
             },
-            APIRoute(method: .get, path: "/v1/servers/{server}/failover/commit", summary: "what Commit Failover would keep and delete") { _, context in
+            APIRoute(method: .get, path: "/v1/servers/{server}/failover/commit", access: .role(.viewer), summary: "what Commit Failover would keep and delete") { _, context in
                 try APIResponse.json(try await lifecycle.commitPreview(try name(context)))
             },
         ]
@@ -190,19 +206,34 @@ struct API: Sendable {
 
     private var records: [APIRoute] {
         [
-            APIRoute(method: .get, path: "/v1/tasks", summary: "list tasks, newest first (?server=NAME&limit=N)") { request, _ in
+            APIRoute(method: .get, path: "/v1/tasks", access: .role(.viewer), summary: "list tasks, newest first (?server=NAME&limit=N)") { request, _ in
                 let server = request.uri.queryParameters["server"].map(String.init)
                 return try APIResponse.json(try await lifecycle.taskViews(server: server, limit: try limit(request)))
             },
-            APIRoute(method: .get, path: "/v1/tasks/{task}", summary: "show a task with its log") { _, context in
+            APIRoute(method: .get, path: "/v1/tasks/{task}", access: .role(.viewer), summary: "show a task with its log") { _, context in
                 try APIResponse.json(try await lifecycle.taskView(try taskID(context)))
             },
-            APIRoute(method: .delete, path: "/v1/tasks/{task}", summary: "cancel an export or the making of a recovery point") { _, context in
+            APIRoute(method: .delete, path: "/v1/tasks/{task}", access: .role(.operator), summary: "cancel an export or the making of a recovery point") { _, context in
                 try APIResponse.json(TaskView(try await lifecycle.cancelTask(try taskID(context), who: context.who)))
             },
-            APIRoute(method: .get, path: "/v1/events", summary: "list events, newest first (?server=NAME&limit=N)") { request, _ in
+            APIRoute(method: .get, path: "/v1/events", access: .role(.viewer), summary: "list events, newest first (?server=NAME&limit=N)") { request, _ in
                 let server = request.uri.queryParameters["server"].map(String.init)
                 return try APIResponse.json(try await lifecycle.events(server: server, limit: try limit(request)))
+            },
+        ]
+    }
+
+    private var access: [APIRoute] {
+        [
+            APIRoute(method: .get, path: "/v1/tokens", access: .role(.administrator), summary: "list access tokens") { _, _ in
+                try APIResponse.json(try await tokens.list())
+            },
+            APIRoute(method: .post, path: "/v1/tokens", access: .role(.administrator), summary: "create an access token; its secret is in the answer, and nowhere else") { request, context in
+                try APIResponse.json(try await tokens.create(try await request.decoded(CreateToken.self), who: context.who), status: .created)
+            },
+            APIRoute(method: .delete, path: "/v1/tokens/{token}", access: .role(.administrator), summary: "revoke an access token") { _, context in
+                try await tokens.revoke(try context.parameters.require("token"), who: context.who)
+                return Response(status: .noContent)
             },
         ]
     }

@@ -4,10 +4,19 @@ enum APIDocument {
     static let endMarker = "<!-- end of routes -->"
 
     static func render(_ routes: [APIRoute]) -> String {
-        var text = beginMarker + "\n| route | does |\n| --- | --- |\n"
+        var text = beginMarker + "\n| route | does | for |\n| --- | --- | --- |\n"
         for route in routes {
-            text += "| `\(route.method.rawValue) \(route.path)` | \(route.summary)\(route.access == .open ? " (open)" : "") |\n"
+            text += "| `\(route.method.rawValue) \(route.path)` | \(route.summary) | \(route.access.text) |\n"
         }
         return text + endMarker
+    }
+}
+
+extension APIRoute.Access {
+    var text: String {
+        switch self {
+        case .open: "anyone"
+        case .role(let role): role.rawValue
+        }
     }
 }

@@ -40,6 +40,8 @@ public struct Problem: Sendable, Codable, Hashable {
         case notFound = "problem:not-found"
         case refused = "problem:refused"
         case unauthorized = "problem:unauthorized"
+        case forbidden = "problem:forbidden"
+        case tooMany = "problem:too-many"
         case failed = "problem:failed"
 
         public var status: Int {
@@ -48,6 +50,8 @@ public struct Problem: Sendable, Codable, Hashable {
             case .notFound: 404
             case .refused: 409
             case .unauthorized: 401
+            case .forbidden: 403
+            case .tooMany: 429
             case .failed: 500
             }
         }
@@ -58,6 +62,8 @@ public struct Problem: Sendable, Codable, Hashable {
             case .notFound: "There is no such thing"
             case .refused: "Not possible in this state"
             case .unauthorized: "Not let in"
+            case .forbidden: "Not with this role"
+            case .tooMany: "Too often"
             case .failed: "The appliance has failed"
             }
         }
@@ -76,6 +82,8 @@ public struct Problem: Sendable, Codable, Hashable {
         case .notFound(let s): self.init(.notFound, s)
         case .refused(let s): self.init(.refused, s)
         case .unauthorized(let s): self.init(.unauthorized, s)
+        case .forbidden(let s): self.init(.forbidden, s)
+        case .tooMany: self.init(.tooMany, error.description)
         case .failed(let s), .catalogue(let s): self.init(.failed, s)
         }
     }

@@ -9,21 +9,26 @@ struct APIContext: RequestContext {
     var coreContext: CoreRequestContextStorage
     /// Who asks, as the audit log names it.
     var who = "nobody"
-    init(source: ApplicationRequestContextSource) { coreContext = .init(source: source) }
+    /// Where the request comes from; nil without a network.
+    let remoteAddress: SocketAddress?
+    init(source: ApplicationRequestContextSource) {
+        coreContext = .init(source: source)
+        remoteAddress = source.channel.remoteAddress
+    }
 }
 
 /// One route of the API. The list of them is the API: the router, the documentation and the authentication test are made from it.
 struct APIRoute: Sendable {
-    enum Access: Sendable {
+    enum Access: Sendable, Hashable {
         /// Anyone who reaches the port.
         case open
-        /// A bearer token.
-        case token
+        /// A bearer token of this role, or one that includes it.
+        case role(Role)
     }
     var method: HTTPRequest.Method
     /// With `{name}` for parameters.
     var path: String
-    var access: Access = .token
+    var access: Access
     var summary: String
     var handler: @Sendable (Request, APIContext) async throws -> Response
 }
@@ -46,7 +51,9 @@ struct ProblemMiddleware: RouterMiddleware {
             default: problem = Problem(.failed, "\(error)")
             }
             if problem.status >= 500 { logger.error("\(request.method) \(request.uri.path): \(problem.detail)") }
-            return try APIResponse.json(problem, status: .init(code: problem.status), contentType: "application/problem+json")
+            var response = try APIResponse.json(problem, status: .init(code: problem.status), contentType: "application/problem+json")
+            if case ApplianceError.tooMany(_, let seconds) = error { response.headers[.retryAfter] = "\(seconds)" }
+            return response
         }
     }
 }

@@ -130,6 +130,12 @@ extension Catalogue {
                 t.primaryKey(["server", "instance", "epoch"])
             }
         }
+        migrator.registerMigration("4: roles and ends of tokens") { db in
+            try db.alter(table: "token") { t in
+                t.add(column: "role", .text).notNull().defaults(to: Role.administrator.rawValue)
+                t.add(column: "expires", .datetime)
+            }
+        }
         return migrator
     }
 }

@@ -256,13 +256,19 @@ public struct TokenRecord: Codable, Sendable, Hashable, FetchableRecord, Persist
     public static let databaseTableName = "token"
     public var name: String
     public var hash: String
+    public var role: Role
     public var created: Date
+    /// Nil: it has no end.
+    public var expires: Date?
+
+    var isExpired: Bool { expires.map { $0 <= Date() } ?? false }
 }
 
 extension InstanceKind: DatabaseValueConvertible {}
 extension TaskStatus: DatabaseValueConvertible {}
 extension Trigger: DatabaseValueConvertible {}
 extension ServerState: DatabaseValueConvertible {}
+extension Role: DatabaseValueConvertible {}
 
 /// How a recovery point was proven, as its agent said.
 struct PointProofRecord: Codable, FetchableRecord, PersistableRecord, Sendable {

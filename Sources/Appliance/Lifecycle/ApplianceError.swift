@@ -9,13 +9,18 @@ public enum ApplianceError: Error, Sendable, Equatable, CustomStringConvertible 
     case refused(String)
     /// 401
     case unauthorized(String)
+    /// 403: known, but not with this role.
+    case forbidden(String)
+    /// 429: not again for so many seconds.
+    case tooMany(String, seconds: Int)
     /// 500: the appliance's own trouble (disk, catalogue, QEMU).
     case failed(String)
     case catalogue(String)
 
     public var description: String {
         switch self {
-        case .invalid(let s), .notFound(let s), .refused(let s), .unauthorized(let s), .failed(let s), .catalogue(let s): s
+        case .invalid(let s), .notFound(let s), .refused(let s), .unauthorized(let s), .forbidden(let s), .failed(let s), .catalogue(let s): s
+        case .tooMany(let s, let seconds): "\(s) Try again in \(seconds) s."
         }
     }
 }

@@ -33,6 +33,40 @@ public struct AddServers: Sendable, Codable {
     }
 }
 
+public struct CreateToken: Sendable, Codable {
+    public var name: String
+    public var role: Role
+    /// 90 if not said; 0: without end.
+    public var days: Int?
+    public init(name: String, role: Role, days: Int? = nil) {
+        self.name = name
+        self.role = role
+        self.days = days
+    }
+}
+
+public struct TokenView: Sendable, Codable, Hashable {
+    public var name: String
+    public var role: Role
+    public var created: Date
+    public var expires: Date?
+    public var isExpired: Bool
+
+    init(_ record: TokenRecord) {
+        name = record.name
+        role = record.role
+        created = record.created
+        expires = record.expires
+        isExpired = record.isExpired
+    }
+}
+
+public struct CreatedToken: Sendable, Codable {
+    public var token: TokenView
+    /// What the holder shows. It cannot be had again.
+    public var secret: String
+}
+
 /// One server's way in.
 public struct Enrolment: Sendable, Codable {
     public var server: String

@@ -1,4 +1,5 @@
 import Foundation
+import Replica
 
 /// What `afterimage appliance` is started with.
 public struct ApplianceConfiguration: Sendable {
@@ -110,6 +111,11 @@ public struct ClientProfile: Sendable, Codable, Hashable {
     }
 
     public static let defaultPath = "/var/lib/afterimage/appliance/client.json"
+
+    /// Replaces the file; only its owner can read it.
+    public func write(to path: String) throws {
+        try KeyFile.write(String(decoding: try APIJSON.encoder(pretty: true).encode(self), as: UTF8.self) + "\n", to: path, mode: 0o600)
+    }
 
     public static func load(path: String) throws(ApplianceError) -> ClientProfile {
         guard let data = FileManager.default.contents(atPath: path) else {

@@ -86,7 +86,7 @@ public struct ApplianceService: Service {
             certificateChain: try NIOSSLCertificate.fromPEMBytes(Array(identity.certificatePEM.utf8)).map { .certificate($0) },
             privateKey: .privateKey(try NIOSSLPrivateKey(bytes: Array(identity.keyPEM.utf8), format: .pem)))
         tls.minimumTLSVersion = .tlsv12
-        let token = try await AccessTokens.administrator(catalogue: catalogue, profilePath: profilePath)
+        let token = try await AccessTokens(catalogue: catalogue).administrator(profilePath: profilePath)
         let api = API(lifecycle: lifecycle, catalogue: catalogue, logger: logger)
         let configuration = configuration
         var quiet = logger
@@ -101,7 +101,7 @@ public struct ApplianceService: Service {
                 let local = configuration.listen.isEverywhere ? "127.0.0.1" : configuration.listen.host
                 let profile = ClientProfile(
                     url: "https://\(ListenAddress(host: local, port: port))", caFile: configuration.stateDirectory + "/ca/ca.pem", token: token)
-                do { try write(profile) } catch { logger.error("cannot write \(profilePath): \(error)") }
+                do { try profile.write(to: profilePath) } catch { logger.error("cannot write \(profilePath): \(error)") }
                 logger.info("the API listens on \(profile.url)")
                 await onReady(profile)
             }, logger: quiet)
@@ -120,10 +120,6 @@ public struct ApplianceService: Service {
 
     private var profilePath: String { configuration.stateDirectory + "/client.json" }
 
-    private func write(_ profile: ClientProfile) throws {
-        try KeyFile.write(String(decoding: try APIJSON.encoder(pretty: true).encode(profile), as: UTF8.self) + "\n", to: profilePath, mode: 0o600)
-    }
-
     private func makeDirectory(_ path: String) throws {
         guard path.hasPrefix("/") else { throw ApplianceError.invalid("\(path) must be an absolute path") }
         do {
@@ -131,25 +127,5 @@ public struct ApplianceService: Service {
         } catch {
             throw ApplianceError.failed("cannot create the directory \(path): \(error.localizedDescription)")
         }
-    }
-}
-
-/// Access tokens of the API; the catalogue holds only their hashes.
-enum AccessTokens {
-    static let administrator = "administrator"
-
-    /// The administrator's token: the one of the profile while that is there and valid, else a new one that replaces it.
-    static func administrator(catalogue: Catalogue, profilePath: String) async throws -> String {
-        if let profile = try? ClientProfile.load(path: profilePath) {
-            let hash = Secrets.hash(profile.token)
-            let isKnown = try await catalogue.read { db in try TokenRecord.filter(Column("hash") == hash).fetchOne(db) != nil }
-            if isKnown { return profile.token }
-        }
-        let token = Secrets.random()
-        try await catalogue.write { db in
-            try TokenRecord(name: administrator, hash: Secrets.hash(token), created: Date()).save(db)
-            try db.event("appliance", "Create administrator token")
-        }
-        return token
     }
 }
