@@ -46,6 +46,64 @@ struct CatalogueTests {
         #expect { try Catalogue(path: path) } throws: { "\($0)".contains("newer version") }
     }
 
+    @Test("a backup is the catalogue of one moment, made while it is written; never half a file, never over another")
+    func backup() async throws {
+        let directory = try TemporaryDirectory()
+        let catalogue = try Catalogue(path: directory.path + "/c.sqlite")
+        // Two rows in each transaction: a copy that has one of them is of no moment.
+        let writer = Task {
+            var count = 0
+            while !Task.isCancelled {
+                let n = count
+                try await catalogue.write { db in
+                    try db.event("a", "\(n)")
+                    try db.event("b", "\(n)")
+                }
+                count += 1
+            }
+        }
+        var before = 0
+        for round in 0..<5 {
+            while try await catalogue.read({ db in try EventRecord.fetchCount(db) }) < before + 100 { try await Task.sleep(for: .milliseconds(1)) }
+            let path = directory.path + "/backup-\(round)"
+            try await catalogue.backUp(to: path)
+            let copy = try Catalogue(path: path)
+            let (a, b) = try await copy.read { db in
+                (try EventRecord.filter(Column("who") == "a").fetchCount(db), try EventRecord.filter(Column("who") == "b").fetchCount(db))
+            }
+            #expect(a == b && a + b >= before + 100)
+            before = a + b
+            try copy.close()
+            #expect(try #require(FileManager.default.attributesOfItem(atPath: path)[.posixPermissions] as? Int) == 0o600)
+        }
+        writer.cancel()
+        _ = try? await writer.value
+        for (path, words) in [("backup", "absolute path"), (directory.path + "/backup-0", "already"), ("/nonexistent/x", "cannot write"), ("/proc/x", "cannot write")] {
+            await #expect { try await catalogue.backUp(to: path) } throws: { "\($0)".contains(words) }
+        }
+        #expect(try FileManager.default.contentsOfDirectory(atPath: directory.path).filter { $0.hasSuffix("partial") }.isEmpty)
+        try catalogue.close()
+    }
+
+    @Test("a damaged catalogue is not opened, and its error says what to do")
+    func damaged() async throws {
+        let directory = try TemporaryDirectory()
+        let path = directory.path + "/c.sqlite"
+        let catalogue = try Catalogue(path: path)
+        try await catalogue.write { db in for n in 0..<2000 { try db.event("me", "something \(n)", detail: String(repeating: "x", count: 200)) } }
+        try await catalogue.pool.writeWithoutTransaction { db in _ = try db.checkpoint(.truncate) }
+        try catalogue.close()
+        let whole = try Data(contentsOf: URL(fileURLWithPath: path))
+        try #require(whole.count > 200_000)
+        for damage in [whole.count / 2, whole.count / 3 * 2, 0] {
+            var bytes = whole
+            bytes.replaceSubrange(damage..<damage + 8192, with: Data(repeating: 0xA5, count: 8192))
+            for suffix in ["-wal", "-shm"] { try? FileManager.default.removeItem(atPath: path + suffix) }
+            try bytes.write(to: URL(fileURLWithPath: path))
+            #expect { try Catalogue(path: path) } throws: { "\($0)".contains("is damaged") && "\($0)".contains("catalogue backup") }
+        }
+    }
+
     @Test("the audit log can neither be changed nor shortened")
     func appendOnly() async throws {
         let directory = try TemporaryDirectory()

@@ -55,7 +55,7 @@ struct ProcessTests {
         let view = ["AFTERIMAGE_PROFILE": file]
         #expect(try await Program.run(["status"], environment: view).code == 0)
         let refused = try await Program.run(["site-pair", "create", "pair"], environment: view)
-        #expect(refused.code == 6 && refused.errors.contains("watch is a viewer's"))
+        #expect(refused.code == 6 && refused.errors.contains("watch has the role viewer"))
         let again = try await sites.cli("token create watch --role operator --write-profile \(sites.state)/other.json")
         #expect(again.code == 3 && !FileManager.default.fileExists(atPath: sites.state + "/other.json"))
         #expect(try await sites.cli("token create other --role operator --write-profile /nonexistent/x.json").code == 1)

@@ -7,12 +7,14 @@ import Logging
 /// The REST API: the routes, and the router made from them.
 struct API: Sendable {
     let lifecycle: Lifecycle
+    private let catalogue: Catalogue
     let tokens: AccessTokens
     let logger: Logger
     private let limiter = AuthenticationLimiter()
 
     init(lifecycle: Lifecycle, catalogue: Catalogue, logger: Logger) {
         self.lifecycle = lifecycle
+        self.catalogue = catalogue
         tokens = AccessTokens(catalogue: catalogue)
         self.logger = logger
     }
@@ -43,10 +45,10 @@ struct API: Sendable {
         guard let header = request.headers[.authorization] else { throw refusal }
         guard header.hasPrefix("Bearer "), let token = try await tokens.holder(secret: String(header.dropFirst("Bearer ".count))) else {
             limiter.failed(context.remoteAddress)
-            throw refusal
+            throw ApplianceError.unauthorized("This access token is not known here, was revoked, or its time is over (afterimage token list shows those that are good).")
         }
         guard token.role >= role else {
-            throw ApplianceError.forbidden("The token \(token.name) is a \(token.role.rawValue)'s: \(route.method.rawValue) \(route.path) needs one of an \(role.rawValue).")
+            throw ApplianceError.forbidden("The token \(token.name) has the role \(token.role.rawValue); \(route.method.rawValue) \(route.path) needs the role \(role.rawValue).")
         }
         return token.name
     }
@@ -225,6 +227,12 @@ struct API: Sendable {
 
     private var access: [APIRoute] {
         [
+            APIRoute(method: .post, path: "/v1/catalogue/backup", access: .role(.administrator), summary: "back up the catalogue into a new file on the appliance's host") { request, context in
+                let path = try await request.decoded(BackUpCatalogue.self).path
+                try await catalogue.backUp(to: path)
+                try await catalogue.write { db in try db.event(context.who, "Back up catalogue", detail: path) }
+                return Response(status: .noContent)
+            },
             APIRoute(method: .get, path: "/v1/tokens", access: .role(.administrator), summary: "list access tokens") { _, _ in
                 try APIResponse.json(try await tokens.list())
             },

@@ -66,6 +66,8 @@ public struct APIClient: Sendable {
 
     public func deleteNoContent(_ path: String, _ body: (any Encodable & Sendable)? = nil) async throws { _ = try await send("DELETE", path, body: body) }
 
+    public func postNoContent(_ path: String, _ body: (any Encodable & Sendable)? = nil) async throws { _ = try await send("POST", path, body: body) }
+
     /// A path segment.
     public static func segment(_ text: String) -> String {
         text.addingPercentEncoding(withAllowedCharacters: .alphanumerics.union(CharacterSet(charactersIn: "-_."))) ?? text

@@ -33,6 +33,12 @@ public struct AddServers: Sendable, Codable {
     }
 }
 
+public struct BackUpCatalogue: Sendable, Codable {
+    /// On the appliance's host, absolute; must not be there.
+    public var path: String
+    public init(path: String) { self.path = path }
+}
+
 public struct CreateToken: Sendable, Codable {
     public var name: String
     public var role: Role
