@@ -268,7 +268,9 @@ void clivetap_fsmap_close(clivetap_fsmap *map) {
 int clivetap_loop_create(uint64_t bytes, int *number, int *device) {
     int control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
     if (control < 0) return -errno;
-    int file = memfd_create("afterimage-self-test", MFD_CLOEXEC), result = 0;
+    char name[48];
+    snprintf(name, sizeof name, "afterimage-self-test-%d", (int)getpid());
+    int file = memfd_create(name, MFD_CLOEXEC), result = 0;
     if (file < 0 || ftruncate(file, (off_t)bytes) < 0) result = -errno;
     // Somebody else may take the free number first.
     for (int attempt = 0; result == 0; attempt++) {

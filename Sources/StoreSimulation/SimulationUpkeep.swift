@@ -155,6 +155,8 @@ extension Simulation {
     }
 
     private func settleExpired(_ name: String, _ count: Int, due: [(String, [RecoveryPointID])]) throws {
+        // What was sealed meanwhile is in the store already.
+        try collect()
         if let (first, gone) = due.first {
             try expect(first == name && gone.count == count, "\(count) points of \(name) expired, not \(gone) of \(first)")
             PossibleChange.dropPoints(name, gone).apply(to: &state)

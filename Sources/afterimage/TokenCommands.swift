@@ -13,8 +13,8 @@ struct TokenCommand: AsyncParsableCommand {
                 A viewer sees everything and changes nothing. An operator also protects, drills and fails over the servers that are there. An \
                 administrator also decides which servers there are, who may come in, and what is written on the appliance's host.
 
-                The secret is printed, and kept nowhere. With --write-profile it goes into a profile that only its owner can read instead: \
-                give that to --profile or $AFTERIMAGE_PROFILE.
+                The secret is printed, and kept nowhere. With --write-profile it goes into a profile that only its owner can read instead, with the CA's \
+                certificate beside it (FILE.ca.pem): give that to --profile or $AFTERIMAGE_PROFILE.
                 """)
         @OptionGroup var global: GlobalOptions
         @Argument(help: "Name of the token; the audit log has it beside what its holder does.") var name: String
@@ -33,6 +33,10 @@ struct TokenCommand: AsyncParsableCommand {
             if let file = writeProfile {
                 do {
                     profile = try global.load()
+                    // Whoever uses the profile may not be let into the appliance's state.
+                    let authority = URL(fileURLWithPath: file).path + ".ca.pem"
+                    try Data(contentsOf: URL(fileURLWithPath: profile!.caFile)).write(to: URL(fileURLWithPath: authority))
+                    profile!.caFile = authority
                     profile!.token = created.secret
                     try profile!.write(to: file)
                 } catch {
@@ -42,7 +46,10 @@ struct TokenCommand: AsyncParsableCommand {
                     throw Exit.failed
                 }
             }
-            if global.json { return try Terminal.print(json: created) }
+            if global.json {
+                if writeProfile == nil { try Terminal.print(json: created) } else { try Terminal.print(json: created.token) }
+                return
+            }
             print("token \(created.token.name) (\(created.token.role.rawValue)), good \(created.token.expires.map { "until " + Words.timeToSecond($0) } ?? "without end")")
             if let file = writeProfile, let profile {
                 print("profile for \(profile.url): \(file)")

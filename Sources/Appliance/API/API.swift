@@ -40,11 +40,10 @@ struct API: Sendable {
 
     /// The name of the token that the request carries, if that is enough.
     private func who(_ request: Request, _ context: APIContext, atLeast role: Role, at route: APIRoute) async throws -> String {
-        try limiter.check(context.remoteAddress)
         let refusal = ApplianceError.unauthorized("This needs an access token: Authorization: Bearer TOKEN (the CLI takes it from its profile, see afterimage --help).")
         guard let header = request.headers[.authorization] else { throw refusal }
         guard header.hasPrefix("Bearer "), let token = try await tokens.holder(secret: String(header.dropFirst("Bearer ".count))) else {
-            limiter.failed(context.remoteAddress)
+            try limiter.failed(context.remoteAddress)
             throw ApplianceError.unauthorized("This access token is not known here, was revoked, or its time is over (afterimage token list shows those that are good).")
         }
         guard token.role >= role else {
@@ -70,9 +69,8 @@ struct API: Sendable {
                 try APIResponse.json(CACertificate(certificate: lifecycle.authority.certificatePEM))
             },
             APIRoute(method: .post, path: "/v1/enrol", access: .open, summary: "exchange an enrolment token's secret and a CSR for a certificate") { request, context in
-                try limiter.check(context.remoteAddress)
                 do { return try APIResponse.json(try await lifecycle.enrol(try await request.decoded(EnrolRequest.self))) } catch let error as ApplianceError {
-                    if case .unauthorized = error { limiter.failed(context.remoteAddress) }
+                    if case .unauthorized = error { try limiter.failed(context.remoteAddress) }
                     throw error
                 }
             },

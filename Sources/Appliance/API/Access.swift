@@ -81,8 +81,8 @@ struct AccessTokens: Sendable {
     }
 }
 
-/// How often an address may show a wrong token or enrolment secret: ten times at once, then once every six seconds. Whoever has used that up
-/// is not even looked at, right or wrong.
+/// How often an address is told that a token or enrolment secret is wrong: ten times at once, then once every six seconds. A right one is always let in, so
+/// that nobody keeps others from the same address out, least of all in a disaster; secrets are 256 random bits.
 final class AuthenticationLimiter: Sendable {
     private struct Account {
         var failures: Double
@@ -98,25 +98,24 @@ final class AuthenticationLimiter: Sendable {
     /// `now`: seconds of a clock that only goes forward.
     init(now: @escaping @Sendable () -> Double = { Double(DispatchTime.now().uptimeNanoseconds) / 1e9 }) { self.now = now }
 
-    /// Throws when this address has to wait.
-    func check(_ address: SocketAddress?) throws(ApplianceError) {
+    /// One more from there. Throws when there were too many.
+    func failed(_ address: SocketAddress?) throws(ApplianceError) {
         guard let key = Self.key(address) else { return }
         let now = now()
-        let failures = accounts.withLock { $0[key].map { Self.left($0, now) } ?? 0 }
+        let failures = accounts.withLock { accounts in
+            let failures = accounts[key].map { Self.left($0, now) } ?? 0
+            accounts[key] = Account(failures: min(failures + 1, Self.failuresMax), at: now)
+            if accounts.count > Self.accountsMax {
+                accounts = accounts.filter { $0.key == key || Self.left($0.value, now) > 0 }
+                // All of them at once: the ones that wait longest stay.
+                if accounts.count > Self.accountsMax, let least = accounts.filter({ $0.key != key }).min(by: { Self.left($0.value, now) < Self.left($1.value, now) }) {
+                    accounts.removeValue(forKey: least.key)
+                }
+            }
+            return failures
+        }
         guard failures + 1 > Self.failuresMax else { return }
         throw .tooMany("Too many wrong tokens came from \(key).", seconds: max(1, Int(((failures + 1 - Self.failuresMax) * Self.secondsEach).rounded(.up))))
-    }
-
-    func failed(_ address: SocketAddress?) {
-        guard let key = Self.key(address) else { return }
-        let now = now()
-        accounts.withLock { accounts in
-            accounts[key] = Account(failures: (accounts[key].map { Self.left($0, now) } ?? 0) + 1, at: now)
-            guard accounts.count > Self.accountsMax else { return }
-            accounts = accounts.filter { Self.left($0.value, now) > 0 }
-            // All of them at once: the ones that wait longest stay.
-            while accounts.count > Self.accountsMax { accounts.removeValue(forKey: accounts.min { Self.left($0.value, now) < Self.left($1.value, now) }!.key) }
-        }
     }
 
     private static func left(_ account: Account, _ now: Double) -> Double { max(0, account.failures - (now - account.at) / secondsEach) }

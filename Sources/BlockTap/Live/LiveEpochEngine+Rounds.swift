@@ -23,6 +23,8 @@ extension LiveEpochEngine {
         var collisionCount: UInt64 = 0
         var lastRoundNanoseconds: UInt64 = 0
         var lastRoundBlockCount: UInt64?
+        /// It would have taken more than its share.
+        var gaveWay = false
         /// Somebody asked for this point.
         var isAsked = false
     }
@@ -88,7 +90,7 @@ extension LiveEpochEngine {
             if proof.consistency == .fileSystem { figures.fileSystemConsistentCount += 1 }
         } else {
             figures.unprovenCount += 1
-            deepen()
+            if !run.gaveWay { deepen() }
         }
     }
 
@@ -112,7 +114,7 @@ extension LiveEpochEngine {
 
     /// A cut, and its blocks to the stage. `proven` here: nothing collided.
     private func read(_ run: inout Convergence, isFrozen: Bool = false) throws(SystemError) -> Step {
-        let began = LiveReconciliation.now()
+        let began = LiveReconciliation.now(), waitedBefore = reader.waitNanoseconds
         run.proof = nil
         if faults.contains(.failInRound), run.roundCount > 0 { throw SystemError(errno: ENOMEM, doing: "make a bitmap, as a test wants it") }
         run.timeNanoseconds = try flip()
@@ -135,7 +137,10 @@ extension LiveEpochEngine {
             _ = reader.share.wait(now: began)
             // Later rounds may be owed: they are what the first one was for.
             isTooMuch = reader.share.credit < (run.roundCount == 1 ? Double(blockCount) * nanosecondsPerBlock : -LiveReadShare.creditMax / 2)
-            if isTooMuch { figures.gaveWayCount += 1 }
+            if isTooMuch {
+                figures.gaveWayCount += 1
+                run.gaveWay = true
+            }
         }
         // What is too large for the stage, or cannot be read, is not handed out as if it had been read.
         guard !isTooMuch, run.blocks.reduce(0, { $0 + $1.count }) <= UInt64(stage.blockCount),
@@ -148,7 +153,7 @@ extension LiveEpochEngine {
         run.lastRoundBlockCount = blockCount
         run.lastRoundNanoseconds = LiveReconciliation.now() - began
         if blockCount > Self.smallRoundBlockCount {
-            let each = Double(run.lastRoundNanoseconds) / Double(blockCount)
+            let each = Double(run.lastRoundNanoseconds - min(run.lastRoundNanoseconds, reader.waitNanoseconds - waitedBefore)) / Double(blockCount)
             nanosecondsPerBlock = nanosecondsPerBlock == 0 ? each : nanosecondsPerBlock * 0.75 + each * 0.25
         }
         run.collided = collisions
@@ -160,7 +165,10 @@ extension LiveEpochEngine {
     private static let smallRoundBlockCount: UInt64 = 4096
 
     /// Whether a recovery point is worth more now than what others do with the disks.
-    func isUrgent() -> Bool { !needsFuzzyCut && draining?.isFullSync != true && urgency.isUrgent(now: LiveReconciliation.now()) }
+    func isUrgent() -> Bool {
+        if configuration.readShare >= 1 { return true }
+        return !needsFuzzyCut && draining?.isFullSync != true && urgency.isUrgent(now: LiveReconciliation.now()) { statistics.behindBytes / UInt64(blockBytes) }
+    }
 
     func hurry() { urgency.hurry(now: LiveReconciliation.now()) }
 

@@ -208,7 +208,7 @@ package final class LiveEpochEngine {
     package func pump() -> Bool {
         guard let epoch = draining else { return false }
         let isFree = isUrgent()
-        if !isDrainingStaged, !isFree, case let wait = reader.share.wait(now: LiveReconciliation.now()), wait > 0 {
+        if !isDrainingStaged, !isFree, case let wait = reader.share.wait(now: LiveReconciliation.now(), keeping: epoch.isFullSync ? 0 : LiveReadShare.reserve), wait > 0 {
             // Others want to be answered by this thread meanwhile.
             usleep(UInt32(min(max(wait / 1000, 1000), 20_000)))
             return true
@@ -291,6 +291,7 @@ package final class LiveEpochEngine {
     }
 
     package func abandonAll() {
+        urgency.startOver()
         if let draining { giveBack(draining) }
         draining = nil
         for epoch in unacknowledged { giveBack(epoch) }

@@ -10,6 +10,8 @@ struct LiveReadShare {
     let least: Double
     /// What may be saved up, or owed.
     static let creditMax = 1e9
+    /// What is kept for the rounds of the next epoch.
+    static let reserve = 0.3e9
     /// Others are looked at for so long at a time, and at least so often.
     static let lookNanoseconds: UInt64 = 20_000_000
     private static let lookEvery: UInt64 = 500_000_000
@@ -24,12 +26,12 @@ struct LiveReadShare {
 
     init(least: Double) { self.least = least }
 
-    /// How long the disks are not to be read, at least.
-    mutating func wait(now: UInt64) -> UInt64 {
+    /// How long the disks are not to be read, at least, by whoever leaves `keeping` for others.
+    mutating func wait(now: UInt64, keeping: Double = 0) -> UInt64 {
         if least >= 1 { return 0 }
         earn(now: now)
         if let quiet, now > lookedAt + Self.lookEvery, now < quiet.since + Self.lookNanoseconds { return quiet.since + Self.lookNanoseconds - now }
-        return credit > 0 ? 0 : UInt64(1 - credit / rate)
+        return credit > keeping ? 0 : UInt64(1 + (keeping - credit) / rate)
     }
 
     /// Of the time that passes, what may be read.

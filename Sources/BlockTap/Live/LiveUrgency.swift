@@ -1,6 +1,6 @@
 /// When a recovery point is worth more than what others do with the disks: when one was asked for, and when the newest is older than the patience. Then for
-/// an *effort* of some seconds; if that did not help, it is left alone for as long as the patience, then twice as long, and so on: disks that are
-/// written faster than they can be read are not read at their owner's expense for ever. Times are of the monotonic clock, in nanoseconds.
+/// an *effort* of some seconds, and some more as long as there is less to read after them than before. If the writers gained, they are left alone for as long
+/// as the patience, then twice as long, and so on: disks that are written faster than they can be read are not read at their owner's expense for ever. Times are of the monotonic clock, in nanoseconds.
 struct LiveUrgency {
     private let patience: UInt64
     private static let effort: UInt64 = 10_000_000_000
@@ -9,6 +9,7 @@ struct LiveUrgency {
     /// process in a row that is killed: there is no patience.
     private var pointAt: UInt64 = 0
     private var effortBegan: UInt64 = 0
+    private var behindThen: UInt64 = 0
     private var restsUntil: UInt64 = 0
     /// Of the next rest, in patiences.
     private var rest: UInt64 = 1
@@ -17,11 +18,21 @@ struct LiveUrgency {
     /// 0: it is always urgent.
     init(patienceSeconds: Int) { patience = UInt64(min(max(0, patienceSeconds), 86_400)) * 1_000_000_000 }
 
-    mutating func isUrgent(now: UInt64) -> Bool {
+    /// `behind`: blocks that the replica lacks.
+    mutating func isUrgent(now: UInt64, behind: () -> UInt64) -> Bool {
         if patience == 0 || now < hurriesUntil { return true }
         if now < restsUntil || (pointAt > 0 && now < pointAt + patience) { return false }
-        if effortBegan == 0 { effortBegan = now }
+        if effortBegan == 0 {
+            effortBegan = now
+            behindThen = behind()
+        }
         if now < effortBegan + Self.effort { return true }
+        let before = behindThen
+        behindThen = behind()
+        if behindThen < before {
+            effortBegan = now
+            return true
+        }
         effortBegan = 0
         restsUntil = now + patience * rest
         rest = min(rest * 2, Self.restMax)
@@ -31,14 +42,17 @@ struct LiveUrgency {
     /// One more is durable.
     mutating func hasPoint(now: UInt64) {
         pointAt = now
-        effortBegan = 0
-        restsUntil = 0
-        rest = 1
+        startOver()
     }
 
     /// What the replica has is no point to go back to, or it has nothing: the next one is the first.
     mutating func hasNone() {
         pointAt = 0
+        startOver()
+    }
+
+    /// Earlier efforts say nothing any more: nothing could be sent.
+    mutating func startOver() {
         effortBegan = 0
         restsUntil = 0
         rest = 1

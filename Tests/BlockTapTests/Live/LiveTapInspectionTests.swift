@@ -37,7 +37,14 @@ struct LiveTapInspectionTests {
         #expect(figures.provenCount > 0 && figures.writeCount == 6000 && figures.discardCount > 0)
         #expect(figures.issuedCount >= figures.writeCount)
         #expect(bpffs.selfTests == [])
-        #expect(!directoryEntries("/sys/block").contains { fileText("/sys/block/\($0)/loop/backing_file")?.contains("afterimage-self-test") == true })
+        // Its loop device ends with whoever has it open last; that may be somebody who looks at all devices.
+        var left: [String] = []
+        for _ in 0..<100 {
+            left = directoryEntries("/sys/block").filter { fileText("/sys/block/\($0)/loop/backing_file")?.contains("\(LiveSelfTest.prefix)\(getpid())") == true }
+            if left.isEmpty { break }
+            try await Task.sleep(for: .milliseconds(100))
+        }
+        #expect(left == [])
         print(figures)
     }
 
@@ -157,10 +164,11 @@ struct LiveTapInspectionTests {
     func urgency() {
         let second: UInt64 = 1_000_000_000
         var urgency = LiveUrgency(patienceSeconds: 30), now = 1000 * second
+        var behind: () -> UInt64 = { 1000 }
         func urgentSeconds(of seconds: Int) -> Int {
             (0..<seconds).reduce(0) { count, _ in
                 now += second
-                return count + (urgency.isUrgent(now: now) ? 1 : 0)
+                return count + (urgency.isUrgent(now: now) { behind() } ? 1 : 0)
             }
         }
         #expect(urgentSeconds(of: 1) == 1)
@@ -174,21 +182,28 @@ struct LiveTapInspectionTests {
         #expect((550...700).contains(hours), "\(hours)")
         urgency.hurry(now: now)
         #expect((9...10).contains(urgentSeconds(of: 12)))
+        // As long as it helps, it goes on.
+        urgency.startOver()
+        behind = { 1_000_000_000_000_000 - now }
+        #expect(urgentSeconds(of: 500) == 500)
+        behind = { 2_000_000_000_000_000 + now }
+        #expect((0...11).contains(urgentSeconds(of: 25)))
         urgency.hasPoint(now: now)
         #expect(urgentSeconds(of: 28) == 0)
         #expect((9...10).contains(urgentSeconds(of: 13)))
         var hasty = LiveUrgency(patienceSeconds: 0)
         hasty.hasPoint(now: now)
-        let isHasty = hasty.isUrgent(now: now + 1)
+        let isHasty = hasty.isUrgent(now: now + 1) { 1 }
         var patient = LiveUrgency(patienceSeconds: .max)
         patient.hasPoint(now: now)
-        let isPatient = !patient.isUrgent(now: now + 1)
+        let isPatient = !patient.isUrgent(now: now + 1) { 1 }
         #expect(isHasty && isPatient)
     }
 
     @Test("Reads give way on a disk that is never idle; a point that somebody waits for is proven all the same")
     func givesWay() async throws {
         let bed = try LiveTapBed(disks: 1, bytes: 96 << 20)
+        bed.configuration.readShare = 0.01
         bed.configuration.patienceSeconds = 86_400
         try await bed.start()
         // Enough of them for rounds of many blocks.
@@ -196,8 +211,14 @@ struct LiveTapInspectionTests {
         try writers.start()
         defer { writers.stop() }
         try await bed.fullSync()
-        // The first point is urgent.
-        try await bed.carryUntilProven(attempts: 2000)
+        func prove() async throws {
+            for _ in 0..<2000 {
+                bed.group.hurry()
+                if try await bed.carry().kind == .exact { return }
+            }
+            Issue.record("no proven epoch")
+        }
+        try await prove()
         for _ in 0..<2 {
             let before = await bed.group.liveStatistics
             for _ in 0..<2000 where await bed.group.liveStatistics.gaveWayCount == before.gaveWayCount {
@@ -206,38 +227,12 @@ struct LiveTapInspectionTests {
             }
             let after = await bed.group.liveStatistics
             #expect(after.gaveWayCount > before.gaveWayCount && after.unprovenCount > before.unprovenCount)
-            var isProven = false
-            for _ in 0..<2000 where !isProven {
-                bed.group.hurry()
-                isProven = try await bed.carry().kind == .exact
-            }
-            #expect(isProven)
+            try await prove()
             let violations = writers.violations(in: bed.images)
             try #require(violations.isEmpty, "\(violations.prefix(3))")
         }
         writers.stop()
         #expect(try await bed.quietImagesEqualDisks())
-    }
-
-    @Test("An agent that is killed again and again, before its patience ends, has proven points all the same")
-    func patienceOfTheKilled() async throws {
-        let bed = try LiveTapBed(disks: 1, bytes: 96 << 20)
-        bed.configuration.patienceSeconds = 3600
-        try await bed.start()
-        let writers = DependentWriters(bed, .init(chains: 32, pauseMicroseconds: 50, hotPercent: 0))
-        try writers.start()
-        defer { writers.stop() }
-        try await bed.fullSync()
-        for _ in 0..<3 {
-            bed.kill()
-            try await bed.start()
-            #expect(await bed.group.isUrgent)
-            try await writers.progress(by: 20_000)
-            try await bed.carryUntilProven(attempts: 200)
-            #expect(await bed.group.isUrgent == false)
-            let violations = writers.violations(in: bed.images)
-            try #require(violations.isEmpty, "\(violations.prefix(3))")
-        }
     }
 
     @Test("A full sync keeps to its budget and its priority")
