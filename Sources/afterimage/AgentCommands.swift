@@ -27,8 +27,8 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: ArgumentHelp("live tap: read at most so many bytes per second for what can wait: 50MiB; 0 for no limit.", valueName: "bytes")) var readLimit = ByteCount(bytes: 0)
         @Option(help: "live tap: reads in flight.") var readDepth: Int = 32
         @Option(help: "live tap: normal, low or idle: how its reads stand beside everybody else's, where the disk's scheduler knows priorities.") var readPriority: LiveReadPriority = .low
-        @Option(help: ArgumentHelp("live tap: reads of many blocks take what time others leave them, and this share of it all; 100: as much as they need.", valueName: "percent")) var readShare: Int = 100
-        @Option(help: ArgumentHelp("live tap, with a --read-share: once the newest recovery point is older, they take what they need, for a while; 0: always.", valueName: "seconds")) var patience: Int = 60
+        @Option(help: ArgumentHelp("live tap: its reads take what time others leave the disks, and this share of it all (a tenth of it where that would not be enough); 100: what they need.", valueName: "percent")) var readShare: Int = 50
+        @Option(help: ArgumentHelp("live tap: once the newest recovery point is older, they take what they need, for a while; 0: always.", valueName: "seconds")) var patience: Int = 60
         @Option(help: "live tap: memory in MiB for the blocks of an epoch while it is proven.") var stageMib: Int = 256
         @Flag(inversion: .prefixedNo, help: "live tap: the disks' file systems may be frozen for a moment (at most --freeze-ms).") var freeze = true
         @Option(help: "live tap: how long a freeze may last, milliseconds.") var freezeMs: Int = 500

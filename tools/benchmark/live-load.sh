@@ -4,7 +4,7 @@
 #   idle DEPTH          not there
 #   attached DEPTH      follows the disk; nothing is read
 #   replicating DEPTH   replicates it; both sites are on this machine
-#   sharing DEPTH       the same, with reads that give way (--read-share 5 --patience 60)
+#   greedy DEPTH        the same, with reads that take what they need (--read-share 100)
 #   quiet               replicates a TiB that nobody writes to: percent of a core
 #   points              replicates it under 2,000 random writes per second and a database that commits: how old the newest point was
 source "$(dirname "$(readlink -f "$0")")/../lib/common.sh"
@@ -38,8 +38,8 @@ idle) load --iodepth="$depth" ;;
 attached)
     start_agent "$BENCH_DEVICE"
     load --iodepth="$depth" ;;
-replicating | sharing)
-    [[ $what == replicating ]] || agent_options=(--read-share 5 --patience 60)
+replicating | greedy)
+    [[ $what == replicating ]] || agent_options=(--read-share 100)
     replicate "$BENCH_DEVICE"
     load --iodepth="$depth"
     "$afterimage" server show s --json </dev/null | python3 -c '

@@ -12,10 +12,10 @@ def rows(Row, quick):
     for depth in (32, 1):
         bare = {"without a tap": load("idle", depth)}
         made.append(Row(f"live-attached-4k-qd{depth}", "IO/s", load("attached", depth), bare, target=0.98))
-        made.append(Row(f"live-replicating-4k-qd{depth}", "IO/s", load("replicating", depth), bare, target=0.9, rounds=3))
-    # Longer than the patience, so that what is read when a point is overdue is in it.
-    longer = {"without a tap": load("idle", 32, 7)}
-    made.append(Row("live-sharing-4k-qd32", "IO/s", load("sharing", 32, 7), longer, target=0.9, rounds=2))
+        # Longer than the patience, so that what is read when a point is overdue is in it.
+        longer = {"without a tap": load("idle", depth, 7)}
+        made.append(Row(f"live-replicating-4k-qd{depth}", "IO/s", load("replicating", depth, 7), longer, target=0.9, rounds=2))
+    made.append(Row("live-greedy-4k-qd32", "IO/s", load("greedy", 32), {"without a tap": load("idle", 32)}, rounds=3))
     made.append(Row("live-point-age-p99", "s", lambda: measure.figures("live-load.sh", "points", 10 if quick else 30), {}, limit=lambda peer: 5.0, bigger=False, rounds=2))
     made.append(Row("live-idle-cpu", "% of a core per TiB", lambda: measure.figures("live-load.sh", "quiet", 10 if quick else 30), {}, limit=lambda peer: 0.5, bigger=False, rounds=2))
     return made

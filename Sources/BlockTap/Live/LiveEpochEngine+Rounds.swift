@@ -132,8 +132,9 @@ extension LiveEpochEngine {
             considering.priority = configuration.readPriority
             considering.isBudgeted = true
         }
+        if run.roundCount == 1 { expect(blockCount, now: began) }
         var isTooMuch = false
-        if !isFree, blockCount > Self.smallRoundBlockCount, reader.share.least < 1 {
+        if !isFree, blockCount > Self.smallRoundBlockCount, reader.share.share < 1 {
             _ = reader.share.wait(now: began)
             // Later rounds may be owed: they are what the first one was for.
             isTooMuch = reader.share.credit < (run.roundCount == 1 ? Double(blockCount) * nanosecondsPerBlock : -LiveReadShare.creditMax / 2)
@@ -159,6 +160,14 @@ extension LiveEpochEngine {
         run.collided = collisions
         run.collisionCount += UInt64(collisions.count)
         return collisions.isEmpty ? .proven : .goOn
+    }
+
+    private func expect(_ blockCount: UInt64, now: UInt64) {
+        let last = lastFirstRound, sectors = disks.reduce(0) { $0 + $1.disk.statistics.writtenSectors() }
+        lastFirstRound = (now, sectors)
+        if last.nanoseconds == 0 { return }
+        let written = UInt64(max(0, sectors - last.writtenSectors)) / UInt64(blockBytes / 512)
+        reader.share.expect(blockCount: blockCount, writtenCount: written, since: last.nanoseconds, now: now, nanosecondsEach: nanosecondsPerBlock)
     }
 
     /// A round of so many blocks is over before anybody notices.

@@ -73,6 +73,8 @@ package final class LiveEpochEngine {
     var urgency: LiveUrgency
     /// Of rounds of many blocks, lately; 0: not known.
     var nanosecondsPerBlock = 0.0
+    /// When the first round of the last epoch to be proven was, and sectors that had been written by then.
+    var lastFirstRound: (nanoseconds: UInt64, writtenSectors: Int64) = (0, 0)
     /// Of what has been said more than once in a row.
     var saidLast: [String: String] = [:]
 
@@ -109,6 +111,7 @@ package final class LiveEpochEngine {
     package func beginFullSync() {
         maps.state.pointee.is_synced = 0
         urgency.hasNone()
+        reader.share.startOver()
         for disk in disks { disk.unsynced.setAll() }
         figures.skippedFreeBytes = configuration.skipsFreeSpace ? leaveOutFreeSpace() : 0
     }

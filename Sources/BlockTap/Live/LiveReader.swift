@@ -34,7 +34,7 @@ final class LiveReader {
     init(bytesPerSecondMax: UInt64 = 0, share: Double = 1, accounts: [SysfsStatistics] = []) throws(SystemError) {
         ring = try Ring(entries: UInt32(Self.depthMax))
         budget = LiveReadBudget(bytesPerSecond: bytesPerSecondMax)
-        self.share = LiveReadShare(least: share)
+        self.share = LiveReadShare(share: share)
         self.accounts = accounts
     }
 

@@ -20,9 +20,9 @@ public struct LiveTapConfiguration: Sendable {
     public var readBytesPerSecondMax: UInt64 = 0
     public var readPriority = LiveReadPriority.low
     /// Reads of many blocks give way to others who use the disks: they take what time those leave, and at least this share of it all (0...1; 1: they do not
-    /// give way). An epoch that would take more is handed out without a proof.
-    public var readShare = 1.0
-    /// With a share below 1: once the newest recovery point is older, reads take what they need, for as long as there is hope (`LiveUrgency`). 0: always.
+    /// give way), or a tenth of it where even all of it would not be enough (`LiveReadShare`). An epoch that would take more is handed out without a proof.
+    public var readShare = 0.5
+    /// Once the newest recovery point is older, reads take what they need, for as long as it helps (`LiveUrgency`). 0: always.
     public var patienceSeconds = 60
     public var roundsMax = 64
     /// Not counting an epoch's first round, which takes what it takes.

@@ -124,8 +124,8 @@ struct LiveTapInspectionTests {
 
     @Test("Reads take the time that others leave, and a tenth of it all")
     func share() {
-        var share = LiveReadShare(least: 0.1)
-        var now: UInt64 = 1_000_000_000
+        var share = LiveReadShare(share: 0.1)
+        var now: UInt64 = 1_000_000_000_000
         var spent = 0.0                                            // milliseconds of all requests
         // So many milliseconds, in which others have `others` requests under way all the time, and ours are read whenever they may be.
         func read(milliseconds: UInt64, others: Double) -> Double {
@@ -151,11 +151,26 @@ struct LiveTapInspectionTests {
         #expect((0.08...0.12).contains(read(milliseconds: 10_000, others: 32)))
         _ = read(milliseconds: 10_000, others: 0.5)
         #expect((0.4...0.6).contains(read(milliseconds: 10_000, others: 0.5)))
+        // 20,000 blocks a second, each 10 us: a fifth of the time, and some for later rounds. A tenth of it is not enough, and taken for nothing.
+        share.expect(blockCount: 20_000, writtenCount: 20_000, since: now - 1_000_000_000, now: now, nanosecondsEach: 10_000)
+        _ = read(milliseconds: 10_000, others: 32)
+        #expect((0.008...0.013).contains(read(milliseconds: 10_000, others: 32)))
+        share.expect(blockCount: 5000, writtenCount: 1_000_000, since: now - 100_000_000_000, now: now, nanosecondsEach: 10_000)
+        #expect(share.isEnough, "the same blocks again and again")
+        share.expect(blockCount: 250_000, writtenCount: 10_000_000, since: now - 100_000_000_000, now: now, nanosecondsEach: 10_000)
+        #expect(!share.isEnough, "a small disk that is written all over")
+        share.expect(blockCount: 250_000, writtenCount: 500_000, since: now - 100_000_000_000, now: now, nanosecondsEach: 10_000)
+        #expect(share.isEnough)
+        share.expect(blockCount: 5000, writtenCount: 5000, since: now - 100_000_000, now: now, nanosecondsEach: 10_000)
+        #expect(!share.isEnough)
+        share.startOver()
+        _ = read(milliseconds: 10_000, others: 32)
+        #expect((0.08...0.12).contains(read(milliseconds: 10_000, others: 32)))
         // What was not used is saved for a second's reading, not more.
         now += 3_600_000_000_000
         let waits = share.wait(now: now)
         #expect(waits == 0 && share.credit == LiveReadShare.creditMax)
-        var all = LiveReadShare(least: 1)
+        var all = LiveReadShare(share: 1)
         let never = all.wait(now: 5)
         #expect(never == 0)
     }
@@ -203,7 +218,7 @@ struct LiveTapInspectionTests {
     @Test("Reads give way on a disk that is never idle; a point that somebody waits for is proven all the same")
     func givesWay() async throws {
         let bed = try LiveTapBed(disks: 1, bytes: 96 << 20)
-        bed.configuration.readShare = 0.01
+        bed.configuration.readShare = 0.4
         bed.configuration.patienceSeconds = 86_400
         try await bed.start()
         // Enough of them for rounds of many blocks.
