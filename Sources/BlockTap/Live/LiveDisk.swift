@@ -76,12 +76,6 @@ final class SysfsStatistics {
         return (fields.count > 6 ? fields[6] : 0) + (fields.count > 13 ? fields[13] : 0)
     }
 
-    /// Sectors of writes that have completed since the disk appeared.
-    func writtenSectors() -> Int64 {
-        let fields = Self.numbers(stat)
-        return fields.count > 6 ? fields[6] : 0
-    }
-
     /// Milliseconds that all requests took that have completed since the disk appeared, together.
     func spentMilliseconds() -> Int64 {
         let fields = Self.numbers(stat)

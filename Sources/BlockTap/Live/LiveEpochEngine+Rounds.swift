@@ -69,8 +69,7 @@ extension LiveEpochEngine {
             }
         } else {
             step = try rounds(&run) { $0.proof != nil }
-            let isSmall = (run.lastRoundBlockCount ?? 0) <= Self.smallRoundBlockCount
-            if step == .goOn, configuration.freezes, isSmall || isUrgent() {
+            if step == .goOn, configuration.freezes, isSmall(run.lastRoundBlockCount ?? 0) || isUrgent() {
                 if freezePause.left > 0 {
                     freezePause.left -= 1
                 } else if try frozenRound(&run, isAsked: false) == .proven {
@@ -83,7 +82,7 @@ extension LiveEpochEngine {
         figures.roundCount += UInt64(run.roundCount)
         figures.roundsMax = max(figures.roundsMax, UInt64(run.roundCount))
         figures.collisionCount += run.collisionCount
-        if !run.isStaged { figures.unstagedCount += 1 }
+        if !run.isStaged, !run.gaveWay { figures.unstagedCount += 1 }
         if let proof = run.proof {
             figures.provenCount += 1
             if run.roundCount <= 3 { depth = max(configuration.readDepth, depth / 2) }
@@ -114,7 +113,7 @@ extension LiveEpochEngine {
 
     /// A cut, and its blocks to the stage. `proven` here: nothing collided.
     private func read(_ run: inout Convergence, isFrozen: Bool = false) throws(SystemError) -> Step {
-        let began = LiveReconciliation.now(), waitedBefore = reader.waitNanoseconds
+        let began = LiveReconciliation.now()
         run.proof = nil
         if faults.contains(.failInRound), run.roundCount > 0 { throw SystemError(errno: ENOMEM, doing: "make a bitmap, as a test wants it") }
         run.timeNanoseconds = try flip()
@@ -134,10 +133,10 @@ extension LiveEpochEngine {
         }
         if run.roundCount == 1 { expect(blockCount, now: began) }
         var isTooMuch = false
-        if !isFree, blockCount > Self.smallRoundBlockCount, reader.share.share < 1 {
+        if !isFree, !isSmall(blockCount), reader.share.share < 1 {
             _ = reader.share.wait(now: began)
             // Later rounds may be owed: they are what the first one was for.
-            isTooMuch = reader.share.credit < (run.roundCount == 1 ? Double(blockCount) * nanosecondsPerBlock : -LiveReadShare.creditMax / 2)
+            isTooMuch = reader.share.credit < (run.roundCount == 1 ? Double(blockCount) * reader.pace.nanosecondsPerBlock : -reader.share.creditMax / 2)
             if isTooMuch {
                 figures.gaveWayCount += 1
                 run.gaveWay = true
@@ -153,33 +152,33 @@ extension LiveEpochEngine {
         if let last = run.lastRoundBlockCount, blockCount > 256, blockCount > last / 2 { deepen() }
         run.lastRoundBlockCount = blockCount
         run.lastRoundNanoseconds = LiveReconciliation.now() - began
-        if blockCount > Self.smallRoundBlockCount {
-            let each = Double(run.lastRoundNanoseconds - min(run.lastRoundNanoseconds, reader.waitNanoseconds - waitedBefore)) / Double(blockCount)
-            nanosecondsPerBlock = nanosecondsPerBlock == 0 ? each : nanosecondsPerBlock * 0.75 + each * 0.25
-        }
         run.collided = collisions
         run.collisionCount += UInt64(collisions.count)
         return collisions.isEmpty ? .proven : .goOn
     }
 
     private func expect(_ blockCount: UInt64, now: UInt64) {
-        let last = lastFirstRound, sectors = disks.reduce(0) { $0 + $1.disk.statistics.writtenSectors() }
+        let last = lastFirstRound, sectors = issuedSectors
         lastFirstRound = (now, sectors)
         if last.nanoseconds == 0 { return }
-        let written = UInt64(max(0, sectors - last.writtenSectors)) / UInt64(blockBytes / 512)
-        reader.share.expect(blockCount: blockCount, writtenCount: written, since: last.nanoseconds, now: now, nanosecondsEach: nanosecondsPerBlock)
+        let written = (sectors - min(sectors, last.issuedSectors)) / UInt64(blockBytes / 512)
+        reader.share.expect(blockCount: blockCount, writtenCount: written, since: last.nanoseconds, now: now, nanosecondsEach: reader.pace.nanosecondsPerBlock)
     }
 
-    /// A round of so many blocks is over before anybody notices.
-    private static let smallRoundBlockCount: UInt64 = 4096
+    /// Whether a round is over before anybody notices.
+    private func isSmall(_ blockCount: UInt64) -> Bool { blockCount <= 4096 && Double(blockCount) * reader.pace.nanosecondsPerBlock < 100e6 }
 
     /// Whether a recovery point is worth more now than what others do with the disks.
     func isUrgent() -> Bool {
         if configuration.readShare >= 1 { return true }
-        return !needsFuzzyCut && draining?.isFullSync != true && urgency.isUrgent(now: LiveReconciliation.now()) { statistics.behindBytes / UInt64(blockBytes) }
+        return !needsFuzzyCut && draining?.isFullSync != true
+            && urgency.isUrgent(now: LiveReconciliation.now()) { Int64(clamping: reader.readBytes) - Int64(clamping: issuedSectors) * 512 }
     }
 
-    func hurry() { urgency.hurry(now: LiveReconciliation.now()) }
+    func hurry() { urgency.hurry() }
+
+    /// Of all disks, since they are followed.
+    private var issuedSectors: UInt64 { disks.reduce(0) { $0 &+ maps.disks[$1.index].issued_sectors } }
 
     /// Rounds that do not shrink are read with more at once, up to a limit, and so are epochs after one that was not proven: otherwise the writers'
     /// share of the disk is the larger one, and they stay ahead for ever. It goes down again while few rounds are enough.

@@ -71,10 +71,8 @@ package final class LiveEpochEngine {
     /// Reads in flight: more while the disks are written faster than they are read.
     var depth: Int
     var urgency: LiveUrgency
-    /// Of rounds of many blocks, lately; 0: not known.
-    var nanosecondsPerBlock = 0.0
     /// When the first round of the last epoch to be proven was, and sectors that had been written by then.
-    var lastFirstRound: (nanoseconds: UInt64, writtenSectors: Int64) = (0, 0)
+    var lastFirstRound: (nanoseconds: UInt64, issuedSectors: UInt64) = (0, 0)
     /// Of what has been said more than once in a row.
     var saidLast: [String: String] = [:]
 
@@ -141,6 +139,7 @@ package final class LiveEpochEngine {
         var time = Self.wallClock()
         var proof: CutProof?
         if isFullSync {
+            reader.share.startOver()
             blocks = disks.map { BlockBitmap(blockCount: $0.disk.blockCount) }
             takeUnsynced(into: blocks, budget: max(1, fuzzyBytesMax / UInt64(blockBytes)))
         } else {
@@ -211,7 +210,7 @@ package final class LiveEpochEngine {
     package func pump() -> Bool {
         guard let epoch = draining else { return false }
         let isFree = isUrgent()
-        if !isDrainingStaged, !isFree, case let wait = reader.share.wait(now: LiveReconciliation.now(), keeping: epoch.isFullSync ? 0 : LiveReadShare.reserve), wait > 0 {
+        if !isDrainingStaged, !isFree, disks.contains(where: { $0.pending.nextSet(from: 0) != nil }), case let wait = reader.share.wait(now: LiveReconciliation.now(), keeping: epoch.isFullSync ? 0 : LiveReadShare.reserve), wait > 0 {
             // Others want to be answered by this thread meanwhile.
             usleep(UInt32(min(max(wait / 1000, 1000), 20_000)))
             return true

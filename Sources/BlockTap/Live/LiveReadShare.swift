@@ -9,8 +9,8 @@ import Glibc
 struct LiveReadShare {
     /// 0...1; 1: no limit.
     let share: Double
-    /// What may be saved up, or owed.
-    static let creditMax = 1e9
+    /// What may be saved up, or owed: a second's reading, or as long as the last epoch was.
+    private(set) var creditMax = 1e9
     /// What is kept for the rounds of the next epoch.
     static let reserve = 0.3e9
     /// Others are looked at for so long at a time, and at least so often.
@@ -37,7 +37,9 @@ struct LiveReadShare {
         let perSecond = seconds < 1 ? Double(blockCount) / max(seconds, 0.01) : min(Double(blockCount), Double(writtenCount) / seconds)
         let firstRound = perSecond * nanosecondsEach / 1e9
         // The second round is what was written during the first one, and so on.
-        isEnough = firstRound < 1 && firstRound / (1 - firstRound) <= share
+        isEnough = firstRound < 1 && firstRound / (1 - firstRound) <= max(share, 1 - busy)
+        // Of longer epochs more is read at once.
+        creditMax = 1e9 * min(max(1, seconds), 30)
     }
 
     /// Nothing is known any more, or nothing is to be proven.
@@ -55,7 +57,7 @@ struct LiveReadShare {
     private var rate: Double { max(0.001, isEnough ? share : share / 10, 1 - busy) }
 
     private mutating func earn(now: UInt64) {
-        if earnedAt > 0, now > earnedAt { credit = min(Self.creditMax, credit + Double(now - earnedAt) * rate) }
+        if earnedAt > 0, now > earnedAt { credit = min(creditMax, credit + Double(now - earnedAt) * rate) }
         earnedAt = now
     }
 
@@ -76,7 +78,7 @@ struct LiveReadShare {
 
     /// Reading has ended. `isFree`: it is not to be paid for.
     mutating func end(began: UInt64, now: UInt64, isFree: Bool, spent: () -> [Int64]) {
-        if !isFree { credit = max(-Self.creditMax, credit - Double(now - began)) }
+        if !isFree { credit = max(-creditMax, credit - Double(now - began)) }
         quiet = (now, spent())
     }
 }

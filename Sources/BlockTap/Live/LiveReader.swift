@@ -25,6 +25,7 @@ final class LiveReader {
 
     private var budget: LiveReadBudget
     var share: LiveReadShare
+    private(set) var pace = LiveReadPace()
     private let accounts: [SysfsStatistics]
     private var priority = LiveReadPriority.normal
     private(set) var readBytes: UInt64 = 0
@@ -45,7 +46,8 @@ final class LiveReader {
         let began = LiveReconciliation.now(), waitedBefore = waitNanoseconds
         share.begin(now: began) { accounts.map { $0.spentMilliseconds() } }
         defer {
-            let now = LiveReconciliation.now()
+            let now = LiveReconciliation.now(), took = now - began, waited = min(took, waitNanoseconds - waitedBefore)
+            pace.note(blockCount: ranges.reduce(0) { $0 + UInt64(($1.lengthBytes + blockBytes - 1) / blockBytes) }, nanoseconds: took - waited)
             share.end(began: min(now, began + (waitNanoseconds - waitedBefore)), now: now, isFree: considering?.isFree ?? true) { accounts.map { $0.spentMilliseconds() } }
         }
         withUnsafeTemporaryAllocation(of: ciouring_completion.self, capacity: Ring.reapMax) { completions in
@@ -97,6 +99,22 @@ final class LiveReader {
         case .low: _ = clivetap_set_io_priority(2, 7)
         case .idle: _ = clivetap_set_io_priority(3, 7)
         }
+    }
+}
+
+/// How long a block takes to read, many at a time, of the last seconds of reading.
+struct LiveReadPace {
+    private var blockCount = 0.0
+    private var nanoseconds = 0.0
+    /// 0: not known yet.
+    var nanosecondsPerBlock: Double { blockCount > 0 ? nanoseconds / blockCount : 0 }
+
+    /// A few blocks that come at once say nothing about many.
+    mutating func note(blockCount: UInt64, nanoseconds: UInt64) {
+        guard blockCount >= 32 || (blockCount > 0 && nanoseconds >= 20_000_000) else { return }
+        let part = exp2(-Double(nanoseconds) / 1e9)
+        self.blockCount = self.blockCount * part + Double(blockCount)
+        self.nanoseconds = self.nanoseconds * part + Double(nanoseconds)
     }
 }
 

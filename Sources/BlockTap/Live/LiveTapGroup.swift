@@ -19,6 +19,8 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
     /// On the loop's thread only.
     private final class EpochEngineBox: @unchecked Sendable {
         let engine: LiveEpochEngine
+        /// The loop's thread only.
+        var isPumping = false
         init(_ engine: LiveEpochEngine) { self.engine = engine }
     }
 
@@ -72,11 +74,17 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
     /// Ends the thread; what the kernel's half knows stays.
     public func close() { loop.shutdown() }
 
-    /// Without `self`: whoever lets go of that last must not be the loop's thread.
+    /// Without `self`: whoever lets go of that last must not be the loop's thread. One at a time: it goes on by itself until there is nothing to do.
     private static func pump(_ loop: EventLoop, _ engine: EpochEngineBox) {
         loop.execute {
-            if engine.engine.pump() { pump(loop, engine) }
+            if engine.isPumping { return }
+            engine.isPumping = true
+            turn(loop, engine)
         }
+    }
+
+    private static func turn(_ loop: EventLoop, _ engine: EpochEngineBox) {
+        if engine.engine.pump() { loop.execute { turn(loop, engine) } } else { engine.isPumping = false }
     }
 
     public func beginFullSync() {

@@ -1,6 +1,7 @@
 /// When a recovery point is worth more than what others do with the disks: when one was asked for, and when the newest is older than the patience. Then for
-/// an *effort* of some seconds, and some more as long as there is less to read after them than before. If the writers gained, they are left alone for as long
-/// as the patience, then twice as long, and so on: disks that are written faster than they can be read are not read at their owner's expense for ever. Times are of the monotonic clock, in nanoseconds.
+/// an *effort* of some seconds, and some more as long as more was read in them than written. If the writers gained, they are left alone for as long as the
+/// patience, then twice as long, and so on: disks that are written faster than they can be read are not read at their owner's expense for ever. Times are
+/// of the monotonic clock, in nanoseconds.
 struct LiveUrgency {
     private let patience: UInt64
     private static let effort: UInt64 = 10_000_000_000
@@ -9,27 +10,26 @@ struct LiveUrgency {
     /// process in a row that is killed: there is no patience.
     private var pointAt: UInt64 = 0
     private var effortBegan: UInt64 = 0
-    private var behindThen: UInt64 = 0
+    private var leadThen: Int64 = 0
     private var restsUntil: UInt64 = 0
     /// Of the next rest, in patiences.
     private var rest: UInt64 = 1
-    private var hurriesUntil: UInt64 = 0
 
     /// 0: it is always urgent.
     init(patienceSeconds: Int) { patience = UInt64(min(max(0, patienceSeconds), 86_400)) * 1_000_000_000 }
 
-    /// `behind`: blocks that the replica lacks.
-    mutating func isUrgent(now: UInt64, behind: () -> UInt64) -> Bool {
-        if patience == 0 || now < hurriesUntil { return true }
+    /// `lead`: bytes read less bytes written, since whenever.
+    mutating func isUrgent(now: UInt64, lead: () -> Int64) -> Bool {
+        if patience == 0 { return true }
         if now < restsUntil || (pointAt > 0 && now < pointAt + patience) { return false }
         if effortBegan == 0 {
             effortBegan = now
-            behindThen = behind()
+            leadThen = lead()
         }
         if now < effortBegan + Self.effort { return true }
-        let before = behindThen
-        behindThen = behind()
-        if behindThen < before {
+        let before = leadThen
+        leadThen = lead()
+        if leadThen > before {
             effortBegan = now
             return true
         }
@@ -58,5 +58,6 @@ struct LiveUrgency {
         rest = 1
     }
 
-    mutating func hurry(now: UInt64) { hurriesUntil = now + Self.effort }
+    /// Somebody asks for a point, and waits.
+    mutating func hurry() { hasNone() }
 }

@@ -122,7 +122,7 @@ struct LiveTapInspectionTests {
         #expect(none.wait(now: now) == 0)
     }
 
-    @Test("Reads take the time that others leave, and a tenth of it all")
+    @Test("Reads take the time that others leave, and their share of it all")
     func share() {
         var share = LiveReadShare(share: 0.1)
         var now: UInt64 = 1_000_000_000_000
@@ -151,6 +151,9 @@ struct LiveTapInspectionTests {
         #expect((0.08...0.12).contains(read(milliseconds: 10_000, others: 32)))
         _ = read(milliseconds: 10_000, others: 0.5)
         #expect((0.4...0.6).contains(read(milliseconds: 10_000, others: 0.5)))
+        share.expect(blockCount: 20_000, writtenCount: 20_000, since: now - 1_000_000_000, now: now, nanosecondsEach: 10_000)
+        #expect(share.isEnough, "half of the time is free")
+        _ = read(milliseconds: 10_000, others: 32)
         // 20,000 blocks a second, each 10 us: a fifth of the time, and some for later rounds. A tenth of it is not enough, and taken for nothing.
         share.expect(blockCount: 20_000, writtenCount: 20_000, since: now - 1_000_000_000, now: now, nanosecondsEach: 10_000)
         _ = read(milliseconds: 10_000, others: 32)
@@ -169,7 +172,7 @@ struct LiveTapInspectionTests {
         // What was not used is saved for a second's reading, not more.
         now += 3_600_000_000_000
         let waits = share.wait(now: now)
-        #expect(waits == 0 && share.credit == LiveReadShare.creditMax)
+        #expect(waits == 0 && share.credit == share.creditMax)
         var all = LiveReadShare(share: 1)
         let never = all.wait(now: 5)
         #expect(never == 0)
@@ -179,11 +182,11 @@ struct LiveTapInspectionTests {
     func urgency() {
         let second: UInt64 = 1_000_000_000
         var urgency = LiveUrgency(patienceSeconds: 30), now = 1000 * second
-        var behind: () -> UInt64 = { 1000 }
+        var lead: () -> Int64 = { 1000 }
         func urgentSeconds(of seconds: Int) -> Int {
             (0..<seconds).reduce(0) { count, _ in
                 now += second
-                return count + (urgency.isUrgent(now: now) { behind() } ? 1 : 0)
+                return count + (urgency.isUrgent(now: now) { lead() } ? 1 : 0)
             }
         }
         #expect(urgentSeconds(of: 1) == 1)
@@ -195,13 +198,13 @@ struct LiveTapInspectionTests {
         #expect((9...11).contains(urgentSeconds(of: 30)))
         let hours = urgentSeconds(of: 36_000)
         #expect((550...700).contains(hours), "\(hours)")
-        urgency.hurry(now: now)
-        #expect((9...10).contains(urgentSeconds(of: 12)))
+        urgency.hurry()
+        #expect((9...11).contains(urgentSeconds(of: 12)))
         // As long as it helps, it goes on.
         urgency.startOver()
-        behind = { 1_000_000_000_000_000 - now }
+        lead = { Int64(now) }
         #expect(urgentSeconds(of: 500) == 500)
-        behind = { 2_000_000_000_000_000 + now }
+        lead = { -Int64(now) }
         #expect((0...11).contains(urgentSeconds(of: 25)))
         urgency.hasPoint(now: now)
         #expect(urgentSeconds(of: 28) == 0)
@@ -213,6 +216,22 @@ struct LiveTapInspectionTests {
         patient.hasPoint(now: now)
         let isPatient = !patient.isUrgent(now: now + 1) { 1 }
         #expect(isHasty && isPatient)
+    }
+
+    @Test("How long a block takes: of the last seconds of reading, and not of single blocks")
+    func pace() {
+        var pace = LiveReadPace()
+        #expect(pace.nanosecondsPerBlock == 0)
+        for _ in 0..<100 { pace.note(blockCount: 1, nanoseconds: 200_000) }
+        #expect(pace.nanosecondsPerBlock == 0)
+        // A slow disk shows with few blocks.
+        for _ in 0..<20 { pace.note(blockCount: 10, nanoseconds: 50_000_000) }
+        #expect((4.9e6...5.1e6).contains(pace.nanosecondsPerBlock))
+        // Fast reads are believed after seconds of them.
+        for _ in 0..<1000 { pace.note(blockCount: 100, nanoseconds: 2_000_000) }
+        #expect((19_000...50_000).contains(pace.nanosecondsPerBlock))
+        for _ in 0..<10_000 { pace.note(blockCount: 100, nanoseconds: 2_000_000) }
+        #expect((19_900...20_100).contains(pace.nanosecondsPerBlock))
     }
 
     @Test("Reads give way on a disk that is never idle; a point that somebody waits for is proven all the same")
