@@ -1,5 +1,7 @@
+import BlockTap
 import Foundation
 import GRDB
+import Replica
 import Testing
 
 @testable import Appliance
@@ -34,6 +36,50 @@ struct CatalogueTests {
         #expect(instance?.settings.bootCheck == .serial("ok") && instance?.settings.forwards.first?.guestPort == 2)
         #expect(synchronous == 2 && journal == "wal")
         try catalogue.close()
+    }
+
+    @Test("nothing is begun with a server that is being removed")
+    func removed() async throws {
+        let directory = try TemporaryDirectory()
+        let catalogue = try Catalogue(path: directory.path + "/c.sqlite")
+        try await catalogue.write { db in
+            try Fixture.server(db, "web", state: .initialized)
+            _ = try TaskBoard.plan(.unregister, server: try db.server("web"), who: "a", in: db)
+        }
+        for trigger in Trigger.allCases where trigger.isOperation {
+            await #expect("\(trigger)") {
+                try await catalogue.write { db in
+                    var record = try db.server("web")
+                    try db.apply(trigger, to: &record, who: "b", hasRecoveryPoint: true)
+                }
+            } throws: { "\($0)".contains("is being removed") }
+        }
+        // What happens outside is taken note of.
+        let state = try await catalogue.write { db in
+            var record = try db.server("web")
+            try db.apply(.agentUnfit, to: &record, who: "b", hasRecoveryPoint: true)
+            return record.state
+        }
+        #expect(state == .abnormal)
+        try catalogue.close()
+    }
+
+    @Test("which disks can carry on what is protected")
+    func unfitness() throws {
+        func hello(_ disks: (String, UInt64)...) -> AgentHello {
+            AgentHello(
+                agentVersion: "1", hostName: "h", kernel: "6", instance: "i",
+                disks: disks.map { DiskReport(name: $0.0, devicePath: "/dev/\($0.0)", geometry: BlockGeometry(sizeBytes: $0.1, logicalBlockBytes: 512), tap: "live") })
+        }
+        let volumes = ["vda", "vdb"].map { VolumeSpec(name: $0, geometry: BlockGeometry(sizeBytes: 1 << 20, logicalBlockBytes: 512)) }
+        func words(_ hello: AgentHello) -> String? { Lifecycle.unfitness(of: hello, for: volumes) }
+        #expect(words(hello(("vda", 1 << 20), ("vdb", 1 << 20))) == nil)
+        #expect(words(hello(("vda", 2 << 20), ("vdb", 1 << 20), ("vdc", 512))) == nil)
+        #expect(words(hello(("vda", 1 << 20)))?.contains("disk vdb is protected") == true)
+        #expect(words(hello(("vda", 1 << 19), ("vdb", 1 << 20)))?.contains("vda") == true)
+        #expect(words(hello(("vdb", 1 << 20), ("vda", 1 << 20)))?.contains("in this order") == true)
+        #expect(words(hello(("vda", 1 << 20), ("vdc", 1 << 20), ("vdb", 1 << 20)))?.contains("new ones after them") == true)
+        #expect(Lifecycle.unfitness(of: hello(("vdc", 512)), for: []) == nil)
     }
 
     @Test("a catalogue of a newer version is refused")

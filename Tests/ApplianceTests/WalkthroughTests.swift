@@ -124,7 +124,7 @@ struct WalkthroughTests {
         try await sites.startAppliance(qemu: "/nonexistent/qemu")
         try await until("Replicating again") { try await sites.view().state == .replicating }
         let failover = try await sites.cli("failover start shop")
-        #expect(failover.code == 1 && failover.errors.contains("/nonexistent/qemu"))
+        #expect(failover.code == 3 && failover.errors.contains("/nonexistent/qemu"))
         #expect(try await sites.view().generation == 1)
     }
 }

@@ -55,7 +55,7 @@ public final class Catalogue: Sendable {
                 // Its own, whatever lay there; nobody else can read it from its first moment.
                 unlink(partial)
                 let fd = open(partial, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0o600)
-                guard fd >= 0 else { throw ApplianceError.failed("cannot write \(partial): \(String(cString: strerror(errno)))") }
+                guard fd >= 0 else { throw ApplianceError.refused("cannot write \(partial): \(String(cString: strerror(errno)))") }
                 defer { Glibc.close(fd) }
                 do {
                     let copy = try DatabaseQueue(path: partial)
@@ -63,7 +63,7 @@ public final class Catalogue: Sendable {
                     try copy.close()
                     guard fsync(fd) == 0 else { throw ApplianceError.failed("cannot write \(partial): \(String(cString: strerror(errno)))") }
                     // Not over a file that has appeared meanwhile.
-                    guard link(partial, path) == 0 else { throw errno == EEXIST ? exists : ApplianceError.failed("cannot write \(path): \(String(cString: strerror(errno)))") }
+                    guard link(partial, path) == 0 else { throw errno == EEXIST ? exists : ApplianceError.refused("cannot write \(path): \(String(cString: strerror(errno)))") }
                 } catch {
                     unlink(partial)
                     throw error

@@ -136,6 +136,9 @@ extension Catalogue {
                 t.add(column: "expires", .datetime)
             }
         }
+        migrator.registerMigration("5: servers that go on when their disks are back") { db in
+            try db.alter(table: "server") { t in t.add(column: "resumes", .boolean).notNull().defaults(to: false) }
+        }
         return migrator
     }
 }

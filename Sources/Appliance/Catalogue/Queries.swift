@@ -25,6 +25,12 @@ extension Database {
             .order(Column("id").desc).fetchOne(self)
     }
 
+    /// Nothing is begun with a server that is being removed.
+    func refuseWhileRemoved(_ server: ServerRecord) throws {
+        guard let task = try runningTask(of: server, [.unregister]) else { return }
+        throw ApplianceError.refused("Server \(server.name) is being removed (afterimage task show \(task.id ?? 0)).")
+    }
+
     func event(_ who: String, _ what: String, server: ServerRecord? = nil, before: String? = nil, after: String? = nil, detail: String? = nil) throws {
         try EventRecord(id: nil, time: Date(), who: who, what: what, server: server?.name, before: before, after: after, detail: detail).insert(self)
     }
@@ -32,6 +38,7 @@ extension Database {
     /// Applies a trigger to a server: the table decides, the new state and its event are stored together. Throws `refused` with the
     /// table's sentence. The caller's other fields of `server` are stored too.
     func apply(_ trigger: Trigger, to server: inout ServerRecord, who: String, hasRecoveryPoint: Bool, reason: String? = nil, detail: String? = nil) throws {
+        if trigger.isOperation { try refuseWhileRemoved(server) }
         let before = server.lifecycle
         switch StateTable.verdict(before, trigger, hasRecoveryPoint: hasRecoveryPoint) {
         case .refused(let why):

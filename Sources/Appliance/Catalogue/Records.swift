@@ -51,6 +51,8 @@ public struct ServerRecord: Codable, Sendable, Hashable, FetchableRecord, Persis
     public var lastSeen: Date?
     /// Recovery Point Policy, as people write it.
     public var policy = "standard"
+    /// It was replicating when its agent's disks turned out unfit: it goes on by itself when they are there again.
+    public var resumes = false
 
     public var serverID: ServerID { ServerID(id) }
     public var group: GroupID { GroupID(id) }

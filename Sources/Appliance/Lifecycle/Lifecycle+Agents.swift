@@ -13,7 +13,8 @@ extension Lifecycle: LinkServerDelegate {
     public func agentConnected(_ server: ServerID, _ hello: AgentHello) async -> [AgentCommand] {
         agents[server] = LiveAgent(status: agents[server]?.status, connected: true)
         do {
-            let unfit = unfitness(server, hello)
+            let volumes = store.group(GroupID(server.rawValue))?.volumes ?? []
+            let unfit = Self.unfitness(of: hello, for: volumes)
             let record = try await catalogue.write { db in
                 var record = try db.server(server.rawValue)
                 record.disks = hello.disks
@@ -22,10 +23,22 @@ extension Lifecycle: LinkServerDelegate {
                 record.kernel = hello.kernel
                 record.specification = hello.specification
                 record.lastSeen = Date()
+                let who = "agent of \(record.name)"
                 if let unfit {
-                    try db.apply(.agentUnfit, to: &record, who: "agent of \(record.name)", hasRecoveryPoint: true, reason: unfit)
-                } else {
-                    try db.apply(.agentConnected, to: &record, who: "agent of \(record.name)", hasRecoveryPoint: true)
+                    record.resumes = record.resumes || record.state.phase == .forward
+                    try db.apply(.agentUnfit, to: &record, who: who, hasRecoveryPoint: true, reason: unfit)
+                    return record
+                }
+                let names = hello.disks.map(\.name)
+                if let known = record.settings?.disks, names.count > known.count, names.starts(with: known) {
+                    record.settings?.disks = names
+                    try db.event(who, "Add disk", server: record, before: known.joined(separator: ", "), after: names.joined(separator: ", "))
+                }
+                let resumes = record.resumes && record.settings?.automaticRestart == true
+                record.resumes = false
+                try db.apply(.agentConnected, to: &record, who: who, hasRecoveryPoint: true)
+                if resumes, record.state == .initialized {
+                    try db.apply(.startReplication, to: &record, who: who, hasRecoveryPoint: true, detail: "its disks are there again")
                 }
                 return record
             }
@@ -36,16 +49,19 @@ extension Lifecycle: LinkServerDelegate {
         }
     }
 
-    /// Why the disks that the agent has now cannot carry on what is protected, or nil.
-    private func unfitness(_ server: ServerID, _ hello: AgentHello) -> String? {
-        guard let group = store.group(GroupID(server.rawValue)) else { return nil }
-        for volume in group.volumes {
+    /// Why the disks that the agent has now cannot carry on what is protected, or nil. Disks that come after the protected ones can: they are protected too.
+    static func unfitness(of hello: AgentHello, for volumes: [VolumeSpec]) -> String? {
+        for volume in volumes {
             guard let disk = hello.disks.first(where: { $0.name == volume.name }) else {
                 return "disk \(volume.name) is protected, but the agent does not serve it now (afterimage agent run --disk \(volume.name)=PATH)"
             }
             if disk.geometry.sizeBytes < volume.geometry.sizeBytes {
                 return "\(StoreError.shrunk(volume: volume.name, nowBytes: disk.geometry.sizeBytes, wasBytes: volume.geometry.sizeBytes))"
             }
+        }
+        let (known, names) = (volumes.map(\.name), hello.disks.map(\.name))
+        if !names.starts(with: known) {
+            return "the agent serves the disks \(names.joined(separator: ", ")), protected are \(known.joined(separator: ", ")): name those first and in this order (afterimage agent run --disk …), new ones after them"
         }
         return nil
     }

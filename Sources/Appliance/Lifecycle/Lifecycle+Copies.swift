@@ -32,7 +32,7 @@ extension Lifecycle {
     }
 
     private func copyOrder(_ server: ServerRecord, _ point: RecoveryPoint, _ request: CopyPoint) async throws -> PointCopyOrder {
-        let volume = try volume(of: server, named: request.disk)
+        let volume = try volume(of: server, at: point.id, named: request.disk)
         let path = request.path
         guard path.hasPrefix("/"), !path.hasSuffix("/"), !path.utf8.contains(0) else {
             throw ApplianceError.invalid("name the target by its absolute path on the appliance's host, not \(path)")
@@ -52,8 +52,8 @@ extension Lifecycle {
     }
 
     /// nil: the only disk.
-    func volume(of server: ServerRecord, named name: String?) throws -> (index: Int, spec: VolumeSpec) {
-        let volumes = store.group(server.group)?.volumes ?? []
+    func volume(of server: ServerRecord, at point: RecoveryPointID, named name: String?) throws -> (index: Int, spec: VolumeSpec) {
+        let volumes = try store.volumes(of: point, in: server.group)
         let names = volumes.map(\.name).joined(separator: ", ")
         guard let name else {
             guard volumes.count == 1 else { throw ApplianceError.invalid("server \(server.name) has \(volumes.count) disks (\(names)): name one with --disk") }
@@ -174,7 +174,7 @@ extension Lifecycle {
         let (path, partial) = (order.path, order.path + Lifecycle.partialSuffix)
         let socket = exports.path("copy-\(task.id ?? 0)")
         let disks = try await blocking { [store] in
-            try ServedDisks.point(group, order.point, names: store.group(group)?.volumes.map(\.name) ?? [], store: store, socketPath: socket)
+            try ServedDisks.point(group, order.point, store: store, socketPath: socket)
         }
         let source = "nbd+unix:///\(order.disk)?socket=\(socket)"
         do {

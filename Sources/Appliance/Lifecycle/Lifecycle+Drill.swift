@@ -14,7 +14,7 @@ extension Lifecycle {
         let machine = try await machineSettings(found, request)
         let instance = InstanceRecord(
             id: Names.unique("drill"), server: found.id, kind: .drill, step: .planned, point: point.id,
-            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: volumeNames(found), accepted: Date())
+            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: try volumeNames(found, point), accepted: Date())
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
             try db.apply(.drill, to: &record, who: who, hasRecoveryPoint: true, detail: "recovery point \(point.id)")
@@ -68,8 +68,9 @@ extension Lifecycle {
 
     // MARK: shared with failover
 
-    func volumeNames(_ server: ServerRecord) -> [String] {
-        store.group(server.group)?.volumes.map(\.name) ?? []
+    /// Disks of a machine from this point. One that was added to the server later is not among them.
+    func volumeNames(_ server: ServerRecord, _ point: RecoveryPoint) throws -> [String] {
+        try store.volumes(of: point.id, in: server.group).map(\.name)
     }
 
     /// The machine to start: what was asked for, else what was recorded at Start Replication.

@@ -22,9 +22,10 @@ extension Lifecycle {
         try await machines.checkQEMU()
         let instance = InstanceRecord(
             id: Names.unique("failover"), server: found.id, kind: .failover, step: .planned, point: isNamed ? point.id : nil,
-            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: volumeNames(found), accepted: accepted)
+            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: try volumeNames(found, point), accepted: accepted)
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
+            record.resumes = false
             try db.apply(
                 .failover, to: &record, who: who, hasRecoveryPoint: true,
                 detail: "recovery point \(isNamed ? point.id.rawValue : "current point in time")")
@@ -39,8 +40,13 @@ extension Lifecycle {
     }
 
     func performFailover(_ task: TaskRecord) async throws -> TaskResult {
-        var instance = try await instance(task)
+        guard var instance = try await instanceIfThere(task) else {
+            // Ended by the end of the appliance, after its machine was gone and before that was said.
+            if let server = task.server { await rolledBack(server, task: task, reason: "the failover failed") }
+            throw ApplianceError.failed("the failover failed; the log of this task says why")
+        }
         do {
+            guard instance.step != .removing else { throw ApplianceError.failed("the appliance ended while it was being rolled back") }
             instance = try await fence(instance, task: task)
             let result = try await bringUp(instance, task: task)
             await moved(.failoverReady, instance.server)
@@ -51,13 +57,19 @@ extension Lifecycle {
             if stored.step == .unproven {
                 await noteFailoverTrouble(instance.server, "\(error)")
             } else {
+                await tasks.log(task, "failed, and is rolled back: \(error)")
                 try await takeDown(stored, task: task)
-                await moved(.failoverFailed, instance.server, reason: "the failover failed: \(error)")
-                await tasks.log(task, "rolled back: replication may go on")
-                await offerReplication(instance.server)
+                await rolledBack(instance.server, task: task, reason: "the failover failed: \(error)")
             }
             throw error
         }
+    }
+
+    /// Its machine is gone.
+    private func rolledBack(_ server: String, task: TaskRecord, reason: String) async {
+        await moved(.failoverFailed, server, reason: reason)
+        await tasks.log(task, "rolled back: replication may go on")
+        await offerReplication(server)
     }
 
     /// Raises the generation and settles the recovery point; both durable before anything is built on them.
@@ -74,12 +86,14 @@ extension Lifecycle {
             let newest = try point(of: record, named: nil)
             fenced.point = newest.id
             fenced.pointCutTimeNanoseconds = Int64(newest.cutTimeNanoseconds)
+            fenced.volumes = try volumeNames(record, newest)
         }
         let settled = fenced
         try await update(instance.id) {
             $0.generation = settled.generation
             $0.point = settled.point
             $0.pointCutTimeNanoseconds = settled.pointCutTimeNanoseconds
+            $0.volumes = settled.volumes
         }
         if let generation = settled.generation { await tell(ServerID(instance.server), .fenced(Generation(UInt64(generation)))) }
         return settled
@@ -132,11 +146,11 @@ extension Lifecycle {
         let generation = store.group(found.group)?.generation.rawValue
         let instance = InstanceRecord(
             id: Names.unique("failover"), server: found.id, kind: .failover, step: .planned, point: point.id,
-            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: volumeNames(found),
+            pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: try volumeNames(found, point),
             generation: generation.map(Int64.init), accepted: accepted)
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
-            if let running = try db.runningTask(of: record, [.failover, .changeRecoveryPoint]) {
+            if let running = try db.runningTask(of: record, [.failover, .changeRecoveryPoint, .startMachine]) {
                 throw ApplianceError.refused("Task \(running.id ?? 0) (\(running.operation.rawValue)) is at work on this server: wait for it (afterimage task show \(running.id ?? 0)).")
             }
             record.reason = nil

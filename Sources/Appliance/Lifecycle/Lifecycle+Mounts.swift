@@ -8,7 +8,7 @@ extension Lifecycle {
     public func mountPoint(_ name: String, point: String, _ request: MountPoint, who: String) async throws -> PointMountView {
         let found = try await server(name)
         let chosen = try self.point(of: found, named: point)
-        let volume = try volume(of: found, named: request.disk)
+        let volume = try volume(of: found, at: chosen.id, named: request.disk)
         let directory = request.directory
         guard directory.hasPrefix("/"), directory.count > 1, !directory.utf8.contains(0) else {
             throw ApplianceError.invalid("name the directory by its absolute path on the appliance's host, not \(directory)")
@@ -27,6 +27,7 @@ extension Lifecycle {
             id: Names.unique("mount"), server: found.id, point: chosen.id, disk: volume.spec.name, partition: request.partition,
             directory: resolved, created: Date())
         try await catalogue.write { db in
+            try db.refuseWhileRemoved(found)
             if try PointMountRecord.filter(Column("directory") == record.directory).fetchOne(db) != nil {
                 throw ApplianceError.refused("A recovery point is mounted on \(record.directory) already.")
             }

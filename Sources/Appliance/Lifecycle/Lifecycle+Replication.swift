@@ -35,6 +35,7 @@ extension Lifecycle {
             var record = try db.server(found.id)
             record.settings = settings
             record.policy = policy
+            record.resumes = false
             try db.apply(
                 .startReplication, to: &record, who: who, hasRecoveryPoint: true,
                 reason: connected ? nil : "waiting for the agent to connect", detail: "disks \(settings.disks.joined(separator: ", ")), Recovery Point Policy \(policy)")
@@ -47,9 +48,9 @@ extension Lifecycle {
     }
 
     private func replicationSettings(_ server: ServerRecord, _ request: StartReplication) throws -> ReplicationSettings {
-        let old = server.settings
+        let old = server.settings, reported = server.disks.map(\.name)
         let settings = ReplicationSettings(
-            disks: request.disks ?? old?.disks ?? server.disks.map(\.name),
+            disks: request.disks ?? old.map { reported.starts(with: $0.disks) ? reported : $0.disks } ?? reported,
             epochMilliseconds: request.epochMilliseconds ?? old?.epochMilliseconds ?? 1000,
             throttleBytesPerSecond: request.throttleBytesPerSecond ?? old?.throttleBytesPerSecond ?? 0,
             automaticRestart: request.automaticRestart ?? old?.automaticRestart ?? true,
@@ -59,7 +60,6 @@ extension Lifecycle {
         guard !settings.disks.isEmpty, Set(settings.disks).count == settings.disks.count else {
             throw ApplianceError.invalid("name each disk to be followed once, and at least one")
         }
-        let reported = server.disks.map(\.name)
         guard reported.isEmpty || settings.disks == reported || !Set(settings.disks).isSubset(of: reported) else {
             throw ApplianceError.invalid(
                 "all disks of an agent are followed together, in its order: \(reported.joined(separator: ", ")); run the agent without a disk that is not to be followed")
@@ -93,6 +93,7 @@ extension Lifecycle {
         let found = try await server(name)
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
+            record.resumes = false
             try db.apply(.stopReplication, to: &record, who: who, hasRecoveryPoint: true)
             if let running = try db.runningTask(of: record, [.startReplication]) {
                 try TaskBoard.finish(running, error: "replication was stopped by \(who)", in: db)
@@ -140,6 +141,7 @@ extension Lifecycle {
             if let there = try PointExportRecord.filter(Column("server") == record.id && Column("point") == chosen.id.rawValue).fetchOne(db) {
                 return there
             }
+            try db.refuseWhileRemoved(record)
             let export = PointExportRecord(id: Names.unique("export"), server: record.id, point: chosen.id, created: Date())
             try export.insert(db)
             try db.event(who, "Export recovery point", server: record, detail: chosen.id.rawValue)

@@ -17,7 +17,7 @@ extension StateTable {
             .unregister: .removes, .agentUnfit: .to(.abnormal),
         ],
         .abnormal: [
-            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .failover: .toWithPoint(.failoverInProgress),
+            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .stopReplication: .stays, .failover: .toWithPoint(.failoverInProgress),
             .unregister: .removes, .agentConnected: .to(.initialized),
         ],
         .enableReplicating: [

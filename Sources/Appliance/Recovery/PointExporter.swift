@@ -16,10 +16,9 @@ actor PointExporter {
     func begin(_ record: PointExportRecord, serverName: String) async throws -> PointExport {
         if serving[record.id] == nil {
             let group = GroupID(record.server)
-            let names = store.group(group)?.volumes.map(\.name) ?? []
             let path = socketPath(record.id)
             let disks = try await blocking { [store] in
-                try ServedDisks.point(group, record.point, names: names, store: store, socketPath: path)
+                try ServedDisks.point(group, record.point, store: store, socketPath: path)
             }
             if serving[record.id] == nil { serving[record.id] = disks } else { await disks.stop() }
         }
@@ -38,7 +37,7 @@ actor PointExporter {
 
     func view(_ record: PointExportRecord, serverName: String) -> PointExport {
         let path = socketPath(record.id)
-        let names = store.group(GroupID(record.server))?.volumes.map(\.name) ?? []
+        let names = (try? store.volumes(of: record.point, in: GroupID(record.server)).map(\.name)) ?? []
         return PointExport(
             server: serverName, recoveryPoint: record.point, socketPath: path,
             uris: names.map { "nbd+unix:///\($0)?socket=\(path)" }, created: record.created)

@@ -62,7 +62,7 @@ actor PointMounter {
         let group = GroupID(record.server)
         let socket = socketPath(id)
         serving[id] = try await blocking { [store] in
-            try ServedDisks.point(group, record.point, names: store.group(group)?.volumes.map(\.name) ?? [], store: store, socketPath: socket)
+            try ServedDisks.point(group, record.point, store: store, socketPath: socket)
         }
         try FileManager.default.createDirectory(atPath: fuseDirectory(id), withIntermediateDirectories: true, attributes: [.posixPermissions: 0o700])
         let nbdfuse = try HostProgram.find("nbdfuse", package: "libnbd-bin")

@@ -48,7 +48,9 @@ actor RecoveryHost {
     private nonisolated func machineName(_ id: String) -> String { "afterimage-\(id)" }
 
     /// Throws when this host cannot start machines at all.
-    func checkQEMU() async throws { _ = try await version() }
+    func checkQEMU() async throws {
+        do { _ = try await version() } catch { throw ApplianceError.refused("\(error)") }
+    }
 
     /// Asked once for each QEMU that is put there: the question takes as long as a good part of a failover.
     private func version() async throws -> QEMUVersion {

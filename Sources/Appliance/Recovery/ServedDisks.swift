@@ -33,10 +33,10 @@ final class ServedDisks: Sendable {
     }
 
     /// Read-only: every disk of a recovery point. As `fork`, not for a thread that runs async code.
-    static func point(_ group: GroupID, _ point: RecoveryPointID, names: [String], store: ReplicaStore, socketPath: String) throws -> ServedDisks {
+    static func point(_ group: GroupID, _ point: RecoveryPointID, store: ReplicaStore, socketPath: String) throws -> ServedDisks {
         try serve("nbd-\(point)") { loop in
-            let exports = try names.enumerated().map { index, name in
-                (name: name, store: RecoveryPointStore(reader: try store.openRecoveryPoint(group, point, volume: index), loop: loop))
+            let exports = try store.volumes(of: point, in: group).enumerated().map { index, volume in
+                (name: volume.name, store: RecoveryPointStore(reader: try store.openRecoveryPoint(group, point, volume: index), loop: loop))
             }
             let server = try NBDServer(loop: loop, exports: exports, listen: .unix(path: socketPath))
             return Parts(stop: { await server.stop() }, volumes: [])

@@ -282,6 +282,13 @@ public final class ReplicaStore: @unchecked Sendable {
         }
     }
 
+    /// The disks that a recovery point has: those that the group had then.
+    public func volumes(of id: RecoveryPointID, in group: GroupID) throws(StoreError) -> [VolumeSpec] {
+        guard let record = read({ $0.groups[group] }) else { throw .unknownGroup(group) }
+        guard let point = record.points.last(where: { $0.point.id == id }) else { throw .unknownRecoveryPoint(group, id) }
+        return point.volumes.map(\.spec)
+    }
+
     /// Oldest first.
     public func recoveryPoints(_ id: GroupID) -> [RecoveryPoint] {
         read { $0.groups[id]?.points.map(\.point) ?? [] }

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# limit: 300
+# The disks of a protected host change: one is added, one is missing and comes back, their order is another. What can go on goes on by itself; what
+# cannot is said, with what to do.
+source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
+source "$repository/tools/lib/protected.sh"
+
+need_product disk-changes
+[ -e /sys/kernel/btf/vmlinux ] || { skip disk-changes "the live tap needs a kernel with BTF"; finish; }
+make_run_dir
+agent_tap=live
+protect 24
+first_device=$loop_device
+head -c 16M /dev/urandom >"$run_dir/second.img"
+attach_loop "$run_dir/second.img"
+second_device=$loop_device
+
+restart_agent() { # DEVICE...
+    kill -TERM "$agent_pid" && until_true 30 process_gone "$agent_pid" || return 1
+    start_agent "$@"
+}
+# Both disks get something new; the next recovery point must have it, on both.
+write_both() {
+    head -c 1M /dev/urandom | dd of="$first_device" bs=64K seek=40 oflag=direct status=none
+    head -c 1M /dev/urandom | dd of="$second_device" bs=64K seek=80 oflag=direct status=none
+}
+copy_is() { # POINT DISK FILE
+    local status=0
+    "$afterimage" recovery-point export s "$1" --to raw --output "$run_dir/copy.raw" --disk "$2" --wait </dev/null && cmp "$run_dir/copy.raw" "$3" || status=1
+    rm -f "$run_dir/copy.raw"
+    return "$status"
+}
+both_exact_after() {
+    until_true 90 has_point_after s "$1" || { echo "no recovery point after that: $(server_field s state), $(server_field s reason)"; return 1; }
+    local point
+    point=$(point_after s "$1")
+    copy_is "$point" vda "$first_device" && copy_is "$point" vdb "$second_device"
+}
+reason_says() { server_field s reason | grep -q -- "$1" || { echo "it is $(server_field s state), and says: $(server_field s reason)"; return 1; }; }
+abnormal() { until_true 60 server_state_is s Abnormal && reason_says "$1"; }
+audited() { "$afterimage" event list --json </dev/null | grep -q "$1"; }
+
+"$afterimage" replication start s --policy all:1h --wait </dev/null >/dev/null
+old=$(points s | tail -n 1 | cut -d' ' -f1)
+
+# --- one is added ------------------------------------------------------------------------------------------------------
+restart_agent "$first_device" "$second_device"
+check "a disk is added: replication goes on by itself" until_true 90 server_state_is s Replicating
+write_both
+check "a disk is added: the next recovery point has both" both_exact_after "$(now)"
+check "a disk is added: the audit log says so" audited "Add disk"
+refuses "a point from before does not have it" "no disk vdb" "$afterimage" recovery-point export s "$old" --to raw --output "$run_dir/none.raw" --disk vdb
+check "a machine from a point of before" "$afterimage" drill start s --point "$old" --memory 64 --wait
+check "it ends" "$afterimage" drill clear s --wait
+
+# --- one is missing ----------------------------------------------------------------------------------------------------
+restart_agent "$first_device"
+check "a disk is missing: Abnormal, which one, and what to do" abnormal "disk vdb is protected.*--disk vdb="
+write_both
+restart_agent "$first_device" "$second_device"
+check "it is back: replication goes on by itself" until_true 90 server_state_is s Replicating
+check "it is back: the next recovery point has both" both_exact_after "$(now)"
+
+# --- another order ------------------------------------------------------------------------------------------------------
+agent_options=(--disk "vdb=$second_device")
+restart_agent "$first_device"
+agent_options=()
+check "another order: Abnormal, and which one is right" abnormal "protected are vda, vdb"
+check "stopped while Abnormal" "$afterimage" replication stop s
+restart_agent "$first_device" "$second_device"
+check "stopped while Abnormal: it does not go on by itself" until_true 60 server_state_is s Initialized
+write_both
+check "started again" "$afterimage" replication start s --wait
+check "started again: the next recovery point has both" both_exact_after "$(now)"
+finish
