@@ -142,6 +142,7 @@ struct StatusCommand: ClientCommand {
                 "  full sync     \(Words.bytes(agent.fullSyncDoneBytes)) of \(Words.bytes(agent.fullSyncTotalBytes))"
                     + (server.secondsLeft.map { ", \(Words.seconds($0)) left" } ?? ""))
         }
+        if server.state != .replicationInterrupted, let reason = server.agent?.reason { lines += Terminal.field("source", reason) }
         if let behind = server.behindBytes { lines.append("  behind        \(Words.bytes(behind))") }
         if let live = server.agent?.live { lines += liveTap(live) }
         for warning in server.specification?.warnings ?? [] { lines += Terminal.field("recovery", warning) }
@@ -150,6 +151,12 @@ struct StatusCommand: ClientCommand {
             line += "\(machine.step.rawValue)" + (machine.recoveryPoint.map { ", from \($0)" } ?? "")
             if let rto = machine.rtoSeconds { line += ", ready after \(Words.seconds(rto))" }
             lines.append(line)
+        }
+        if let proven = server.lastProven {
+            lines += Terminal.field(
+                "proven", "\(Words.time(proven.time)): a \(proven.kind.rawValue) from \(proven.recoveryPoint) booted in \(Words.seconds(proven.rtoSeconds))")
+        } else if server.recoveryPointCount > 0 {
+            lines += Terminal.field("proven", "never: no machine of it has passed a boot check yet (afterimage drill start \(server.name) --boot-check …)")
         }
         lines += Terminal.field("next", server.next)
         return lines

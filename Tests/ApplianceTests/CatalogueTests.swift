@@ -66,20 +66,18 @@ struct CatalogueTests {
 
     @Test("which disks can carry on what is protected")
     func unfitness() throws {
-        func hello(_ disks: (String, UInt64)...) -> AgentHello {
-            AgentHello(
-                agentVersion: "1", hostName: "h", kernel: "6", instance: "i",
-                disks: disks.map { DiskReport(name: $0.0, devicePath: "/dev/\($0.0)", geometry: BlockGeometry(sizeBytes: $0.1, logicalBlockBytes: 512), tap: "live") })
+        func disks(_ disks: (String, UInt64)...) -> [DiskReport] {
+            disks.map { DiskReport(name: $0.0, devicePath: "/dev/\($0.0)", geometry: BlockGeometry(sizeBytes: $0.1, logicalBlockBytes: 512), tap: "live") }
         }
         let volumes = ["vda", "vdb"].map { VolumeSpec(name: $0, geometry: BlockGeometry(sizeBytes: 1 << 20, logicalBlockBytes: 512)) }
-        func words(_ hello: AgentHello) -> String? { Lifecycle.unfitness(of: hello, for: volumes) }
-        #expect(words(hello(("vda", 1 << 20), ("vdb", 1 << 20))) == nil)
-        #expect(words(hello(("vda", 2 << 20), ("vdb", 1 << 20), ("vdc", 512))) == nil)
-        #expect(words(hello(("vda", 1 << 20)))?.contains("disk vdb is protected") == true)
-        #expect(words(hello(("vda", 1 << 19), ("vdb", 1 << 20)))?.contains("vda") == true)
-        #expect(words(hello(("vdb", 1 << 20), ("vda", 1 << 20)))?.contains("in this order") == true)
-        #expect(words(hello(("vda", 1 << 20), ("vdc", 1 << 20), ("vdb", 1 << 20)))?.contains("new ones after them") == true)
-        #expect(Lifecycle.unfitness(of: hello(("vdc", 512)), for: []) == nil)
+        func words(_ disks: [DiskReport]) -> String? { Lifecycle.unfitness(of: disks, for: volumes) }
+        #expect(words(disks(("vda", 1 << 20), ("vdb", 1 << 20))) == nil)
+        #expect(words(disks(("vda", 2 << 20), ("vdb", 1 << 20), ("vdc", 512))) == nil)
+        #expect(words(disks(("vda", 1 << 20)))?.contains("disk vdb is protected") == true)
+        #expect(words(disks(("vda", 1 << 19), ("vdb", 1 << 20)))?.contains("vda") == true)
+        #expect(words(disks(("vdb", 1 << 20), ("vda", 1 << 20)))?.contains("in this order") == true)
+        #expect(words(disks(("vda", 1 << 20), ("vdc", 1 << 20), ("vdb", 1 << 20)))?.contains("new ones after them") == true)
+        #expect(Lifecycle.unfitness(of: disks(("vdc", 512)), for: []) == nil)
     }
 
     @Test("a catalogue of a newer version is refused")

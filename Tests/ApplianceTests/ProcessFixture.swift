@@ -1,4 +1,5 @@
 import Foundation
+import Synchronization
 import Testing
 
 @testable import Appliance
@@ -120,8 +121,28 @@ final class TwoSites {
         ["appliance", "--state", state, "--runtime-dir", runtime, "--listen", "127.0.0.1:\(apiPort)", "--link", "127.0.0.1:\(linkPort)",
          "--qemu", qemu ?? "/nonexistent", "--accel", "tcg"]
     }
-    // Fixed once taken, since the agent keeps the link's port. Below the range that the system hands out.
-    private let apiPort = UInt16.random(in: 20000..<32000)
+    // Fixed once taken, since the agent keeps the link's port. Below the range that the system hands out, and nobody else's in this process.
+    private let apiPort = TwoSites.freePorts()
+    private static let nextPort = Atomic(Int.random(in: 0..<6000))
+    private static func freePorts() -> UInt16 {
+        while true {
+            let port = UInt16(20_000 + nextPort.wrappingAdd(1, ordering: .relaxed).newValue % 6000 * 2)
+            if isFree(port), isFree(port + 1) { return port }
+        }
+    }
+    private static func isFree(_ port: UInt16) -> Bool {
+        let fd = socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
+        defer { close(fd) }
+        var yes: Int32 = 1
+        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, socklen_t(MemoryLayout<Int32>.size))
+        var address = sockaddr_in()
+        address.sin_family = sa_family_t(AF_INET)
+        address.sin_port = port.bigEndian
+        address.sin_addr.s_addr = UInt32(INADDR_LOOPBACK).bigEndian
+        return withUnsafePointer(to: &address) {
+            $0.withMemoryRebound(to: sockaddr.self, capacity: 1) { bind(fd, $0, socklen_t(MemoryLayout<sockaddr_in>.size)) == 0 }
+        }
+    }
     private var linkPort: UInt16 { apiPort + 1 }
 
     func startAppliance(qemu: String? = TestQEMU.path) async throws {

@@ -24,15 +24,20 @@ struct WalkthroughTests {
         #expect(try await sites.cli("recovery-point unexport shop --point \(first)").code == 4)
 
         // Drill, from the older point, beside running replication.
+        #expect(try await sites.cli("status").output.contains("proven        never"))
         #expect(try await sites.cli("drill clear shop").code == 3)
         let drill = try await sites.json(TaskView.self, "drill start shop --point \(first) \(check) --wait")
         #expect(drill.result?.bootLine == "VERSION 1 RUNS" && drill.result?.recoveryPoint?.rawValue == first)
         #expect(try await sites.view().drill == .testFailoverReady)
         #expect(try await sites.view().state == .replicating)
+        let proven = try #require(try await sites.view().lastProven)
+        #expect(proven.kind == .drill && proven.recoveryPoint.rawValue == first && proven.bootLine == "VERSION 1 RUNS" && proven.rtoSeconds > 0)
+        #expect(try await sites.cli("status").output.contains("a drill from \(first) booted in"))
         #expect(try await sites.cli("drill start shop").code == 3)
         #expect(try await sites.cli("server remove shop --delete-points").code == 3)
         #expect(try await sites.cli("drill clear shop --wait").code == 0)
-        #expect(try await sites.view().drill == nil)
+        let cleared = try await sites.view()
+        #expect(cleared.drill == nil && cleared.lastProven == proven)
         try sites.expectNoMachines()
 
         // The disaster.

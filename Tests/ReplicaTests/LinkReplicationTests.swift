@@ -110,6 +110,11 @@ import Testing
         try await eventually("the first error") { await source.statistics.abandonedCount > 0 }
         try await Task.sleep(for: .milliseconds(300))
         #expect(await source.statistics.cutCount <= 2)
+        // It is told, until it is over.
+        #expect(sender.status.reason?.contains("read error on the source disk") == true)
+        source.abandonPercent = 0
+        try await eventually("a recovery point") { sender.status.phase == .replicating }
+        #expect(sender.status.reason == nil)
         await sender.stop()
         await appliance.stop()
     }

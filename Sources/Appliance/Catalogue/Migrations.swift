@@ -139,6 +139,9 @@ extension Catalogue {
         migrator.registerMigration("5: servers that go on when their disks are back") { db in
             try db.alter(table: "server") { t in t.add(column: "resumes", .boolean).notNull().defaults(to: false) }
         }
+        migrator.registerMigration("6: the last recovery that was proven") { db in
+            try db.alter(table: "server") { t in t.add(column: "lastProven", .text) }
+        }
         return migrator
     }
 }

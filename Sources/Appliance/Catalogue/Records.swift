@@ -53,6 +53,8 @@ public struct ServerRecord: Codable, Sendable, Hashable, FetchableRecord, Persis
     public var policy = "standard"
     /// It was replicating when its agent's disks turned out unfit: it goes on by itself when they are there again.
     public var resumes = false
+    /// nil: no machine from its recovery points has passed a boot check yet.
+    public var lastProven: ProvenRecovery?
 
     public var serverID: ServerID { ServerID(id) }
     public var group: GroupID { GroupID(id) }
@@ -63,6 +65,18 @@ public struct ServerRecord: Codable, Sendable, Hashable, FetchableRecord, Persis
             drill = newValue.drill
         }
     }
+}
+
+/// That a machine from a recovery point of a server passed its boot check. Kept when the machine is gone.
+public struct ProvenRecovery: Codable, Sendable, Hashable {
+    public var kind: InstanceKind
+    public var time: Date
+    public var recoveryPoint: RecoveryPointID
+    public var recoveryPointTime: Date
+    /// From the command to the passed check.
+    public var rtoSeconds: Double
+    /// What the check found.
+    public var bootLine: String
 }
 
 public enum InstanceKind: String, Sendable, Codable { case drill, failover }

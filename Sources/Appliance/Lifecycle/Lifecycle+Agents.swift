@@ -14,7 +14,7 @@ extension Lifecycle: LinkServerDelegate {
         agents[server] = LiveAgent(status: agents[server]?.status, connected: true)
         do {
             let volumes = store.group(GroupID(server.rawValue))?.volumes ?? []
-            let unfit = Self.unfitness(of: hello, for: volumes)
+            let unfit = Self.unfitness(of: hello.disks, for: volumes)
             let record = try await catalogue.write { db in
                 var record = try db.server(server.rawValue)
                 record.disks = hello.disks
@@ -30,9 +30,11 @@ extension Lifecycle: LinkServerDelegate {
                     return record
                 }
                 let names = hello.disks.map(\.name)
-                if let known = record.settings?.disks, names.count > known.count, names.starts(with: known) {
+                // They begin with all that the store has; what was only announced before may be gone again.
+                if let known = record.settings?.disks, known != names, record.state.phase == .setUp || record.state.phase == .forward {
                     record.settings?.disks = names
-                    try db.event(who, "Add disk", server: record, before: known.joined(separator: ", "), after: names.joined(separator: ", "))
+                    let what = names.starts(with: known) ? "Add disk" : "Change disks"
+                    try db.event(who, what, server: record, before: known.joined(separator: ", "), after: names.joined(separator: ", "))
                 }
                 let resumes = record.resumes && record.settings?.automaticRestart == true
                 record.resumes = false
@@ -50,16 +52,16 @@ extension Lifecycle: LinkServerDelegate {
     }
 
     /// Why the disks that the agent has now cannot carry on what is protected, or nil. Disks that come after the protected ones can: they are protected too.
-    static func unfitness(of hello: AgentHello, for volumes: [VolumeSpec]) -> String? {
+    static func unfitness(of disks: [DiskReport], for volumes: [VolumeSpec]) -> String? {
         for volume in volumes {
-            guard let disk = hello.disks.first(where: { $0.name == volume.name }) else {
+            guard let disk = disks.first(where: { $0.name == volume.name }) else {
                 return "disk \(volume.name) is protected, but the agent does not serve it now (afterimage agent run --disk \(volume.name)=PATH)"
             }
             if disk.geometry.sizeBytes < volume.geometry.sizeBytes {
                 return "\(StoreError.shrunk(volume: volume.name, nowBytes: disk.geometry.sizeBytes, wasBytes: volume.geometry.sizeBytes))"
             }
         }
-        let (known, names) = (volumes.map(\.name), hello.disks.map(\.name))
+        let (known, names) = (volumes.map(\.name), disks.map(\.name))
         if !names.starts(with: known) {
             return "the agent serves the disks \(names.joined(separator: ", ")), protected are \(known.joined(separator: ", ")): name those first and in this order (afterimage agent run --disk …), new ones after them"
         }

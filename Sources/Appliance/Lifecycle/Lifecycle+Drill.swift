@@ -73,6 +73,12 @@ extension Lifecycle {
         try store.volumes(of: point.id, in: server.group).map(\.name)
     }
 
+    /// Disks of its server that a machine does not have, in words; nil: it has all.
+    func lacking(_ instance: InstanceRecord) -> String? {
+        let missing = (store.group(GroupID(instance.server))?.volumes ?? []).map(\.name).filter { !instance.volumes.contains($0) }
+        return missing.isEmpty ? nil : "the machine has no disk \(missing.joined(separator: ", ")), which was added to the server after this recovery point"
+    }
+
     /// The machine to start: what was asked for, else what was recorded at Start Replication.
     func machineSettings(_ server: ServerRecord, _ request: StartMachine) async throws -> MachineSettings {
         let pairName = server.sitePair
@@ -97,6 +103,7 @@ extension Lifecycle {
         let log: @Sendable (String) async -> Void = { [tasks] line in await tasks.log(task, line) }
         let seconds = String(format: "%.1f", max(0, Date().timeIntervalSince1970 - Double(instance.pointCutTimeNanoseconds) / 1e9))
         await log("recovery point \(instance.point?.rawValue ?? "?"), cut \(seconds) s ago")
+        if let lacking = lacking(instance) { await log("WARNING: \(lacking)") }
         if let warning = instance.point.flatMap({ damageWarning($0, of: GroupID(instance.server)) }) { await log(warning) }
         await tasks.report(task, TaskProgress(step: "fork and disks"))
         let started = try await machines.attach(instance, mayStart: true, log: log)
@@ -124,6 +131,16 @@ extension Lifecycle {
             $0.rtoMilliseconds = Int64(rto * 1000)
             $0.bootLine = line
             $0.reason = nil
+        }
+        if let line, let point = instance.point {
+            let proven = ProvenRecovery(
+                kind: instance.kind, time: ready, recoveryPoint: point, recoveryPointTime: Date(nanoseconds: UInt64(instance.pointCutTimeNanoseconds)),
+                rtoSeconds: rto, bootLine: line)
+            try await catalogue.write { db in
+                guard var record = try ServerRecord.fetchOne(db, key: instance.server) else { return }
+                record.lastProven = proven
+                try record.update(db)
+            }
         }
         await log(line.map { "boot check passed after \(String(format: "%.2f", rto)) s: \($0)" } ?? "the machine runs after \(String(format: "%.2f", rto)) s (no boot check was asked for)")
         var result = TaskResult()

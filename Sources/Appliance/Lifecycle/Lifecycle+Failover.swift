@@ -40,11 +40,7 @@ extension Lifecycle {
     }
 
     func performFailover(_ task: TaskRecord) async throws -> TaskResult {
-        guard var instance = try await instanceIfThere(task) else {
-            // Ended by the end of the appliance, after its machine was gone and before that was said.
-            if let server = task.server { await rolledBack(server, task: task, reason: "the failover failed") }
-            throw ApplianceError.failed("the failover failed; the log of this task says why")
-        }
+        var instance = try await instance(task)
         do {
             guard instance.step != .removing else { throw ApplianceError.failed("the appliance ended while it was being rolled back") }
             instance = try await fence(instance, task: task)
@@ -58,18 +54,28 @@ extension Lifecycle {
                 await noteFailoverTrouble(instance.server, "\(error)")
             } else {
                 await tasks.log(task, "failed, and is rolled back: \(error)")
-                try await takeDown(stored, task: task)
-                await rolledBack(instance.server, task: task, reason: "the failover failed: \(error)")
+                do { try await rollBack(stored, task: task, reason: "the failover failed: \(error)") } catch let trouble {
+                    await noteFailoverTrouble(instance.server, "the failover failed (\(error)), and could not be rolled back: \(trouble)")
+                }
             }
             throw error
         }
     }
 
-    /// Its machine is gone.
-    private func rolledBack(_ server: String, task: TaskRecord, reason: String) async {
-        await moved(.failoverFailed, server, reason: reason)
+    /// Its machine goes. That it is gone, that replication may go on and that the task has failed is one transaction: a later failover must not meet an
+    /// earlier one's end.
+    private func rollBack(_ instance: InstanceRecord, task: TaskRecord, reason: String) async throws {
+        try await update(instance.id) { $0.step = .removing }
+        try await machines.takeDown(instance)
         await tasks.log(task, "rolled back: replication may go on")
-        await offerReplication(server)
+        try await catalogue.write { db in
+            _ = try InstanceRecord.deleteOne(db, key: instance.id)
+            if var record = try ServerRecord.fetchOne(db, key: instance.server) {
+                try db.apply(.failoverFailed, to: &record, who: "appliance", hasRecoveryPoint: true, reason: reason)
+            }
+            try TaskBoard.finish(task, error: reason, in: db)
+        }
+        await offerReplication(instance.server)
     }
 
     /// Raises the generation and settles the recovery point; both durable before anything is built on them.
@@ -101,9 +107,11 @@ extension Lifecycle {
 
     /// After a failover that was rolled back: a source that still lives is followed again.
     private func offerReplication(_ server: String) async {
-        guard let record = try? await self.server(server), let settings = record.settings, settings.automaticRestart,
-            agents[record.serverID]?.connected == true, let order = try? order(server, settings)
-        else { return }
+        guard let record = try? await self.server(server), record.state.phase == .forward, agents[record.serverID]?.connected == true else { return }
+        if let unfit = Self.unfitness(of: record.disks, for: store.group(record.group)?.volumes ?? []) {
+            return await happened(.agentUnfit, record.serverID, reason: unfit)
+        }
+        guard let settings = record.settings, settings.automaticRestart, let order = try? order(server, settings) else { return }
         await tell(record.serverID, .startReplication(order))
     }
 
@@ -223,6 +231,7 @@ extension Lifecycle {
         let points = store.recoveryPoints(found.group)
         let (kept, deleted) = (points.filter { $0.hold != nil }, points.filter { $0.hold == nil })
         var words = ["the machine stays on \(machine?.point.map { "recovery point \($0)" } ?? "its recovery point"), with all that it has written since, for good"]
+        if let lacking = machine.flatMap({ lacking($0) }) { words.append(lacking) }
         words.append("its old source stays fenced")
         if !deleted.isEmpty {
             words.append("\(deleted.count) recovery points are deleted (\(deleted.first!.id) to \(deleted.last!.id)): hold those that are to stay (afterimage recovery-point hold \(found.name) POINT --name NAME)")

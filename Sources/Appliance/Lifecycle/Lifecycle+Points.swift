@@ -136,6 +136,7 @@ extension Lifecycle {
             guard hold == request.name else { throw ApplianceError.refused("Recovery point \(chosen.id) of \(found.name) is held as \"\(hold)\" already.") }
             return chosen
         }
+        try await catalogue.read { db in try db.refuseWhileRemoved(found) }
         try await inStore { store in try store.holdRecoveryPoint(found.group, chosen.id, name: request.name) }
         try await catalogue.write { db in try db.event(who, "Hold recovery point", server: found, after: request.name, detail: chosen.id.rawValue) }
         return try await named(name, chosen.id.rawValue).point

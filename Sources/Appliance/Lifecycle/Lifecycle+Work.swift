@@ -130,13 +130,8 @@ extension Lifecycle {
         }
     }
 
-    func instanceIfThere(_ task: TaskRecord) async throws -> InstanceRecord? {
-        guard let id = task.parameters.instance else { return nil }
-        return try await catalogue.read { db in try InstanceRecord.fetchOne(db, key: id) }
-    }
-
     func instance(_ task: TaskRecord) async throws -> InstanceRecord {
-        guard let instance = try await instanceIfThere(task) else {
+        guard let id = task.parameters.instance, let instance = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: id) }) else {
             throw ApplianceError.failed("the machine of task \(task.id ?? 0) is gone")
         }
         return instance

@@ -39,6 +39,8 @@ public struct ServerView: Sendable, Codable {
     public var layerCount: Int?
     public var generation: UInt64?
     public var instances: [InstanceView]
+    /// The last of its machines that passed a boot check.
+    public var lastProven: ProvenRecovery?
     /// What to do next, in words.
     public var next: String
 }
@@ -240,6 +242,7 @@ extension ServerRecord {
                 ? "its token has expired: afterimage server token \(name)" : "start the agent on the server (afterimage agent run)"
         case .initialized:
             return pointCount > 0 ? "not followed now: afterimage replication start \(name)" : "afterimage replication start \(name)"
+        case .abnormal where resumes && settings?.automaticRestart == true: return "see why; goes on by itself once that is mended"
         case .abnormal: return "look at the reason, then afterimage replication start \(name)"
         case .enableReplicating, .initialFullSync: return "wait for the first recovery point"
         case .replicating: return "nothing; try a drill now and then: afterimage drill start \(name)"

@@ -172,10 +172,14 @@ extension LiveEpochEngine {
     func isUrgent() -> Bool {
         if configuration.readShare >= 1 { return true }
         return !needsFuzzyCut && draining?.isFullSync != true
-            && urgency.isUrgent(now: LiveReconciliation.now()) { Int64(clamping: reader.readBytes) - Int64(clamping: issuedSectors) * 512 }
+            && urgency.isUrgent(now: LiveReconciliation.now()) { (reader.readBytes, issuedSectors &* 512) }
     }
 
-    func hurry() { urgency.hurry() }
+    /// Somebody waits for a point that is cut after now.
+    func hurry() {
+        urgency.hurry()
+        hurriedAfter = maps.state.pointee.last_epoch
+    }
 
     /// Of all disks, since they are followed.
     private var issuedSectors: UInt64 { disks.reduce(0) { $0 &+ maps.disks[$1.index].issued_sectors } }

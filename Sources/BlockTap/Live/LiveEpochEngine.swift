@@ -71,6 +71,8 @@ package final class LiveEpochEngine {
     /// Reads in flight: more while the disks are written faster than they are read.
     var depth: Int
     var urgency: LiveUrgency
+    /// Points up to this epoch are not what somebody waits for.
+    var hurriedAfter: UInt64 = 0
     /// When the first round of the last epoch to be proven was, and sectors that had been written by then.
     var lastFirstRound: (nanoseconds: UInt64, issuedSectors: UInt64) = (0, 0)
     /// Of what has been said more than once in a row.
@@ -209,7 +211,7 @@ package final class LiveEpochEngine {
     /// Hands out what there is room for. Returns whether there may be more at once; otherwise the queue says when.
     package func pump() -> Bool {
         guard let epoch = draining else { return false }
-        let isFree = isUrgent()
+        let isFree = isDrainingStaged || isUrgent()
         if !isDrainingStaged, !isFree, disks.contains(where: { $0.pending.nextSet(from: 0) != nil }), case let wait = reader.share.wait(now: LiveReconciliation.now(), keeping: epoch.isFullSync ? 0 : LiveReadShare.reserve), wait > 0 {
             // Others want to be answered by this thread meanwhile.
             usleep(UInt32(min(max(wait / 1000, 1000), 20_000)))
@@ -266,7 +268,9 @@ package final class LiveEpochEngine {
                 if !succeeded { failed[index] = true }
             }
         }
-        if failed.contains(true) {
+        if let first = failed.firstIndex(of: true) {
+            let run = runs[first]
+            say("read error", "\(run.disk.disk.device.path) cannot be read at byte \(run.first * UInt64(blockBytes)), or in the \(length(run)) bytes from there: \(epoch.number) is abandoned")
             for run in runs { queue.freeBuffer(slot: run.slot) }
             abandonDraining(.readError)
             return false
@@ -309,7 +313,7 @@ package final class LiveEpochEngine {
     package func acknowledge(_ number: EpochNumber) {
         while let epoch = unacknowledged.first, epoch.number <= number {
             unacknowledged.removeFirst()
-            if epoch.isExact { urgency.hasPoint(now: LiveReconciliation.now()) }
+            if epoch.isExact, epoch.number.rawValue > hurriedAfter { urgency.hasPoint(now: LiveReconciliation.now()) }
             // First: a process that is killed after the next line has bits too many, never too few.
             maps.state.pointee.last_acknowledged = epoch.number.rawValue
             let later = unacknowledged + (draining.map { [$0] } ?? [])

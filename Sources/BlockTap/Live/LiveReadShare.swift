@@ -40,6 +40,7 @@ struct LiveReadShare {
         isEnough = firstRound < 1 && firstRound / (1 - firstRound) <= max(share, 1 - busy)
         // Of longer epochs more is read at once.
         creditMax = 1e9 * min(max(1, seconds), 30)
+        credit = min(creditMax, max(-creditMax, credit))
     }
 
     /// Nothing is known any more, or nothing is to be proven.

@@ -10,7 +10,7 @@ struct LiveUrgency {
     /// process in a row that is killed: there is no patience.
     private var pointAt: UInt64 = 0
     private var effortBegan: UInt64 = 0
-    private var leadThen: Int64 = 0
+    private var progressThen = (readBytes: UInt64(0), writtenBytes: UInt64(0))
     private var restsUntil: UInt64 = 0
     /// Of the next rest, in patiences.
     private var rest: UInt64 = 1
@@ -18,18 +18,20 @@ struct LiveUrgency {
     /// 0: it is always urgent.
     init(patienceSeconds: Int) { patience = UInt64(min(max(0, patienceSeconds), 86_400)) * 1_000_000_000 }
 
-    /// `lead`: bytes read less bytes written, since whenever.
-    mutating func isUrgent(now: UInt64, lead: () -> Int64) -> Bool {
+    /// `progress`: bytes read and written, since whenever.
+    mutating func isUrgent(now: UInt64, progress: () -> (readBytes: UInt64, writtenBytes: UInt64)) -> Bool {
         if patience == 0 { return true }
         if now < restsUntil || (pointAt > 0 && now < pointAt + patience) { return false }
         if effortBegan == 0 {
             effortBegan = now
-            leadThen = lead()
+            progressThen = progress()
         }
         if now < effortBegan + Self.effort { return true }
-        let before = leadThen
-        leadThen = lead()
-        if leadThen > before {
+        let before = progressThen
+        progressThen = progress()
+        let read = progressThen.readBytes &- before.readBytes
+        // Nothing was read: something else than the disk is in the way, and nobody pays.
+        if read == 0 || read > progressThen.writtenBytes &- before.writtenBytes {
             effortBegan = now
             return true
         }

@@ -176,6 +176,10 @@ extension SenderLoop {
             guard case .streaming = link else { return 0 }
             sealed.append(cut)
             draining = nil
+            if isReadErrorTold {
+                isReadErrorTold = false
+                setPhase(phase, nil)
+            }
             scheduleCut()
         case .abandoned(let epoch, let why):
             guard expect(epoch, cut, handler) else { return 0 }
@@ -188,6 +192,8 @@ extension SenderLoop {
                 // It will hardly read better at once: do not keep the protected machine's disk busy with trying.
                 needsFuzzyCut = false
                 nextCut = .now() + timing.readErrorPause
+                isReadErrorTold = true
+                setPhase(phase, "\(why.rawValue): nothing that was written since can be recovered; tried again every few seconds (the agent's log says where)")
             }
             scheduleCut()
         }

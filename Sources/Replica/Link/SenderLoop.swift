@@ -56,6 +56,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     // Figures
     var phase = ReplicationPhase.idle
     private var reason: String?
+    var isReadErrorTold = false
     /// The phase that the next loss leads to.
     private var verdict = ReplicationPhase.interrupted
     private var statistics = SourceStatistics()

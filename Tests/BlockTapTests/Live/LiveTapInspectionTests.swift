@@ -182,11 +182,11 @@ struct LiveTapInspectionTests {
     func urgency() {
         let second: UInt64 = 1_000_000_000
         var urgency = LiveUrgency(patienceSeconds: 30), now = 1000 * second
-        var lead: () -> Int64 = { 1000 }
+        var progress: () -> (readBytes: UInt64, writtenBytes: UInt64) = { (now / 1000, now) }
         func urgentSeconds(of seconds: Int) -> Int {
             (0..<seconds).reduce(0) { count, _ in
                 now += second
-                return count + (urgency.isUrgent(now: now) { lead() } ? 1 : 0)
+                return count + (urgency.isUrgent(now: now) { progress() } ? 1 : 0)
             }
         }
         #expect(urgentSeconds(of: 1) == 1)
@@ -202,19 +202,25 @@ struct LiveTapInspectionTests {
         #expect((9...11).contains(urgentSeconds(of: 12)))
         // As long as it helps, it goes on.
         urgency.startOver()
-        lead = { Int64(now) }
+        progress = { (now, now / 2) }
         #expect(urgentSeconds(of: 500) == 500)
-        lead = { -Int64(now) }
-        #expect((0...11).contains(urgentSeconds(of: 25)))
+        let then = now
+        progress = { (then + (now - then) / 2, then / 2 + (now - then)) }
+        #expect((0...21).contains(urgentSeconds(of: 25)))
+        // Nothing can be read: the link is slow. It costs nobody anything.
+        urgency.hurry()
+        progress = { (0, now) }
+        #expect(urgentSeconds(of: 500) == 500)
+        progress = { (now / 2, now) }
         urgency.hasPoint(now: now)
         #expect(urgentSeconds(of: 28) == 0)
         #expect((9...10).contains(urgentSeconds(of: 13)))
         var hasty = LiveUrgency(patienceSeconds: 0)
         hasty.hasPoint(now: now)
-        let isHasty = hasty.isUrgent(now: now + 1) { 1 }
+        let isHasty = hasty.isUrgent(now: now + 1) { (1, 1) }
         var patient = LiveUrgency(patienceSeconds: .max)
         patient.hasPoint(now: now)
-        let isPatient = !patient.isUrgent(now: now + 1) { 1 }
+        let isPatient = !patient.isUrgent(now: now + 1) { (1, 1) }
         #expect(isHasty && isPatient)
     }
 
