@@ -111,7 +111,7 @@ import Testing
         try await Task.sleep(for: .milliseconds(300))
         #expect(await source.statistics.cutCount <= 2)
         // It is told, until it is over.
-        #expect(sender.status.reason?.contains("read error on the source disk") == true)
+        try await eventually("it is told") { sender.status.reason?.contains("read error on the source disk") == true }
         source.abandonPercent = 0
         try await eventually("a recovery point") { sender.status.phase == .replicating }
         #expect(sender.status.reason == nil)

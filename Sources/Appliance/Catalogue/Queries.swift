@@ -25,6 +25,10 @@ extension Database {
             .order(Column("id").desc).fetchOne(self)
     }
 
+    func lastTask(of server: String, _ operations: [Trigger]) throws -> TaskRecord? {
+        try TaskRecord.filter(Column("server") == server && operations.contains(Column("operation"))).order(Column("id").desc).fetchOne(self)
+    }
+
     /// Nothing is begun with a server that is being removed.
     func refuseWhileRemoved(_ server: ServerRecord) throws {
         guard let task = try runningTask(of: server, [.unregister]) else { return }

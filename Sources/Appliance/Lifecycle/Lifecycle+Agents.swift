@@ -14,7 +14,6 @@ extension Lifecycle: LinkServerDelegate {
         agents[server] = LiveAgent(status: agents[server]?.status, connected: true)
         do {
             let volumes = store.group(GroupID(server.rawValue))?.volumes ?? []
-            let unfit = Self.unfitness(of: hello.disks, for: volumes)
             let record = try await catalogue.write { db in
                 var record = try db.server(server.rawValue)
                 record.disks = hello.disks
@@ -23,31 +22,36 @@ extension Lifecycle: LinkServerDelegate {
                 record.kernel = hello.kernel
                 record.specification = hello.specification
                 record.lastSeen = Date()
-                let who = "agent of \(record.name)"
-                if let unfit {
-                    record.resumes = record.resumes || record.state.phase == .forward
-                    try db.apply(.agentUnfit, to: &record, who: who, hasRecoveryPoint: true, reason: unfit)
-                    return record
-                }
-                let names = hello.disks.map(\.name)
-                // They begin with all that the store has; what was only announced before may be gone again.
-                if let known = record.settings?.disks, known != names, record.state.phase == .setUp || record.state.phase == .forward {
-                    record.settings?.disks = names
-                    let what = names.starts(with: known) ? "Add disk" : "Change disks"
-                    try db.event(who, what, server: record, before: known.joined(separator: ", "), after: names.joined(separator: ", "))
-                }
-                let resumes = record.resumes && record.settings?.automaticRestart == true
-                record.resumes = false
-                try db.apply(.agentConnected, to: &record, who: who, hasRecoveryPoint: true)
-                if resumes, record.state == .initialized {
-                    try db.apply(.startReplication, to: &record, who: who, hasRecoveryPoint: true, detail: "its disks are there again")
-                }
+                try Self.takeIn(&record, protected: volumes, in: db)
                 return record
             }
             return try commands(for: record)
         } catch {
             logger.error("cannot take in the agent's hello: \(error)", metadata: ["server": "\(server)"])
             return []
+        }
+    }
+
+    /// What an agent's disks mean for its server, part of the caller's transaction.
+    static func takeIn(_ record: inout ServerRecord, protected volumes: [VolumeSpec], in db: Database) throws {
+        let who = "agent of \(record.name)"
+        if let unfit = unfitness(of: record.disks, for: volumes) {
+            record.resumes = record.resumes || record.state.phase == .forward
+            return try db.apply(.agentUnfit, to: &record, who: who, hasRecoveryPoint: true, reason: unfit)
+        }
+        let names = record.disks.map(\.name)
+        // They begin with all that the store has; what was only announced before may be gone again.
+        if let known = record.settings?.disks, known != names, record.state.phase == .setUp || record.state.phase == .forward {
+            record.settings?.disks = names
+            let what = names.starts(with: known) ? "Add disk" : "Change disks"
+            try db.event(who, what, server: record, before: known.joined(separator: ", "), after: names.joined(separator: ", "))
+            try record.update(db)
+        }
+        let resumes = record.resumes && record.settings?.automaticRestart == true
+        record.resumes = false
+        try db.apply(.agentConnected, to: &record, who: who, hasRecoveryPoint: true)
+        if resumes, record.state == .initialized {
+            try db.apply(.startReplication, to: &record, who: who, hasRecoveryPoint: true, detail: "its disks are there again")
         }
     }
 
@@ -69,7 +73,7 @@ extension Lifecycle: LinkServerDelegate {
     }
 
     /// What an agent that has just connected is to do.
-    private func commands(for record: ServerRecord) throws -> [AgentCommand] {
+    func commands(for record: ServerRecord) throws -> [AgentCommand] {
         switch record.state {
         case .enableReplicating, .initialFullSync, .replicating:
             guard let settings = record.settings else { return [.stopReplication] }

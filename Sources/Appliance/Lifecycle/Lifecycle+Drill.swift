@@ -125,19 +125,24 @@ extension Lifecycle {
         }
         let ready = Date()
         let rto = ready.timeIntervalSince(instance.accepted)
-        try await update(instance.id) {
-            $0.step = .ready
-            $0.ready = ready
-            $0.rtoMilliseconds = Int64(rto * 1000)
-            $0.bootLine = line
-            $0.reason = nil
+        let proven = line.flatMap { line in
+            instance.point.map {
+                ProvenRecovery(
+                    kind: instance.kind, time: ready, recoveryPoint: $0, recoveryPointTime: Date(nanoseconds: UInt64(instance.pointCutTimeNanoseconds)),
+                    rtoSeconds: rto, bootLine: line)
+            }
         }
-        if let line, let point = instance.point {
-            let proven = ProvenRecovery(
-                kind: instance.kind, time: ready, recoveryPoint: point, recoveryPointTime: Date(nanoseconds: UInt64(instance.pointCutTimeNanoseconds)),
-                rtoSeconds: rto, bootLine: line)
-            try await catalogue.write { db in
-                guard var record = try ServerRecord.fetchOne(db, key: instance.server) else { return }
+        // One transaction: nothing may fail once the machine is ready.
+        try await catalogue.write { db in
+            if var stored = try InstanceRecord.fetchOne(db, key: instance.id) {
+                stored.step = .ready
+                stored.ready = ready
+                stored.rtoMilliseconds = Int64(rto * 1000)
+                stored.bootLine = line
+                stored.reason = nil
+                try stored.update(db)
+            }
+            if let proven, var record = try ServerRecord.fetchOne(db, key: instance.server) {
                 record.lastProven = proven
                 try record.update(db)
             }

@@ -64,7 +64,7 @@ extension Lifecycle {
 
     /// Its machine goes. That it is gone, that replication may go on and that the task has failed is one transaction: a later failover must not meet an
     /// earlier one's end.
-    private func rollBack(_ instance: InstanceRecord, task: TaskRecord, reason: String) async throws {
+    func rollBack(_ instance: InstanceRecord, task: TaskRecord, reason: String) async throws {
         try await update(instance.id) { $0.step = .removing }
         try await machines.takeDown(instance)
         await tasks.log(task, "rolled back: replication may go on")
@@ -107,12 +107,18 @@ extension Lifecycle {
 
     /// After a failover that was rolled back: a source that still lives is followed again.
     private func offerReplication(_ server: String) async {
-        guard let record = try? await self.server(server), record.state.phase == .forward, agents[record.serverID]?.connected == true else { return }
-        if let unfit = Self.unfitness(of: record.disks, for: store.group(record.group)?.volumes ?? []) {
-            return await happened(.agentUnfit, record.serverID, reason: unfit)
+        do {
+            let volumes = store.group(GroupID(server))?.volumes ?? []
+            let record = try await catalogue.write { db in
+                var record = try db.server(server)
+                if record.state.phase == .forward { try Self.takeIn(&record, protected: volumes, in: db) }
+                return record
+            }
+            guard record.state.phase != .failover, agents[record.serverID]?.connected == true else { return }
+            for command in try commands(for: record) { await tell(record.serverID, command) }
+        } catch {
+            logger.error("replication is not offered again: \(error)", metadata: ["server": "\(server)"])
         }
-        guard let settings = record.settings, settings.automaticRestart, let order = try? order(server, settings) else { return }
-        await tell(record.serverID, .startReplication(order))
     }
 
     private func noteFailoverTrouble(_ server: String, _ why: String) async {

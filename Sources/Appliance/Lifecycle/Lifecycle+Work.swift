@@ -97,7 +97,17 @@ extension Lifecycle {
         case .planned, .starting, .stopped:
             break
         case .removing:
-            do { try await takeDown(instance, task: nil) } catch {
+            do {
+                // A roll-back that could not be ended before; its task has failed already.
+                let last = try await catalogue.read { db in
+                    try db.lastTask(of: instance.server, [.failover, .changeRecoveryPoint])
+                }
+                if instance.kind == .failover, let last, last.operation == .failover, last.parameters.instance == instance.id {
+                    try await rollBack(instance, task: last, reason: last.error ?? "the failover failed")
+                } else {
+                    try await takeDown(instance, task: nil)
+                }
+            } catch {
                 logger.error("cannot take down \(instance.id): \(error)")
             }
         }

@@ -188,12 +188,13 @@ extension SenderLoop {
             batch.clearZeroes()
             handler.send(.epochAbandon) { NumberMeta(epoch.rawValue).write(&$0) }
             draining = nil
+            guard case .streaming = link else { return 0 }
             if why == .readError {
                 // It will hardly read better at once: do not keep the protected machine's disk busy with trying.
                 needsFuzzyCut = false
                 nextCut = .now() + timing.readErrorPause
                 isReadErrorTold = true
-                setPhase(phase, "\(why.rawValue): nothing that was written since can be recovered; tried again every few seconds (the agent's log says where)")
+                setPhase(phase, "\(why.rawValue): nothing that was written since can be recovered; tried again every few seconds (see the agent's log)")
             }
             scheduleCut()
         }
