@@ -31,6 +31,7 @@ struct OrderCheck: AsyncParsableCommand {
 
     func run() async throws {
         let binary = afterimage ?? URL(fileURLWithPath: CommandLine.arguments[0]).deletingLastPathComponent().appendingPathComponent("afterimage").path
+        Interruption.watch()
         let bed = try TestBed(binary: binary, tap: tap, fileSystem: fs)
         defer { if !keep { bed.tearDown() } }
         do {
@@ -70,7 +71,7 @@ struct OrderCheck: AsyncParsableCommand {
         var kills = 0
         while Date() < end {
             let pause = kill > 0 ? min(Double(kill) * Double.random(in: 0.5..<1.5), end.timeIntervalSinceNow) : end.timeIntervalSinceNow
-            Thread.sleep(forTimeInterval: max(0, pause))
+            try sleep(until: Date().addingTimeInterval(pause))
             if kill > 0 && Date() < end {
                 kills += 1
                 try killSomething(bed, kills)
@@ -84,6 +85,13 @@ struct OrderCheck: AsyncParsableCommand {
         bed.stop("agent")
         bed.stop("appliance")
         return chains
+    }
+
+    private func sleep(until end: Date) throws {
+        while case let left = end.timeIntervalSinceNow, left > 0 {
+            if Interruption.happened { throw TestBed.Failure(description: "ended by a signal before anything was judged") }
+            Thread.sleep(forTimeInterval: min(left, 0.2))
+        }
     }
 
     private func killSomething(_ bed: TestBed, _ kills: Int) throws {
@@ -108,14 +116,18 @@ struct OrderCheck: AsyncParsableCommand {
         let parts = ProcessInfo.processInfo.activeProcessorCount
         DispatchQueue.concurrentPerform(iterations: parts) { part in
             var models = chains.map { DependentChain.Model($0) }
-            for point in points[points.count * part / parts..<points.count * (part + 1) / parts] {
+            for point in points[points.count * part / parts..<points.count * (part + 1) / parts] where !Interruption.happened {
                 let verdict = Result { try self.judge(point, of: group.id, in: store, chains, &models, bed) }
                 tally.withLock { $0.count(point.id, verdict) }
             }
         }
         let (passed, failedPoints, newestSeen) = tally.withLock { ($0.passed, $0.failed, $0.newestSeen) }
         if !points.contains(where: \.isOnDemand) { throw TestBed.Failure(description: "the last recovery point is gone") }
-        print("\(points.count) recovery points checked; newest write seen: \(newestSeen)")
+        print("\(passed + failedPoints) recovery points checked; newest write seen: \(newestSeen)")
+        if passed + failedPoints < points.count {
+            print("ended by a signal: \(points.count - passed - failedPoints) were not judged")
+            return (passed, failedPoints + 1)
+        }
         let isTooFew = points.count < pointsMin
         if isTooFew { print("fewer than \(pointsMin) recovery points") }
         return (passed, failedPoints + (isTooFew ? 1 : 0))
@@ -218,10 +230,22 @@ struct OrderCheck: AsyncParsableCommand {
             do {
                 return try attempt()
             } catch {
+                if Interruption.happened { throw TestBed.Failure(description: "ended by a signal before anything was judged") }
                 if Date() > deadline { throw TestBed.Failure(description: "waited 60 s in vain until \(what): \(error)") }
                 usleep(100_000)
             }
         }
+    }
+}
+
+/// SIGINT or SIGTERM: what is judged already is told, and nothing is left behind. (A handler, not an ignored signal: the processes that are
+/// started must not inherit it.)
+private enum Interruption {
+    private static let flag = Atomic(false)
+    static var happened: Bool { flag.load(ordering: .relaxed) }
+
+    static func watch() {
+        for number in [SIGINT, SIGTERM] { signal(number) { _ in Interruption.flag.store(true, ordering: .relaxed) } }
     }
 }
 

@@ -43,7 +43,8 @@ extension Lifecycle {
             rpoSeconds: followed ? newest.map { max(0, Date().timeIntervalSince(Date(nanoseconds: $0.cutTimeNanoseconds))) } : nil,
             behindBytes: connected && followed ? live?.status.map { $0.source.behindBytes &+ $0.source.unsyncedBytes } : nil,
             secondsLeft: record.state == .initialFullSync ? live.flatMap { l in l.status.flatMap { Lifecycle.secondsLeft($0, rate: l.fullSyncRate.bytesPerSecond) } } : nil,
-            storedBytes: group?.storedBytes, layerCount: group?.layerCount, generation: group?.generation.rawValue, instances: instances.map(view), lastProven: record.lastProven,
+            storedBytes: group?.storedBytes, layerCount: group?.layerCount, generation: group?.generation.rawValue, instances: instances.map(view),
+            lastProven: record.lastProven,
             next: record.next(agentConnected: connected, pointCount: group?.recoveryPointCount ?? 0, machine: instances.last { $0.kind == .failover }))
     }
 

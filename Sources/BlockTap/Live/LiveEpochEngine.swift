@@ -212,7 +212,9 @@ package final class LiveEpochEngine {
     package func pump() -> Bool {
         guard let epoch = draining else { return false }
         let isFree = isDrainingStaged || isUrgent()
-        if !isDrainingStaged, !isFree, disks.contains(where: { $0.pending.nextSet(from: 0) != nil }), case let wait = reader.share.wait(now: LiveReconciliation.now(), keeping: epoch.isFullSync ? 0 : LiveReadShare.reserve), wait > 0 {
+        if !isFree, disks.contains(where: { $0.pending.nextSet(from: 0) != nil }),
+            case let wait = reader.share.wait(now: LiveReconciliation.now(), keeping: epoch.isFullSync ? 0 : LiveReadShare.reserve), wait > 0
+        {
             // Others want to be answered by this thread meanwhile.
             usleep(UInt32(min(max(wait / 1000, 1000), 20_000)))
             return true

@@ -48,7 +48,7 @@ final class LiveReader {
         defer {
             let now = LiveReconciliation.now(), took = now - began, waited = min(took, waitNanoseconds - waitedBefore)
             pace.note(blockCount: ranges.reduce(0) { $0 + UInt64(($1.lengthBytes + blockBytes - 1) / blockBytes) }, nanoseconds: took - waited)
-            share.end(began: min(now, began + (waitNanoseconds - waitedBefore)), now: now, isFree: considering?.isFree ?? true) { accounts.map { $0.spentMilliseconds() } }
+            share.end(began: began + waited, now: now, isFree: considering?.isFree ?? true) { accounts.map { $0.spentMilliseconds() } }
         }
         withUnsafeTemporaryAllocation(of: ciouring_completion.self, capacity: Ring.reapMax) { completions in
             var next = 0

@@ -66,7 +66,7 @@ public enum LiveTapInspection {
         let whole = device.disk
         return Device(
             path: device.path, number: device.number.description, kind: device.kind, sizeBytes: sectors * 512, isReadOnly: device.attribute("ro") == "1",
-            refusal: LiveDisk.refusal(of: device), follow: LiveDisk.followable(for: device).map(\.path),
+            refusal: LiveDisk.refusal(of: device) ?? LiveDisk.openRefusal(path: device.path), follow: LiveDisk.followable(for: device).map(\.path),
             partitionOf: whole.number == device.number ? nil : whole.path,
             mountPoints: MountedFileSystem.on(above).filter { $0.root.isEmpty }.map(\.mountPoint).sorted(),
             isSwap: DeviceUse.swapDevices().contains { above.contains($0) })
@@ -92,6 +92,16 @@ extension LiveDisk {
             return "its I/O statistics are off, and without them nobody would notice a missed write (echo 1 > \(device.directory)/queue/iostats)"
         }
         return nil
+    }
+
+    /// Why it cannot be opened, in the same words: seen only by trying.
+    static func openRefusal(path: String) -> String? {
+        let fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC)
+        guard fd < 0 else {
+            close(fd)
+            return nil
+        }
+        return "it cannot be opened for reading: \(String(cString: strerror(errno)))\(geteuid() == 0 ? "" : " (ask as root)")"
     }
 
     /// The disks that see every write to this device.
