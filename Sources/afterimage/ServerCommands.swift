@@ -4,7 +4,7 @@ import Foundation
 
 struct ServerCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, SetPolicy.self, Token.self, Remove.self])
+        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, SetPolicy.self, SetAlerts.self, Token.self, Remove.self])
 
     struct Add: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Add 1 to 10 servers; prints the command that enrols each one's agent.")
@@ -76,6 +76,7 @@ struct ServerCommand: AsyncParsableCommand {
         if let generation = server.generation { lines.append("  generation    \(generation)") }
         if let stored = server.storedBytes { lines.append("  stored        \(Words.bytes(stored))" + (server.layerCount.map { " in \(Words.count($0, "layer"))" } ?? "")) }
         lines.append("  policy        \(PolicyHelp.words(server.policy))" + (server.heldPointCount > 0 ? ", \(Words.count(server.heldPointCount, "held point"))" : ""))
+        lines.append("  alerts        \(server.alertSettings.text)")
         if let settings = server.settings {
             lines += Terminal.field(
                 "replication", "an epoch every \(settings.epochMilliseconds) ms, "
@@ -105,6 +106,20 @@ struct ServerCommand: AsyncParsableCommand {
         func run(_ client: APIClient) async throws {
             let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/policy", Appliance.SetPolicy(policy: policy))
             try show(server) { ["Recovery Point Policy of \(server.name): \(PolicyHelp.words(server.policy))"] }
+        }
+    }
+
+    struct SetAlerts: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Set from when on alerts of a server are raised. What is not given stays as it is.")
+        @OptionGroup var global: GlobalOptions
+        @Argument(help: "The server's name.") var name: String
+        @Option(help: ArgumentHelp("Its newest recovery point is older than this: 60s, 5m; 0s for never.", valueName: "span")) var rpoTarget: TimeSpan?
+        @Option(help: ArgumentHelp("No machine of it has passed a boot check for this long: 90d; 0s for never.", valueName: "span")) var drillEvery: TimeSpan?
+
+        func run(_ client: APIClient) async throws {
+            let request = Appliance.SetAlerts(rpoTargetSeconds: rpoTarget?.seconds, drillEverySeconds: drillEvery?.seconds)
+            let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/alerts", request)
+            try show(server) { ["alerts of \(server.name): \(server.alertSettings.text)"] }
         }
     }
 

@@ -11,11 +11,13 @@ struct API: Sendable {
     let tokens: AccessTokens
     let logger: Logger
     private let limiter = AuthenticationLimiter()
+    private let desk: AlertDesk
 
     init(lifecycle: Lifecycle, catalogue: Catalogue, logger: Logger) {
         self.lifecycle = lifecycle
         self.catalogue = catalogue
         tokens = AccessTokens(catalogue: catalogue)
+        desk = AlertDesk(catalogue: catalogue, logger: logger)
         self.logger = logger
     }
 
@@ -58,7 +60,7 @@ struct API: Sendable {
         try APIResponse.json(TaskView(task), status: task.status == .running ? .accepted : .ok)
     }
 
-    var routes: [APIRoute] { open + sites + servers + replication + recovery + records + access }
+    var routes: [APIRoute] { open + sites + servers + replication + recovery + records + alerts + access }
 
     private var open: [APIRoute] {
         [
@@ -112,6 +114,9 @@ struct API: Sendable {
             },
             APIRoute(method: .put, path: "/v1/servers/{server}/policy", access: .role(.operator), summary: "set the Recovery Point Policy") { request, context in
                 try APIResponse.json(try await lifecycle.setPolicy(try name(context), try await request.decoded(SetPolicy.self), who: context.who))
+            },
+            APIRoute(method: .put, path: "/v1/servers/{server}/alerts", access: .role(.operator), summary: "set from when on alerts are raised") { request, context in
+                try APIResponse.json(try await lifecycle.setAlerts(try name(context), try await request.decoded(SetAlerts.self), who: context.who))
             },
             APIRoute(method: .post, path: "/v1/servers/{server}/enrolment", access: .role(.administrator), summary: "a new enrolment token") { _, context in
                 try APIResponse.json(try await lifecycle.renewEnrolment(try name(context), who: context.who), status: .created)
@@ -219,6 +224,29 @@ struct API: Sendable {
             APIRoute(method: .get, path: "/v1/events", access: .role(.viewer), summary: "list events, newest first (?server=NAME&limit=N)") { request, _ in
                 let server = request.uri.queryParameters["server"].map(String.init)
                 return try APIResponse.json(try await lifecycle.events(server: server, limit: try limit(request)))
+            },
+        ]
+    }
+
+    private var alerts: [APIRoute] {
+        [
+            APIRoute(method: .get, path: "/v1/alerts", access: .role(.viewer), summary: "list alerts that are raised, newest first (?all=true: also those that are over; &limit=N)") { request, _ in
+                let all = request.uri.queryParameters["all"]
+                guard all == nil || all == "true" || all == "false" else { throw ApplianceError.invalid("all is true or false, not \(all ?? "")") }
+                return try APIResponse.json(try await desk.list(all: all == "true", limit: try limit(request)))
+            },
+            APIRoute(method: .get, path: "/v1/alert-channels", access: .role(.viewer), summary: "list where alerts are delivered") { _, _ in
+                try APIResponse.json(try await desk.channels())
+            },
+            APIRoute(method: .post, path: "/v1/alert-channels", access: .role(.administrator), summary: "deliver alerts to a webhook or by mail") { request, context in
+                try APIResponse.json(try await desk.create(try await request.decoded(CreateAlertChannel.self), who: context.who), status: .created)
+            },
+            APIRoute(method: .post, path: "/v1/alert-channels/{channel}/test", access: .role(.operator), summary: "send a test message now") { _, context in
+                try APIResponse.json(try await desk.test(try context.parameters.require("channel"), who: context.who))
+            },
+            APIRoute(method: .delete, path: "/v1/alert-channels/{channel}", access: .role(.administrator), summary: "delete a channel, and what it has not delivered yet") { _, context in
+                try await desk.delete(try context.parameters.require("channel"), who: context.who)
+                return Response(status: .noContent)
             },
         ]
     }

@@ -142,6 +142,36 @@ extension Catalogue {
         migrator.registerMigration("6: the last recovery that was proven") { db in
             try db.alter(table: "server") { t in t.add(column: "lastProven", .text) }
         }
+        migrator.registerMigration("7: alerts and where they are delivered") { db in
+            try db.alter(table: "server") { t in t.add(column: "alertSettings", .text) }
+            try db.create(table: "alert") { t in
+                t.autoIncrementedPrimaryKey("id")
+                t.column("kind", .text).notNull()
+                t.column("severity", .text).notNull()
+                t.column("subject", .text).notNull()
+                t.column("text", .text).notNull()
+                t.column("raised", .datetime).notNull()
+                t.column("cleared", .datetime).indexed()
+            }
+            try db.create(table: "alertChannel") { t in
+                t.primaryKey("name", .text)
+                t.column("target", .text).notNull()
+                t.column("severity", .text).notNull()
+                t.column("created", .datetime).notNull()
+            }
+            try db.create(table: "alertDelivery") { t in
+                t.autoIncrementedPrimaryKey("id")
+                t.column("channel", .text).notNull().references("alertChannel", column: "name", onDelete: .cascade)
+                t.column("alert", .integer).notNull().references("alert", column: "id", onDelete: .cascade).indexed()
+                t.column("news", .text).notNull()
+                t.column("created", .datetime).notNull()
+                t.column("attempts", .integer).notNull()
+                t.column("next", .datetime).notNull()
+                t.column("error", .text)
+                t.column("ended", .datetime)
+            }
+            try db.create(index: "alertDeliveryByChannel", on: "alertDelivery", columns: ["channel", "ended"])
+        }
         return migrator
     }
 }

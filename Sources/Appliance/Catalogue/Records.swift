@@ -55,6 +55,8 @@ public struct ServerRecord: Codable, Sendable, Hashable, FetchableRecord, Persis
     public var resumes = false
     /// nil: no machine from its recovery points has passed a boot check yet.
     public var lastProven: ProvenRecovery?
+    /// nil: `AlertSettings.standard`.
+    public var alertSettings: AlertSettings?
 
     public var serverID: ServerID { ServerID(id) }
     public var group: GroupID { GroupID(id) }

@@ -138,7 +138,8 @@ extension Lifecycle {
             }
             let groups = Set(damage.extents.map(\.group) + damage.files.values.map(\.group))
             for group in groups.sorted(by: { $0.rawValue < $1.rawValue }) {
-                alerts.append(Alert(kind: .badBlocks, text: words(group, names[group.rawValue] ?? "a group that no server has")))
+                let name = names[group.rawValue]
+                alerts.append(Alert(kind: .badBlocks, subject: name ?? group.rawValue, text: words(group, name ?? "a group that no server has")))
             }
         } else if figures.badBlockCount > damage.hitsLookedAt {
             alerts.append(Alert(kind: .badBlocks, text: "reads met damaged blocks (\(figures.badBlockCount - damage.hitsLookedAt) times); the appliance's log names them, the next scrub says which recovery points they touch"))

@@ -43,20 +43,4 @@ extension Lifecycle {
             capacityBytes: figures.capacityBytes, storedBytes: figures.storedBytes, layerCount: figures.layerCount, segmentCount: figures.segmentCount,
             forkCount: figures.forkCount, badReadCount: figures.badBlockCount, upkeep: UpkeepView(figures.upkeep), scrub: scrubView())
     }
-
-    /// Lines that somebody ought to read, worst first.
-    func alerts() async -> [Alert] {
-        var alerts: [Alert] = []
-        let store = storeView()
-        let room = "\(Amount.bytes(store.freeBytes)) of \(Amount.bytes(store.capacityBytes)) are free in \(store.directory)"
-        let tightening = tightensWhenLow ? "; meanwhile recovery points go before their time, the oldest first" : ""
-        switch store.space {
-        case .ok: break
-        case .low:
-            alerts.append(Alert(kind: .storeLow, text: "the store is nearly full (\(room)): give it more room, keep fewer recovery points (afterimage server set-policy), or release held ones\(tightening)"))
-        case .full:
-            alerts.append(Alert(kind: .storeFull, text: "the store is FULL (\(room)): nothing is taken in and no recovery points are made; the sources keep what they have not sent\(tightening)"))
-        }
-        return alerts + (await damageAlerts())
-    }
 }

@@ -9,7 +9,7 @@ extension Lifecycle {
         return StatusView(
             version: afterimageVersion, time: Date(), sitePairs: pairs, storeDirectory: settings.storeDirectory,
             protected: !servers.isEmpty && servers.allSatisfy { $0.state == .replicating && $0.lastRecoveryPoint != nil }, servers: servers,
-            store: storeView(), alerts: await alerts())
+            store: storeView(), alerts: await alerts().sorted { $0.severity > $1.severity })
     }
 
     public func views() async throws -> [ServerView] {
@@ -44,7 +44,7 @@ extension Lifecycle {
             behindBytes: connected && followed ? live?.status.map { $0.source.behindBytes &+ $0.source.unsyncedBytes } : nil,
             secondsLeft: record.state == .initialFullSync ? live.flatMap { l in l.status.flatMap { Lifecycle.secondsLeft($0, rate: l.fullSyncRate.bytesPerSecond) } } : nil,
             storedBytes: group?.storedBytes, layerCount: group?.layerCount, generation: group?.generation.rawValue, instances: instances.map(view),
-            lastProven: record.lastProven,
+            alertSettings: record.alertSettings ?? .standard, lastProven: record.lastProven,
             next: record.next(agentConnected: connected, pointCount: group?.recoveryPointCount ?? 0, machine: instances.last { $0.kind == .failover }))
     }
 

@@ -31,6 +31,8 @@ public actor Lifecycle {
     var findings: [ScrubFinding] = []
     var scrubTask: Task<Void, Never>?
     var tightensWhenLow = false
+    var alertDesk: AlertDesk?
+    var alertTasks: [Task<Void, Never>] = []
 
     init(
         catalogue: Catalogue, store: ReplicaStore, machines: RecoveryHost, exports: PointExporter, mounts: PointMounter, authority: CertificateAuthority,
@@ -54,6 +56,7 @@ public actor Lifecycle {
     func stop() async {
         isStopping = true
         scrubTask?.cancel()
+        await stopAlerts()
         await tasks.stop()
         await endMounts()
         await exports.stop()

@@ -160,6 +160,17 @@ public struct SetPolicy: Sendable, Codable {
     public init(policy: String) { self.policy = policy }
 }
 
+/// What is not given stays as it is.
+public struct SetAlerts: Sendable, Codable {
+    /// 0 = never.
+    public var rpoTargetSeconds: Int?
+    public var drillEverySeconds: Int?
+    public init(rpoTargetSeconds: Int? = nil, drillEverySeconds: Int? = nil) {
+        self.rpoTargetSeconds = rpoTargetSeconds
+        self.drillEverySeconds = drillEverySeconds
+    }
+}
+
 public struct CreatePoint: Sendable, Codable {
     public var note: String?
     /// At least; crash when not said.

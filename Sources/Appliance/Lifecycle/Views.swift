@@ -39,6 +39,7 @@ public struct ServerView: Sendable, Codable {
     public var layerCount: Int?
     public var generation: UInt64?
     public var instances: [InstanceView]
+    public var alertSettings: AlertSettings
     /// The last of its machines that passed a boot check.
     public var lastProven: ProvenRecovery?
     /// What to do next, in words.
@@ -171,17 +172,6 @@ public struct RecoveryPointView: Sendable, Codable {
         if isUnreadable { try container.encode(true, forKey: .isUnreadable) }
         try container.encodeIfPresent(proof, forKey: .proof)
     }
-}
-
-public struct Alert: Sendable, Codable, Hashable {
-    public enum Kind: String, Sendable, Codable {
-        case storeFull = "store-full"
-        case storeLow = "store-low"
-        case badBlocks = "bad-blocks"
-    }
-    public var kind: Kind
-    /// What is wrong, and what to do.
-    public var text: String
 }
 
 public struct TaskView: Sendable, Codable {

@@ -28,10 +28,11 @@ struct HostProgram: Sendable {
         }
     }
 
-    /// Runs it to its end. A task that is cancelled kills it.
-    func outcome(_ arguments: [String]) async throws -> Outcome {
+    /// Runs it to its end. A task that is cancelled kills it. `input` is what it reads.
+    func outcome(_ arguments: [String], input: String = "") async throws -> Outcome {
         let record = try await Subprocess.run(
-            .path(.init(path)), arguments: .init(arguments), output: .string(limit: Self.outputBytesMax), error: .string(limit: Self.outputBytesMax))
+            .path(.init(path)), arguments: .init(arguments), input: .string(input), output: .string(limit: Self.outputBytesMax),
+            error: .string(limit: Self.outputBytesMax))
         try Task.checkCancellation()
         return Outcome(isSuccess: record.terminationStatus.isSuccess, output: record.standardOutput, errors: record.standardError)
     }

@@ -8,4 +8,10 @@ public enum Amount {
         }
         return "\(count) B"
     }
+
+    /// `90 s`, `5 min`, `2 h`, `90 days`: in the largest unit that leaves no rest.
+    public static func seconds(_ count: Int) -> String {
+        for (unit, size) in [("days", 86_400), ("h", 3600), ("min", 60)] where count >= size && count % size == 0 { return "\(count / size) \(unit)" }
+        return "\(count) s"
+    }
 }

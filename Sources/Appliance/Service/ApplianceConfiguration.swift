@@ -14,6 +14,8 @@ public struct ApplianceConfiguration: Sendable {
     public var advertisedHost: String?
     public var qemu: QEMUConfiguration
     public var upkeep: UpkeepConfiguration
+    /// How often is looked for what is wrong.
+    public var alertsEverySeconds = 5.0
 
     public init(
         stateDirectory: String, storeDirectory: String, runtimeDirectory: String = "/run/afterimage",
