@@ -3,6 +3,8 @@ import Glibc
 /// What a block server asks of the thing behind it.
 public enum BlockOperation: UInt8, Sendable {
     case read, write, flush, trim, writeZeroes
+
+    var changesContent: Bool { self != .read && self != .flush }
 }
 
 public struct BlockRequestFlags: OptionSet, Sendable {

@@ -31,6 +31,10 @@ struct ApplianceCommand: AsyncParsableCommand {
     @Option(help: "Rest between two such passes: 90s, 10m, 24h, 7d.") var scrubPause: TimeSpan = TimeSpan(seconds: 86_400)
     @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
 
+    func validate() throws {
+        guard scrubPause.seconds > 0 else { throw ValidationError("--scrub-pause must be more than 0s (--scrub-rate 0 turns scrubbing off)") }
+    }
+
     var applianceConfiguration: ApplianceConfiguration {
         let state = absolute(self.state)
         return ApplianceConfiguration(

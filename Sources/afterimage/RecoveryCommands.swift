@@ -65,15 +65,30 @@ struct FailoverCommand: AsyncParsableCommand {
     struct Start: ClientCommand {
         static let configuration = CommandConfiguration(
             abstract: "Start a failover: the source is fenced, replication stops, the machine boots here.",
-            discussion: "Works with the source dead. Until the commit the recovery point can still be changed.")
+            discussion: """
+                Works with the source dead. Until the commit the recovery point can still be changed. Says first what stops and stays, and asks for the server's \
+                name; --preview only says it.
+                """)
         @OptionGroup var global: GlobalOptions
+        @OptionGroup var confirmation: ConfirmOption
         @OptionGroup var waiting: WaitOption
         @OptionGroup var machine: MachineOptions
         @Argument(help: "The server's name.") var name: String
         @Option(help: "A recovery point's ID, or latest (the current point in time).") var point: String = "latest"
+        @Flag(help: "A planned move: the source's writes are held, a last point is made of all that it has, and nothing is lost. Needs the source alive.") var graceful = false
+        @Flag(help: "Only say what would stop, stay and go.") var preview = false
 
         func run(_ client: APIClient) async throws {
-            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/failover", machine.request(point: point))
+            let path = "/v1/servers/\(APIClient.segment(name))/failover"
+            let plan: OperationPreview = try await client.get("\(path)?point=\(APIClient.segment(point))\(graceful ? "&graceful=true" : "")")
+            if preview {
+                try show(plan) { plan.words }
+                return
+            }
+            try confirmation.agree(to: plan, quietly: global.json)
+            var request = machine.request(point: point)
+            request.graceful = graceful ? true : nil
+            let task: TaskView = try await client.post(path, request)
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
     }
@@ -82,16 +97,24 @@ struct FailoverCommand: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
             commandName: "change-recovery-point",
             abstract: "Start again from another point; what the machine has written until now is deleted.",
-            discussion: "Settings that are not given stay as they were.")
+            discussion: "Settings that are not given stay as they were. Says first what goes, and asks for the server's name; --preview only says it.")
         @OptionGroup var global: GlobalOptions
+        @OptionGroup var confirmation: ConfirmOption
         @OptionGroup var waiting: WaitOption
         @OptionGroup var machine: MachineOptions
         @Argument(help: "The server's name.") var name: String
         @Option(help: "A recovery point's ID.") var point: String
+        @Flag(help: "Only say what would stay and go.") var preview = false
 
         func run(_ client: APIClient) async throws {
-            let task: TaskView = try await client.post(
-                "/v1/servers/\(APIClient.segment(name))/failover/recovery-point", machine.request(point: point))
+            let path = "/v1/servers/\(APIClient.segment(name))/failover/recovery-point"
+            let plan: OperationPreview = try await client.get("\(path)?point=\(APIClient.segment(point))")
+            if preview {
+                try show(plan) { plan.words }
+                return
+            }
+            try confirmation.agree(to: plan, quietly: global.json)
+            let task: TaskView = try await client.post(path, machine.request(point: point))
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
     }

@@ -124,14 +124,23 @@ struct ServerCommand: AsyncParsableCommand {
     }
 
     struct Remove: ClientCommand {
-        static let configuration = CommandConfiguration(abstract: "Unregister a server.")
+        static let configuration = CommandConfiguration(
+            abstract: "Unregister a server.", discussion: "Says first what goes, and asks for the server's name when something does; --preview only says it.")
         @OptionGroup var global: GlobalOptions
+        @OptionGroup var confirmation: ConfirmOption
         @OptionGroup var waiting: WaitOption
         @Argument(help: "The server's name.") var name: String
         @Flag(help: "Its recovery points are deleted: needed when it has any.") var deletePoints = false
         @Flag(help: "Its committed recovery machine is stopped and deleted: needed when there is one.") var stopMachine = false
+        @Flag(help: "Only say what would go.") var preview = false
 
         func run(_ client: APIClient) async throws {
+            let plan: OperationPreview = try await client.get("/v1/servers/\(APIClient.segment(name))/removal")
+            if preview {
+                try show(plan) { plan.words }
+                return
+            }
+            try confirmation.agree(to: plan, quietly: global.json)
             let task: TaskView = try await client.delete(
                 "/v1/servers/\(APIClient.segment(name))", RemoveServer(deletePoints: deletePoints, stopMachine: stopMachine))
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)

@@ -18,6 +18,16 @@ struct ConfirmOption: ParsableArguments {
         FileHandle.standardError.write(Data("\(question): ".utf8))
         return readLine()
     }
+
+    /// Shows what will happen; goes on only when `server`'s name was typed or given.
+    func agree(to preview: OperationPreview, quietly: Bool) throws {
+        if !quietly { for line in preview.words { print("  \(line)") } }
+        guard preview.needsConfirmation else { return }
+        guard answer("\(preview.operation.rawValue): type the server's name") == preview.server else {
+            Terminal.error("\(preview.operation.rawValue) of \(preview.server) is confirmed by its name (--yes \(preview.server)): nothing was done.")
+            throw Exit.refused
+        }
+    }
 }
 
 /// Shows a task until it ends: its log as plain lines, on a terminal with a bar below them.

@@ -81,7 +81,7 @@ struct TimeSpan: ExpressibleByArgument, Hashable {
     var defaultValueDescription: String { seconds % 3600 == 0 ? "\(seconds / 3600)h" : seconds % 60 == 0 ? "\(seconds / 60)m" : "\(seconds)s" }
 
     init?(argument: String) {
-        guard let seconds = PolicyText.seconds(argument[...]) else { return nil }
+        guard let seconds = argument.wholeMatch(of: /0+[smhd]/) != nil ? 0 : PolicyText.seconds(argument[...]) else { return nil }
         self.seconds = seconds
     }
 }

@@ -21,8 +21,11 @@ struct CommandLineTests {
         "recovery-point export a p1 --to raw --output /x/a.raw --wait", "recovery-point export a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
         "recovery-point mount a p1 /mnt --disk vda --partition 2", "recovery-point unmount /mnt", "recovery-point mounts", "task cancel 7",
         "drill start a --wait --network none", "drill clear a --wait",
+        "failover start a --graceful --yes a --preview", "server remove a --preview", "failover change-recovery-point a --point p --yes a",
+        "alert list --all", "alert-channel list", "alert-channel create c --webhook https://h/x --secret-file /s --severity critical", "alert-channel test c", "alert-channel delete c",
+        "alert-channel create c --mail-server smtp://h --mail-from a@b --mail-to c@d --mail-user u --mail-password-file /p", "server set-alerts a --rpo-target 60s --drill-every 0s",
         "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a", "failover commit a --yes a", "failover commit a --preview --json",
-        "server set-policy a all:10m,1h:24h", "replication start a --policy keep-all", "recovery-point create a --note why --wait", "recovery-point hold a p1 --name n",
+        "server set-policy a all:10m,1h:24h", "replication start a --policy keep-all", "replication start a --consistent-every 0s", "recovery-point create a --note why --wait", "recovery-point hold a p1 --name n",
         "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low --scrub-rate 0 --scrub-pause 7d",
         "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "catalogue backup /x/c.sqlite", "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T",
@@ -33,6 +36,7 @@ struct CommandLineTests {
 
     @Test("wrong usage is exit code 64", arguments: [
         "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --forward 1:2:3",
+        "alert-channel create c", "alert-channel create c --webhook https://h/ --mail-to a@b", "alert-channel create c --mail-server smtp://h", "server set-alerts a --rpo-target soon",
         "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "agent run --disk vda=/dev/x --read-share 0", "agent run --disk vda=/dev/x --patience -1", "task show twelve", "fly",
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
         "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",

@@ -30,7 +30,7 @@ struct CrashTests {
         let sites = try TwoSites()
         try await sites.protect()
         #expect(try await sites.cli("drill start shop --boot-check serial:RUNS --wait").code == 0)
-        #expect(try await sites.cli("failover start shop --boot-check serial:RUNS --wait").code == 0)
+        #expect(try await sites.cli("failover start shop --yes shop --boot-check serial:RUNS --wait").code == 0)
         let before = try await sites.view().instances
         #expect(before.count == 2)
         sites.endAppliance(signal)
@@ -46,7 +46,7 @@ struct CrashTests {
         }
         #expect(try await sites.cli("drill clear shop --wait").code == 0)
         #expect(try await sites.cli("failover commit shop --yes shop").code == 0)
-        #expect(try await sites.cli("server remove shop --delete-points --stop-machine --wait").code == 0)
+        #expect(try await sites.cli("server remove shop --yes shop --delete-points --stop-machine --wait").code == 0)
         try sites.expectNoMachines()
     }
 
@@ -55,7 +55,7 @@ struct CrashTests {
         let sites = try TwoSites()
         try await sites.protect()
         // A time limit that outlives the restart; the machine says nothing that matches.
-        let task = try await sites.json(TaskView.self, "failover start shop --boot-check serial:NEVER --boot-timeout 6")
+        let task = try await sites.json(TaskView.self, "failover start shop --yes shop --boot-check serial:NEVER --boot-timeout 6")
         try await until("the machine to run") { try await sites.view().instances.first?.pid != nil }
         let pid = try await sites.view().instances.first?.pid
         sites.endAppliance(signal)
@@ -71,7 +71,7 @@ struct CrashTests {
     func rollBackGoesOn() async throws {
         let sites = try TwoSites()
         try await sites.protect()
-        let task = try await sites.json(TaskView.self, "failover start shop --boot-check serial:NEVER --boot-timeout 600")
+        let task = try await sites.json(TaskView.self, "failover start shop --yes shop --boot-check serial:NEVER --boot-timeout 600")
         try await until("the machine to run") { try await sites.view().instances.first?.pid != nil }
         sites.endAppliance(SIGKILL)
         // As the kill leaves it in the middle of the roll-back, which the test cannot hit.
@@ -115,7 +115,7 @@ struct CrashTests {
     func machineDies() async throws {
         let sites = try TwoSites()
         try await sites.protect()
-        #expect(try await sites.cli("failover start shop --boot-check serial:RUNS --wait").code == 0)
+        #expect(try await sites.cli("failover start shop --yes shop --boot-check serial:RUNS --wait").code == 0)
         let machine = try #require(try await sites.view().instances.first)
         kill(try #require(machine.pid), SIGKILL)
         try await until("the report") { try await sites.view().instances.first?.step == .stopped }

@@ -34,7 +34,7 @@ struct WalkthroughTests {
         #expect(proven.kind == .drill && proven.recoveryPoint.rawValue == first && proven.bootLine == "VERSION 1 RUNS" && proven.rtoSeconds > 0)
         #expect(try await sites.cli("status").output.contains("a drill from \(first) booted in"))
         #expect(try await sites.cli("drill start shop").code == 3)
-        #expect(try await sites.cli("server remove shop --delete-points").code == 3)
+        #expect(try await sites.cli("server remove shop --yes shop --delete-points").code == 3)
         #expect(try await sites.cli("drill clear shop --wait").code == 0)
         let cleared = try await sites.view()
         #expect(cleared.drill == nil && cleared.lastProven == proven)
@@ -43,19 +43,19 @@ struct WalkthroughTests {
         // The disaster.
         sites.endAgent(SIGKILL)
         try await until("Replication Interrupted") { try await sites.view().state == .replicationInterrupted }
-        #expect(try await sites.cli("failover start shop --point rp-none").code == 4)
-        let failover = try await sites.json(TaskView.self, "failover start shop \(check) --wait")
+        #expect(try await sites.cli("failover start shop --yes shop --point rp-none").code == 4)
+        let failover = try await sites.json(TaskView.self, "failover start shop --yes shop \(check) --wait")
         #expect(failover.result?.bootLine == "VERSION 2 RUNS" && failover.result?.generation == 2)
         #expect((failover.result?.rtoSeconds ?? 99) < 60)
         #expect(try await sites.view().state == .failedOver)
-        let again = try await sites.cli("failover start shop")
+        let again = try await sites.cli("failover start shop --yes shop")
         #expect(again.code == 3 && again.errors.contains("failed over already"))
 
         // Another point, as often as wanted; "latest" only once.
-        #expect(try await sites.cli("failover change-recovery-point shop --point latest").code == 64)
-        let changed = try await sites.json(TaskView.self, "failover change-recovery-point shop --point \(first) --wait")
+        #expect(try await sites.cli("failover change-recovery-point shop --yes shop --point latest").code == 64)
+        let changed = try await sites.json(TaskView.self, "failover change-recovery-point shop --yes shop --point \(first) --wait")
         #expect(changed.result?.bootLine == "VERSION 1 RUNS")
-        let back = try await sites.json(TaskView.self, "failover change-recovery-point shop --point \(second) --wait")
+        let back = try await sites.json(TaskView.self, "failover change-recovery-point shop --yes shop --point \(second) --wait")
         #expect(back.result?.bootLine == "VERSION 2 RUNS")
         #expect(try await sites.view().instances.count == 1)
 
@@ -66,9 +66,9 @@ struct WalkthroughTests {
         #expect(try await sites.cli("replication start shop").code == 3)
 
         #expect(try await sites.cli("failover commit shop --yes shop").code == 0)
-        #expect(try await sites.cli("failover change-recovery-point shop --point \(first)").code == 3)
-        #expect(try await sites.cli("server remove shop --delete-points").code == 3)
-        #expect(try await sites.cli("server remove shop --delete-points --stop-machine --wait").code == 0)
+        #expect(try await sites.cli("failover change-recovery-point shop --yes shop --point \(first)").code == 3)
+        #expect(try await sites.cli("server remove shop --yes shop --delete-points").code == 3)
+        #expect(try await sites.cli("server remove shop --yes shop --delete-points --stop-machine --wait").code == 0)
         #expect(try await sites.cli("server show shop").code == 4)
         try sites.expectNoMachines()
         let events = try await sites.json([EventRecord].self, "event list --limit 200")
@@ -89,12 +89,12 @@ struct WalkthroughTests {
         #expect(try await sites.view().instances.first?.step == .unproven)
         #expect(try await sites.cli("drill clear shop --wait").code == 0)
 
-        let failover = try await sites.cli("failover start shop --boot-check serial:NEVER --boot-timeout 2 --wait")
+        let failover = try await sites.cli("failover start shop --yes shop --boot-check serial:NEVER --boot-timeout 2 --wait")
         #expect(failover.code == 1)
         #expect(try await sites.view().state == .failoverInProgress)
-        #expect(try await sites.cli("failover start shop").code == 3)
+        #expect(try await sites.cli("failover start shop --yes shop").code == 3)
         #expect(try await sites.cli("failover commit shop").code == 3)
-        let changed = try await sites.json(TaskView.self, "failover change-recovery-point shop --point \(first) --boot-check serial:RUNS --boot-timeout 60 --wait")
+        let changed = try await sites.json(TaskView.self, "failover change-recovery-point shop --yes shop --point \(first) --boot-check serial:RUNS --boot-timeout 60 --wait")
         #expect(changed.status == .succeeded)
         #expect(try await sites.view().state == .failedOver)
     }
@@ -111,7 +111,7 @@ struct WalkthroughTests {
         chmod(fake, 0o755)
         try await sites.startAppliance(qemu: fake)
         try await until("Replicating again") { try await sites.view().state == .replicating }
-        let failover = try await sites.cli("failover start shop --wait")
+        let failover = try await sites.cli("failover start shop --yes shop --wait")
         #expect(failover.code == 1 && failover.errors.contains("no memory for this"))
         try sites.expectNoMachines()
         try await until("Replicating under generation 2") {
@@ -128,7 +128,7 @@ struct WalkthroughTests {
         sites.endAppliance(SIGTERM)
         try await sites.startAppliance(qemu: "/nonexistent/qemu")
         try await until("Replicating again") { try await sites.view().state == .replicating }
-        let failover = try await sites.cli("failover start shop")
+        let failover = try await sites.cli("failover start shop --yes shop")
         #expect(failover.code == 3 && failover.errors.contains("/nonexistent/qemu"))
         #expect(try await sites.view().generation == 1)
     }

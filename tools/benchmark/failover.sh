@@ -21,5 +21,5 @@ recorded() { [ "$(last_acknowledged "$run_dir/console")" -ge 200 ]; }
 until_true 60 recorded
 kill_now "$guest_pid" "$agent_pid"
 started=$(now)
-timeout 120 "$afterimage" failover start s --network isolated --boot-check 'serial:AFTERIMAGE-CHECK ok' --wait </dev/null
+timeout 120 "$afterimage" failover start s --yes s --network isolated --boot-check 'serial:AFTERIMAGE-CHECK ok' --wait </dev/null
 echo "RESULT $(since "$started")"

@@ -133,7 +133,7 @@ ahead=$(awk -v m="$machine_time" -v a="$asked" 'BEGIN { printf "%.6f", m - a }')
 kill_now "$guest_pid"
 killed=$(now)
 failed_over() {
-    "$afterimage" failover start "$server" --network isolated --boot-check 'serial:AFTERIMAGE-CHECK ok .* kernel=' --boot-timeout 400 --wait </dev/null &&
+    "$afterimage" failover start "$server" --yes "$server" --network isolated --boot-check 'serial:AFTERIMAGE-CHECK ok .* kernel=' --boot-timeout 400 --wait </dev/null &&
         server_state_is "$server" "Failed Over" || { server_field "$server" reason; return 1; }
 }
 check "lost, it is failed over: its own check passes there" failed_over

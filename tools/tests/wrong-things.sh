@@ -97,14 +97,14 @@ says_why() {
 }
 says_why "operator: no profile" 5 "profile" env AFTERIMAGE_PROFILE=/nonexistent/client.json "$afterimage" status
 says_why "operator: an unknown server" 4 "nobody" "$afterimage" server show nobody
-says_why "operator: failover without a recovery point" 3 "recovery point" "$afterimage" failover start s
+says_why "operator: failover without a recovery point" 3 "recovery point" "$afterimage" failover start s --yes s
 says_why "operator: a drill before replication" 3 "replicat" "$afterimage" drill start s
 check "after all that: replication reaches its first recovery point" timeout 90 "$afterimage" replication start s --wait
 says_why "operator: replication that runs already" 3 "replicat|running" "$afterimage" replication start s
 says_why "operator: an unknown recovery point" 4 "recovery point.*no-such-point|no-such-point" "$afterimage" drill start s --point no-such-point
 says_why "operator: an unknown recovery point cannot be exported" 4 "no-such-point" "$afterimage" recovery-point export s --point no-such-point
-"$afterimage" failover start s --network isolated --boot-check none </dev/null >/dev/null 2>&1 || not_ok "operator: a failover starts" "$("$afterimage" status)"
-says_why "operator: failover while one is running, or done" 3 "failover" "$afterimage" failover start s
+"$afterimage" failover start s --yes s --network isolated --boot-check none </dev/null >/dev/null 2>&1 || not_ok "operator: a failover starts" "$("$afterimage" status)"
+says_why "operator: failover while one is running, or done" 3 "failover" "$afterimage" failover start s --yes s
 until_true 60 server_state_is s "Failed Over" || not_ok "operator: the failover ends" "$(server_field s state), $(server_field s reason)"
 says_why "operator: a drill after failover" 3 "fail" "$afterimage" drill start s
 fenced() { [ "$(grep -ciE 'fenced' "$run_dir/agent.log")" -gt 0 ]; }

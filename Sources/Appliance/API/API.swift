@@ -112,6 +112,9 @@ struct API: Sendable {
             APIRoute(method: .delete, path: "/v1/servers/{server}", access: .role(.administrator), summary: "unregister a server") { request, context in
                 try accepted(try await lifecycle.removeServer(try name(context), try await request.decoded(RemoveServer.self), who: context.who))
             },
+            APIRoute(method: .get, path: "/v1/servers/{server}/removal", access: .role(.viewer), summary: "what unregistering a server would delete") { _, context in
+                try APIResponse.json(try await lifecycle.removalPreview(try name(context)))
+            },
             APIRoute(method: .put, path: "/v1/servers/{server}/policy", access: .role(.operator), summary: "set the Recovery Point Policy") { request, context in
                 try APIResponse.json(try await lifecycle.setPolicy(try name(context), try await request.decoded(SetPolicy.self), who: context.who))
             },
@@ -193,6 +196,12 @@ struct API: Sendable {
             },
             APIRoute(method: .post, path: "/v1/servers/{server}/failover", access: .role(.operator), summary: "Failover") { request, context in
                 try accepted(try await lifecycle.startFailover(try name(context), try await request.decoded(StartMachine.self), who: context.who))
+            },
+            APIRoute(method: .get, path: "/v1/servers/{server}/failover", access: .role(.viewer), summary: "what a Failover would stop, keep and delete (?point=ID&graceful=true)") { request, context in
+                try APIResponse.json(try await lifecycle.failoverPreview(try name(context), try asked(request)))
+            },
+            APIRoute(method: .get, path: "/v1/servers/{server}/failover/recovery-point", access: .role(.viewer), summary: "what Change Recovery Point would keep and delete (?point=ID)") { request, context in
+                try APIResponse.json(try await lifecycle.changePreview(try name(context), try asked(request)))
             },
             APIRoute(method: .post, path: "/v1/servers/{server}/failover/recovery-point", access: .role(.operator), summary: "Change Recovery Point") { request, context in
                 try accepted(try await lifecycle.changeRecoveryPoint(try name(context), try await request.decoded(StartMachine.self), who: context.who))
@@ -276,6 +285,16 @@ struct API: Sendable {
         let text = try context.parameters.require("task")
         guard let id = Int64(text) else { throw ApplianceError.notFound("There is no task \(text) (afterimage task list).") }
         return id
+    }
+
+    /// Of a preview.
+    private func asked(_ request: Request) throws -> StartMachine {
+        var wanted = StartMachine()
+        wanted.recoveryPoint = request.uri.queryParameters["point"].map(String.init)
+        guard let graceful = request.uri.queryParameters["graceful"] else { return wanted }
+        guard let isGraceful = Bool(String(graceful)) else { throw ApplianceError.invalid("graceful is true or false, not \(graceful)") }
+        wanted.graceful = isGraceful ? true : nil
+        return wanted
     }
 
     private func limit(_ request: Request) throws -> Int {

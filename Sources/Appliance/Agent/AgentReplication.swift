@@ -9,6 +9,9 @@ actor AgentReplication {
     private let logger: Logger
     private var sender: Sender?
     private var order: ReplicationOrder?
+    private var hold: WriteHold?
+    private var holdEnds = ContinuousClock.now
+    private var endedHold: String?
 
     init(tap: any AgentTap, endpoint: LinkEndpoint, logger: Logger) {
         self.tap = tap
@@ -20,6 +23,7 @@ actor AgentReplication {
     func carryOut(_ command: AgentCommand) async {
         switch command {
         case .startReplication(let order):
+            await endHold("replication goes on")
             if order == self.order, let sender, sender.status.phase != .fenced {
                 // Changes nothing unless it was interrupted and may not restart by itself: then this is the operator's restart.
                 sender.start()
@@ -41,20 +45,62 @@ actor AgentReplication {
             self.order = order
             sender.start()
         case .stopReplication:
+            await endHold("replication stops")
             if sender != nil { logger.info("replication stops") }
             await stop()
         case .fenced(let generation):
-            logger.warning("fenced: this server was failed over under \(generation); replication stops until an operator decides")
+            hold?.isFinal = true
+            let writes = hold == nil ? "" : "; writes to its disks stay held"
+            logger.warning("fenced: this server was failed over under \(generation); replication stops until an operator decides\(writes)")
             await stop()
         case .cutNow(let consistency):
             sender?.cutNow(consistency: consistency)
+        case .holdWrites(let order):
+            guard order.id != endedHold else { return }
+            holdEnds = .now + .seconds(order.seconds)
+            if hold?.id == order.id { return }
+            let isNew = hold == nil
+            hold = WriteHold(id: order.id)
+            if isNew { logger.notice("writes are held: the last ones are on their way to the replica") }
+            // Later commands do not wait for it.
+            Task { await self.becomeQuiet(order.id) }
         }
+    }
+
+    // MARK: held writes
+
+    private func becomeQuiet(_ id: String) async {
+        await tap.holdWrites(id)
+        // It may have been ended before it began.
+        guard hold?.id == id else { return await tap.releaseWrites(id) }
+        hold?.isQuiet = true
+        while let hold, hold.id == id, !hold.isFinal {
+            if ContinuousClock.now >= holdEnds { return await endHold("the appliance has not repeated it") }
+            try? await Task.sleep(for: .milliseconds(100))
+        }
+    }
+
+    private func endHold(_ why: String) async {
+        guard let ended = hold else { return }
+        // First: nobody is told that it holds when the first write is done.
+        hold = nil
+        endedHold = ended.id
+        await tap.releaseWrites(ended.id)
+        logger.notice("writes are held no longer: \(why)")
+    }
+
+    /// The agent ends. Its servers wait for the answers that they owe.
+    func shutDown() async {
+        await stop()
+        guard let hold else { return }
+        if hold.isFinal { await tap.refuseHeldWrites(hold.id) } else { await endHold("the agent stops") }
     }
 
     func status() async -> AgentStatus {
         var status = sender?.status ?? AgentStatus()
         status.source = await tap.source.statistics
         status.live = await tap.live()
+        status.hold = hold
         return status
     }
 

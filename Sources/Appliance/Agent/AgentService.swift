@@ -60,7 +60,7 @@ public struct AgentService: Service {
         control.start()
         try? await Task.sleep(for: .seconds(UInt32.max))
         await control.stop()
-        await replication.stop()
+        await replication.shutDown()
     }
 
     /// Waits for `afterimage agent enroll`, which may be run while the agent already serves.

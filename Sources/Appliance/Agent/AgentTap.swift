@@ -15,12 +15,20 @@ protocol AgentTap: Sendable {
     func untilOutdated() async
     /// Figures of a live tap.
     func live() async -> LiveTapStatistics?
+    /// Writes of the protected machine wait from now on; returns when all earlier ones are done.
+    func holdWrites(_ id: String) async
+    func releaseWrites(_ id: String) async
+    /// Held writes are for nobody any more.
+    func refuseHeldWrites(_ id: String) async
     func stop() async
 }
 
 extension AgentTap {
     func willReplicate(_ group: GroupID) throws {}
     func live() async -> LiveTapStatistics? { nil }
+    func holdWrites(_ id: String) async {}
+    func releaseWrites(_ id: String) async {}
+    func refuseHeldWrites(_ id: String) async {}
     func untilOutdated() async { try? await Task.sleep(for: .seconds(UInt32.max)) }
 }
 

@@ -11,6 +11,7 @@ final class InlineTaps: AgentTap {
     let base = ReplicationBase()
     let hello: AgentHello
     private let loop: EventLoop
+    private let group: TapGroup
     private let servers: [NBDServer<TappedDisk>]
 
     init(configuration: AgentConfiguration, state: AgentState, logger: Logger) async throws {
@@ -23,7 +24,7 @@ final class InlineTaps: AgentTap {
 
         let instance = UUID().uuidString.lowercased()
         loop = try EventLoop(name: "tap")
-        let group = await TapGroup(loop: loop, disks: disks, instance: instance, configuration: configuration.tap)
+        group = await TapGroup(loop: loop, disks: disks, instance: instance, configuration: configuration.tap)
         source = try await configuration.scripted(group, state, logger: logger)
         // Off the tap's thread: whoever reads the log may be slow, and writes of the protected machine must not wait for that.
         let logQueue = DispatchQueue(label: "tap-log")
@@ -42,6 +43,10 @@ final class InlineTaps: AgentTap {
         self.servers = servers
         hello = configuration.hello(instance: instance, disks: reports)
     }
+
+    func holdWrites(_ id: String) async { await group.holdWrites(id) }
+    func releaseWrites(_ id: String) async { await group.releaseWrites(id) }
+    func refuseHeldWrites(_ id: String) async { await group.refuseHeldWrites(id, error: ESHUTDOWN) }
 
     func stop() async {
         for server in servers { await server.stop() }

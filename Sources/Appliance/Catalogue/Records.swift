@@ -195,7 +195,14 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     /// Of the recovery point that is to be made.
     public var note: String?
     public var consistency: Consistency?
-    public init(instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil) {
+    /// A failover that loses nothing.
+    public var isGraceful: Bool?
+    /// Of the source's writes, while the last recovery point is made.
+    public var hold: String?
+    public init(
+        instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil, isGraceful: Bool? = nil
+    ) {
+        self.isGraceful = isGraceful
         self.instance = instance
         self.replaces = replaces
         self.copy = copy

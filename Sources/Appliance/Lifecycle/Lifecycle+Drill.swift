@@ -6,6 +6,7 @@ import Replica
 /// Disaster Recovery Drill: a machine from a fork beside running replication, isolated, kept until it is cleared.
 extension Lifecycle {
     public func startDrill(_ name: String, _ request: StartMachine, who: String) async throws -> TaskRecord {
+        guard request.graceful == nil else { throw ApplianceError.invalid("a drill never touches the source: graceful is for a failover") }
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .drill, hasRecoveryPoint: hasRecoveryPoint(found)) {
             throw ApplianceError.refused(why)

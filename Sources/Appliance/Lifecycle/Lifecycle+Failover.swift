@@ -16,6 +16,7 @@ extension Lifecycle {
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .failover, hasRecoveryPoint: hasRecoveryPoint(found)) {
             throw ApplianceError.refused(why)
         }
+        try refuseMove(of: found, request)
         let isNamed = request.recoveryPoint.map { $0 != "latest" } ?? false
         let point = try point(of: found, named: request.recoveryPoint)
         let machine = try await machineSettings(found, request)
@@ -28,12 +29,12 @@ extension Lifecycle {
             record.resumes = false
             try db.apply(
                 .failover, to: &record, who: who, hasRecoveryPoint: true,
-                detail: "recovery point \(isNamed ? point.id.rawValue : "current point in time")")
+                detail: request.graceful == true ? "graceful" : "recovery point \(isNamed ? point.id.rawValue : "current point in time")")
             if let running = try db.runningTask(of: record, [.startReplication]) {
                 try TaskBoard.finish(running, error: "a failover was started by \(who)", in: db)
             }
             try instance.insert(db)
-            return try TaskBoard.plan(.failover, server: record, parameters: TaskParameters(instance: instance.id), who: who, in: db)
+            return try TaskBoard.plan(.failover, server: record, parameters: TaskParameters(instance: instance.id, isGraceful: request.graceful), who: who, in: db)
         }
         await start(task)
         return task
@@ -43,7 +44,7 @@ extension Lifecycle {
         var instance = try await instance(task)
         do {
             guard instance.step != .removing else { throw ApplianceError.failed("the appliance ended while it was being rolled back") }
-            instance = try await fence(instance, task: task)
+            instance = task.parameters.isGraceful == true ? try await fenceGracefully(instance, task: task) : try await fence(instance, task: task)
             let result = try await bringUp(instance, task: task)
             await moved(.failoverReady, instance.server)
             return result
@@ -79,7 +80,7 @@ extension Lifecycle {
     }
 
     /// Raises the generation and settles the recovery point; both durable before anything is built on them.
-    private func fence(_ instance: InstanceRecord, task: TaskRecord) async throws -> InstanceRecord {
+    func fence(_ instance: InstanceRecord, task: TaskRecord) async throws -> InstanceRecord {
         var fenced = instance
         let group = GroupID(instance.server)
         if instance.generation == nil {
@@ -136,6 +137,7 @@ extension Lifecycle {
 
     /// Replaces the failed-over machine by one from another point. The old one and all it has written are deleted.
     public func changeRecoveryPoint(_ name: String, _ request: StartMachine, who: String) async throws -> TaskRecord {
+        guard request.graceful == nil else { throw ApplianceError.invalid("graceful is for a failover, while the source is alive") }
         let accepted = Date()
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .changeRecoveryPoint, hasRecoveryPoint: true) {

@@ -208,6 +208,19 @@ public struct CommitPreview: Sendable, Codable {
     public var words: [String]
 }
 
+/// What Failover, Change Recovery Point or Unregister would do.
+public struct OperationPreview: Sendable, Codable {
+    public var server: String
+    public var operation: Trigger
+    /// That a machine would start from; of a graceful failover the newest now, though a later one is made.
+    public var recoveryPoint: RecoveryPointID?
+    public var deletedPointCount: Int
+    /// Something ends or goes: the CLI asks for the server's name.
+    public var needsConfirmation: Bool
+    /// What will happen, in words.
+    public var words: [String]
+}
+
 /// Drill, failover, and change of the recovery point.
 public struct StartMachine: Sendable, Codable {
     /// A recovery point's id; nil or "latest": the newest ("current point in time").
@@ -219,6 +232,8 @@ public struct StartMachine: Sendable, Codable {
     /// `none` or `serial:REGEX`.
     public var bootCheck: String?
     public var bootSecondsMax: Int?
+    /// Of a failover: hold the source's writes, make a last recovery point, then fence: nothing is lost. Needs the source alive.
+    public var graceful: Bool?
     public init() {}
 }
 

@@ -54,6 +54,11 @@ package final class EpochEngine {
     private(set) var draining: ClosedEpoch?
     private(set) var unacknowledged: [ClosedEpoch] = []
     private var isPumping = false
+    /// Who holds the writes; nil: they go through.
+    private var holder: String?
+    /// Held writes are answered with this error.
+    private(set) var refusal: Int32?
+    package var holdsWrites: Bool { holder != nil }
     private var spareBitmaps: [[BlockBitmap]] = []
 
     private(set) var abandonedCount: UInt64 = 0
@@ -73,6 +78,27 @@ package final class EpochEngine {
         disks.append(disk)
         spareBitmaps.append([])
         return disk
+    }
+
+    // MARK: held writes
+
+    /// Of another holder before: the hold is not interrupted.
+    package func holdWrites(_ id: String) { holder = id }
+
+    /// What is on the disks now stays as it is while writes are held, and every write that was answered is in it.
+    package var isQuiet: Bool { holdsWrites && disks.allSatisfy(\.isQuiet) }
+
+    package func releaseWrites(_ id: String) {
+        guard holder == id, refusal == nil else { return }
+        holder = nil
+        for disk in disks { disk.releaseHeld() }
+    }
+
+    /// For good.
+    package func refuseHeldWrites(_ id: String, error: Int32) {
+        guard holder == id else { return }
+        refusal = error
+        for disk in disks { disk.refuseHeld(error: error) }
     }
 
     // MARK: cut

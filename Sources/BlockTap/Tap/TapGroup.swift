@@ -38,6 +38,23 @@ public final class TapGroup: EpochSource, @unchecked Sendable {
     /// The store to serve to the protected machine; use on the loop's thread only.
     public func disk(_ index: Int) -> TappedDisk { engine.disks[index] }
 
+    /// Writes that come from now on wait, unanswered; reads and flushes do not. Returns when the writes of before are done: a cut after that has every
+    /// write that was ever answered, and nothing changes on the disks until `releaseWrites` by the same `id`. A later holder takes it over.
+    public func holdWrites(_ id: String) async {
+        await loop.runUnlessShutDown { self.engine.holdWrites(id) }
+        while await loop.runUnlessShutDown({ self.engine.holdsWrites && !self.engine.isQuiet }) ?? false { try? await Task.sleep(for: .milliseconds(2)) }
+    }
+
+    /// Those that wait are done, in their order. Nothing when somebody else holds them.
+    public func releaseWrites(_ id: String) async {
+        await loop.runUnlessShutDown { self.engine.releaseWrites(id) }
+    }
+
+    /// Those that wait, and all that come, are answered with `error` (an errno). For good.
+    public func refuseHeldWrites(_ id: String, error: Int32) async {
+        await loop.runUnlessShutDown { self.engine.refuseHeldWrites(id, error: error) }
+    }
+
     public func beginFullSync() {
         loop.execute { self.engine.beginFullSync() }
     }

@@ -46,6 +46,8 @@ public final class TappedDisk: BlockStore {
     /// Writes held back, oldest first; and, when the slab was exhausted, requests not yet begun.
     private var waiting: [Int] = []
     private var overflow: [BlockRequestPointer] = []
+    /// Writes that came while the group's writes are held (`TapGroup.holdWrites`), oldest first.
+    private var held: [BlockRequestPointer] = []
     /// In-flight reads of the exact draining epoch, which writes to their blocks must wait for.
     private var blockingReads: [Int] = []
     /// Whether any in-flight operation is a zeroing (rare): spares the scan otherwise.
@@ -89,6 +91,11 @@ public final class TappedDisk: BlockStore {
         if operation != .flush {
             precondition(request.pointee.lengthBytes > 0)
             precondition(request.pointee.offsetBytes + UInt64(request.pointee.lengthBytes) <= geometry.sizeBytes)
+        }
+        if engine.holdsWrites, operation.changesContent {
+            if let error = engine.refusal { return request.complete(error: error) }
+            held.append(request)
+            return
         }
         guard overflow.isEmpty, operations.freeCount > Self.reservedOperations else {
             overflow.append(request)
@@ -400,6 +407,23 @@ public final class TappedDisk: BlockStore {
         let held = waiting
         waiting.removeAll(keepingCapacity: true)
         for index in held { advance(index) }
+    }
+
+    // MARK: held writes
+
+    /// No write of before the hold is still to be done or answered.
+    var isQuiet: Bool { writesInFlight == 0 && waiting.isEmpty && !overflow.contains { $0.pointee.operation.changesContent } }
+
+    func releaseHeld() {
+        let requests = held
+        held.removeAll(keepingCapacity: false)
+        for request in requests { submit(request) }
+    }
+
+    func refuseHeld(error: Int32) {
+        let requests = held
+        held.removeAll(keepingCapacity: false)
+        for request in requests { request.complete(error: error) }
     }
 
     private func startOverflow() {

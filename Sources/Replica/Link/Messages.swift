@@ -49,8 +49,11 @@ public enum AgentCommand: Sendable, Codable, Hashable {
     case fenced(Generation)
     /// Close the running epoch now instead of at its time, with this consistency if that can be had.
     case cutNow(CutConsistency)
+    /// Let no write reach the disks for a while: for a last recovery point that has all that was ever answered. A later fence makes it final, another order
+    /// ends it.
+    case holdWrites(HoldOrder)
 
-    private enum Keys: String, CodingKey { case startReplication, stopReplication, fenced, cutNow }
+    private enum Keys: String, CodingKey { case startReplication, stopReplication, fenced, cutNow, holdWrites }
     private enum ValueKeys: String, CodingKey { case value = "_0" }
 
     public init(from decoder: any Decoder) throws {
@@ -64,6 +67,7 @@ public enum AgentCommand: Sendable, Codable, Hashable {
         case .stopReplication: self = .stopReplication
         case .fenced: self = .fenced(try values.decode(Generation.self, forKey: .value))
         // An older appliance says nothing, and means a point such as there were then.
+        case .holdWrites: self = .holdWrites(try values.decode(HoldOrder.self, forKey: .value))
         case .cutNow: self = .cutNow(try values.decodeIfPresent(CutConsistency.self, forKey: .value) ?? .crash)
         }
     }
@@ -78,10 +82,36 @@ public enum AgentCommand: Sendable, Codable, Hashable {
         case .fenced(let generation):
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .fenced)
             try values.encode(generation, forKey: .value)
+        case .holdWrites(let order):
+            var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .holdWrites)
+            try values.encode(order, forKey: .value)
         case .cutNow(let consistency):
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .cutNow)
             try values.encode(consistency, forKey: .value)
         }
+    }
+}
+
+/// A hold of a source's writes. It ends by itself after `seconds`, unless the same order comes again before that; an ended one never begins again.
+public struct HoldOrder: Sendable, Codable, Hashable {
+    public var id: String
+    public var seconds: Double
+    public init(id: String, seconds: Double) {
+        self.id = id
+        self.seconds = seconds
+    }
+}
+
+public struct WriteHold: Sendable, Codable, Hashable {
+    public var id: String
+    /// Every write that was answered is on the disks, and none is being done.
+    public var isQuiet: Bool
+    /// Fenced meanwhile: it does not end by itself any more.
+    public var isFinal: Bool
+    public init(id: String, isQuiet: Bool = false, isFinal: Bool = false) {
+        self.id = id
+        self.isQuiet = isQuiet
+        self.isFinal = isFinal
     }
 }
 
@@ -150,6 +180,8 @@ public struct AgentStatus: Sendable, Codable, Hashable {
     public var unprovenEpochs: UInt64 = 0
     /// Of the last 64 acknowledged exact epochs, oldest first.
     public var proofs: [PointProof] = []
+    /// Since it began, no write has reached the disks.
+    public var hold: WriteHold?
     public init() {}
 
     /// Agents may be older than the appliance: what they do not say is as in `init()`.
@@ -168,6 +200,7 @@ public struct AgentStatus: Sendable, Codable, Hashable {
         resyncEqualBytes = try container.decodeIfPresent(UInt64.self, forKey: .resyncEqualBytes) ?? 0
         unprovenEpochs = try container.decodeIfPresent(UInt64.self, forKey: .unprovenEpochs) ?? 0
         proofs = try container.decodeIfPresent([PointProof].self, forKey: .proofs) ?? []
+        hold = try container.decodeIfPresent(WriteHold.self, forKey: .hold)
         // Figures for people: those of another version are no reason to take nothing.
         live = try? container.decodeIfPresent(LiveTapStatistics.self, forKey: .live)
     }
