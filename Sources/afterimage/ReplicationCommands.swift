@@ -5,7 +5,7 @@ import Replica
 
 struct ReplicationCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "replication", abstract: "Following a server's disks.", subcommands: [Start.self, Stop.self])
+        commandName: "replication", abstract: "Following a server's disks.", subcommands: [Start.self, Stop.self, Pause.self, Resume.self])
 
     struct Start: ClientCommand {
         static let configuration = CommandConfiguration(
@@ -58,6 +58,29 @@ struct ReplicationCommand: AsyncParsableCommand {
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.delete("/v1/servers/\(APIClient.segment(name))/replication")
             try await TaskFollower(client: client, json: global.json).finish(task, wait: false)
+        }
+    }
+    struct Pause: ClientCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Pause Replication: nothing more is sent until it is resumed. What is written meanwhile is marked, and only that is sent then.")
+        @OptionGroup var global: GlobalOptions
+        @Argument(help: "The server's name.") var name: String
+
+        func run(_ client: APIClient) async throws {
+            let server: ServerView = try await client.post("/v1/servers/\(APIClient.segment(name))/replication/pause")
+            try show(server) { ["\(server.name): \(server.state.rawValue), \(server.reason ?? "paused"); go on with afterimage replication resume \(server.name)"] }
+        }
+    }
+
+    struct Resume: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Resume replication that is paused; with --wait until the next recovery point is there.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @Argument(help: "The server's name.") var name: String
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/replication/resume")
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
     }
 }

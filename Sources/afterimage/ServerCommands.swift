@@ -4,7 +4,7 @@ import Foundation
 
 struct ServerCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, SetPolicy.self, SetAlerts.self, Token.self, Remove.self])
+        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, SetPolicy.self, SetAlerts.self, Restart.self, Token.self, Remove.self])
 
     struct Add: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Add 1 to 10 servers; prints the command that enrols each one's agent.")
@@ -120,6 +120,17 @@ struct ServerCommand: AsyncParsableCommand {
             let request = Appliance.SetAlerts(rpoTargetSeconds: rpoTarget?.seconds, drillEverySeconds: drillEvery?.seconds)
             let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/alerts", request)
             try show(server) { ["alerts of \(server.name): \(server.alertSettings.text)"] }
+        }
+    }
+
+    struct Restart: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Restart Server: its agent looks at its disks anew and says what it has; replication goes on.")
+        @OptionGroup var global: GlobalOptions
+        @Argument(help: "The server's name.") var name: String
+
+        func run(_ client: APIClient) async throws {
+            let server: ServerView = try await client.post("/v1/servers/\(APIClient.segment(name))/restart")
+            try show(server) { ["the agent of \(server.name) begins anew: afterimage server show \(server.name)"] }
         }
     }
 

@@ -16,7 +16,7 @@ struct CommandLineTests {
     @Test("every command of the lifecycle parses", arguments: [
         "status", "status --json", "site-pair create p --type region-to-region --primary a --secondary b", "site-pair list",
         "server add a b c --pair p", "server list", "server show a", "server token a", "server remove a --delete-points --stop-machine --wait",
-        "replication start a --wait", "replication stop a", "recovery-point list a --json", "recovery-point export a --point latest",
+        "replication start a --wait", "replication stop a", "replication pause a", "replication resume a --wait", "server restart a", "recovery-point list a --json", "recovery-point export a --point latest",
         "recovery-point unexport a --point p1", "recovery-point exports", "recovery-point list a --limit 20",
         "recovery-point export a p1 --to raw --output /x/a.raw --wait", "recovery-point export a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
         "recovery-point mount a p1 /mnt --disk vda --partition 2", "recovery-point unmount /mnt", "recovery-point mounts", "task cancel 7",

@@ -72,4 +72,30 @@ check "stopped while Abnormal: it does not go on by itself" until_true 60 server
 write_both
 check "started again" "$afterimage" replication start s --wait
 check "started again: the next recovery point has both" both_exact_after "$(now)"
+
+# --- paused, and begun anew --------------------------------------------------------------------------------------------
+paused() { until_true 30 server_state_is s "Replication Interrupted" && reason_says "paused by"; }
+stays_paused() { local count; count=$(points s | wc -l); sleep 3; [ "$(points s | wc -l)" = "$count" ] && paused; }
+went_on_without_comparing() { tail -n 4 "$run_dir/agent.log" | grep -q "replication goes on from epoch"; }
+check "paused" "$afterimage" replication pause s
+check "paused: nothing follows, and it says so" stays_paused
+write_both
+restart_agent "$first_device" "$second_device"
+check "paused: it outlives a restart of the agent" stays_paused
+kill_now "$appliance_pid"
+start_appliance
+check "paused: it outlives a restart of the appliance" stays_paused
+refuses "a drill while it is paused" "only in Replicating" "$afterimage" drill start s
+check "resumed" "$afterimage" replication resume s --wait
+check "resumed: only what was written meanwhile was sent" went_on_without_comparing
+check "resumed: the next recovery point has both" both_exact_after "$(now)"
+refuses "resumed twice" "is not paused" "$afterimage" replication resume s
+check "Restart Server" "$afterimage" server restart s
+began_anew() { grep -q "asks to begin anew" "$run_dir/agent.log" && server_state_is s Replicating; }
+check "it begins anew, and goes on" until_true 60 began_anew
+write_both
+check "begun anew: the next recovery point has both" both_exact_after "$(now)"
+kill -TERM "$agent_pid"
+until_true 30 server_state_is s "Replication Interrupted" || true
+refuses "Restart Server without its agent" "not connected" "$afterimage" server restart s
 finish

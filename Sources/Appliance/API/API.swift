@@ -135,6 +135,15 @@ struct API: Sendable {
             APIRoute(method: .delete, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "Stop Replication") { _, context in
                 try accepted(try await lifecycle.stopReplication(try name(context), who: context.who))
             },
+            APIRoute(method: .post, path: "/v1/servers/{server}/replication/pause", access: .role(.operator), summary: "Pause Replication: nothing more is sent until it is resumed") { _, context in
+                try APIResponse.json(try await lifecycle.pauseReplication(try name(context), who: context.who))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/replication/resume", access: .role(.operator), summary: "resume replication that is paused") { _, context in
+                try accepted(try await lifecycle.resumeReplication(try name(context), who: context.who))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/restart", access: .role(.operator), summary: "Restart Server: its agent looks at its disks anew") { _, context in
+                try APIResponse.json(try await lifecycle.restartServer(try name(context), who: context.who))
+            },
             APIRoute(method: .get, path: "/v1/servers/{server}/recovery-points", access: .role(.viewer), summary: "list recovery points, oldest first (?limit=N: the newest N; &before=POINT: those before it)") { request, context in
                 let query = request.uri.queryParameters
                 let limit = query["limit"] == nil ? nil : try limit(request)

@@ -39,28 +39,34 @@ public struct AgentService: Service {
                     await tap.untilOutdated()
                     return Task.isCancelled ? .stopped : .tapOutdated
                 }
-                group.addTask {
-                    try await self.carry(state, tap)
-                    return .stopped
-                }
+                group.addTask { try await self.carry(state, tap) }
                 defer { group.cancelAll() }
                 return try await group.next() ?? .stopped
             }
         }
     }
 
-    /// Until cancelled.
-    private func carry(_ state: AgentState, _ tap: any AgentTap) async throws {
+    /// Until cancelled, or told to open the disks again.
+    private func carry(_ state: AgentState, _ tap: any AgentTap) async throws -> Ending {
         let (endpoint, serverName) = try await enrolment(state)
         logger.info("server \(serverName) replicates to \(endpoint.host):\(endpoint.port)")
-        let replication = AgentReplication(tap: tap, endpoint: endpoint, logger: logger)
-        let hello = tap.hello
-        let control = AgentControlClient(
-            endpoint: endpoint, hello: { hello }, status: { await replication.status() }, onCommand: { await replication.carryOut($0) }, logger: logger)
-        control.start()
-        try? await Task.sleep(for: .seconds(UInt32.max))
-        await control.stop()
-        await replication.shutDown()
+        while !Task.isCancelled {
+            let replication = AgentReplication(tap: tap, endpoint: endpoint, logger: logger)
+            let hello = tap.hello
+            let (restarts, restart) = AsyncStream.makeStream(of: Void.self, bufferingPolicy: .bufferingNewest(1))
+            let control = AgentControlClient(
+                endpoint: endpoint, hello: { hello }, status: { await replication.status() },
+                onCommand: { if case .restart = $0 { restart.yield() } else { await replication.carryOut($0) } }, logger: logger)
+            control.start()
+            for await _ in restarts {
+                logger.notice("the appliance asks to begin anew")
+                break
+            }
+            await control.stop()
+            await replication.shutDown()
+            if tap.mayReopen { return Task.isCancelled ? .stopped : .tapOutdated }
+        }
+        return .stopped
     }
 
     /// Waits for `afterimage agent enroll`, which may be run while the agent already serves.

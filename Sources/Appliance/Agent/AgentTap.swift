@@ -20,12 +20,15 @@ protocol AgentTap: Sendable {
     func releaseWrites(_ id: String) async
     /// Held writes are for nobody any more.
     func refuseHeldWrites(_ id: String) async
+    /// Opening the disks again disturbs nobody, and loses no mark.
+    var mayReopen: Bool { get }
     func stop() async
 }
 
 extension AgentTap {
     func willReplicate(_ group: GroupID) throws {}
     func live() async -> LiveTapStatistics? { nil }
+    var mayReopen: Bool { false }
     func holdWrites(_ id: String) async {}
     func releaseWrites(_ id: String) async {}
     func refuseHeldWrites(_ id: String) async {}

@@ -78,6 +78,8 @@ final class LiveTaps: AgentTap {
         }
     }
 
+    var mayReopen: Bool { true }
+
     func stop() async { group.close() }
 
     /// One per state directory, under a name that the next process finds.

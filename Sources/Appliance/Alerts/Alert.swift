@@ -105,11 +105,12 @@ enum AlertRules {
         switch server.state {
         case .abnormal:
             raise(.abnormal, "it is \(server.state.rawValue) and not followed\(why)")
-        case .replicationInterrupted where now.timeIntervalSince(server.stateSince) > interruptedSeconds:
+        case .replicationInterrupted where server.settings?.isPaused != true && now.timeIntervalSince(server.stateSince) > interruptedSeconds:
             raise(.interrupted, "nothing of it arrives since \(APIJSON.text(server.stateSince))\(why)")
-        case _ where server.state.phase == .forward && server.state != .replicationInterrupted:
+        case _ where server.state.phase == .forward && (server.state != .replicationInterrupted || server.settings?.isPaused == true):
             if let newest, settings.rpoTargetSeconds > 0, now.timeIntervalSince(newest) > Double(settings.rpoTargetSeconds) {
-                raise(.recoveryPointAge, "its newest recovery point is of \(APIJSON.text(newest)), the target is \(Amount.seconds(settings.rpoTargetSeconds)) (afterimage status says what holds it up)")
+                raise(.recoveryPointAge, "its newest recovery point is of \(APIJSON.text(newest)), the target is \(Amount.seconds(settings.rpoTargetSeconds)) "
+                    + (server.settings?.isPaused == true ? "(its replication is paused: afterimage replication resume \(server.name))" : "(afterimage status says what holds it up)"))
             }
         default: break
         }

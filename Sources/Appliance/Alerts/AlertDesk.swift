@@ -143,7 +143,8 @@ struct AlertDesk: Sendable {
 
     /// The channel's oldest message, so that nobody reads that something is over before that it began. Whether there may be more.
     private func deliverOldest(_ name: String, _ now: @Sendable () -> Date) async throws -> Bool {
-        let began = now()
+        // The catalogue keeps times to the millisecond, rounded.
+        let began = now() + 0.001
         let found = try await catalogue.read { db -> (AlertChannelRecord, AlertDeliveryRecord, AlertRecord)? in
             guard let delivery = try AlertDeliveryRecord.filter(Column("channel") == name && Column("ended") == nil).order(Column("id")).fetchOne(db), delivery.next <= began,
                 let channel = try AlertChannelRecord.fetchOne(db, key: name), let alert = try AlertRecord.fetchOne(db, key: delivery.alert)

@@ -22,6 +22,8 @@ public struct ReplicationSettings: Sendable, Codable, Hashable {
     /// Recovery points that are more than crash-consistent: how often, and what.
     public var consistentEverySeconds: Int?
     public var consistency: Consistency?
+    /// Until Start Replication, or its resuming.
+    public var isPaused: Bool?
 
     func order(group: GroupID, generation: Generation) -> ReplicationOrder {
         ReplicationOrder(

@@ -47,7 +47,7 @@ extension Lifecycle: LinkServerDelegate {
             try db.event(who, what, server: record, before: known.joined(separator: ", "), after: names.joined(separator: ", "))
             try record.update(db)
         }
-        let resumes = record.resumes && record.settings?.automaticRestart == true
+        let resumes = record.resumes && record.settings?.automaticRestart == true && record.settings?.isPaused != true
         record.resumes = false
         try db.apply(.agentConnected, to: &record, who: who, hasRecoveryPoint: true)
         if resumes, record.state == .initialized {
@@ -79,7 +79,7 @@ extension Lifecycle: LinkServerDelegate {
             guard let settings = record.settings else { return [.stopReplication] }
             return [.startReplication(try order(record.id, settings))]
         case .replicationInterrupted:
-            guard let settings = record.settings, settings.automaticRestart else { return [.stopReplication] }
+            guard let settings = record.settings, settings.automaticRestart, settings.isPaused != true else { return [.stopReplication] }
             return [.startReplication(try order(record.id, settings))]
         case .failoverInProgress, .failedOver, .failoverCommitted:
             guard let generation = store.group(record.group)?.generation else { return [.stopReplication] }
@@ -103,7 +103,8 @@ extension Lifecycle: LinkServerDelegate {
         live.fullSyncRate.note(status.fullSyncDoneBytes)
         agents[server] = live
         await keepProofs(server, status.proofs)
-        guard let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) }), record.state.phase == .forward
+        guard let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) }), record.state.phase == .forward,
+            record.settings?.isPaused != true
         else { return }
 
         switch status.phase {
@@ -158,7 +159,7 @@ extension Lifecycle: LinkServerDelegate {
         guard group.rawValue == server.rawValue,
             let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) })
         else { return false }
-        return record.state.phase == .forward
+        return record.state.phase == .forward && record.settings?.isPaused != true
     }
 
     /// Applies a happening; one that the state gives no meaning to changes nothing.
@@ -166,7 +167,7 @@ extension Lifecycle: LinkServerDelegate {
         do {
             try await catalogue.write { db in
                 guard var record = try ServerRecord.fetchOne(db, key: server.rawValue) else { return }
-                guard record.state.phase == .forward || trigger != .linkLost else { return }
+                guard (record.state.phase == .forward && record.settings?.isPaused != true) || trigger != .linkLost else { return }
                 try db.apply(trigger, to: &record, who: "agent of \(record.name)", hasRecoveryPoint: true, reason: reason)
             }
         } catch {

@@ -94,6 +94,7 @@ extension Lifecycle {
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
             record.resumes = false
+            record.settings?.isPaused = nil
             try db.apply(.stopReplication, to: &record, who: who, hasRecoveryPoint: true)
             if let running = try db.runningTask(of: record, [.startReplication]) {
                 try TaskBoard.finish(running, error: "replication was stopped by \(who)", in: db)
@@ -106,6 +107,45 @@ extension Lifecycle {
         }
         await tell(found.serverID, .stopReplication)
         return task
+    }
+
+    /// Nothing more is sent until `resumeReplication`; the agent goes on marking what is written, and only that will have to be sent.
+    public func pauseReplication(_ name: String, who: String) async throws -> ServerView {
+        let found = try await server(name)
+        try await catalogue.write { db in
+            var record = try db.server(found.id)
+            record.settings?.isPaused = true
+            try db.apply(.pauseReplication, to: &record, who: who, hasRecoveryPoint: true, reason: "paused by \(who)")
+            if let running = try db.runningTask(of: record, [.startReplication]) {
+                try TaskBoard.finish(running, error: "replication was paused by \(who)", in: db)
+            }
+        }
+        await tell(found.serverID, .stopReplication)
+        return try await view(found.id)
+    }
+
+    public func resumeReplication(_ name: String, who: String) async throws -> TaskRecord {
+        let found = try await server(name)
+        guard found.settings?.isPaused == true, found.state == .replicationInterrupted else {
+            throw ApplianceError.refused("Replication of \(found.name) is not paused; it is \(found.state.rawValue).")
+        }
+        return try await startReplication(name, StartReplication(), who: who)
+    }
+
+    /// Its agent looks at its disks anew and says what it has. What is followed goes on being followed.
+    public func restartServer(_ name: String, who: String) async throws -> ServerView {
+        let found = try await server(name)
+        let connected = agents[found.serverID]?.connected == true
+        try await catalogue.write { db in
+            var record = try db.server(found.id)
+            if case .refused(let why) = StateTable.verdict(record.lifecycle, .restartServer, hasRecoveryPoint: true) { throw ApplianceError.refused(why) }
+            guard connected else {
+                throw ApplianceError.refused("The agent of \(found.name) is not connected: start it on the server (afterimage agent run).")
+            }
+            try db.apply(.restartServer, to: &record, who: who, hasRecoveryPoint: true)
+        }
+        await tell(found.serverID, .restart)
+        return try await view(found.id)
     }
 
     /// Oldest first. With a limit the newest so many; with `before`, those older than that point: pages backwards through them all.

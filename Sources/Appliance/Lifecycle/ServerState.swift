@@ -51,6 +51,8 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case renewEnrolment = "Renew Enrolment"
     case startReplication = "Start Replication"
     case stopReplication = "Stop Replication"
+    case pauseReplication = "Pause Replication"
+    case restartServer = "Restart Server"
     case drill = "Disaster Recovery Drill"
     case clearDrill = "Clear Test Failover Environment"
     case failover = "Failover"
@@ -75,7 +77,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     public var isOperation: Bool { Trigger.operations.contains(self) }
 
     public static let operations: [Trigger] = [
-        .renewEnrolment, .startReplication, .stopReplication, .drill, .clearDrill, .failover, .changeRecoveryPoint,
+        .renewEnrolment, .startReplication, .stopReplication, .pauseReplication, .restartServer, .drill, .clearDrill, .failover, .changeRecoveryPoint,
         .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .unregister,
     ]
     public static let happenings: [Trigger] = allCases.filter { !$0.isOperation }

@@ -13,45 +13,47 @@ extension StateTable {
             .renewEnrolment: .stays, .unregister: .removes, .agentConnected: .to(.initialized), .agentUnfit: .to(.abnormal),
         ],
         .initialized: [
-            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .failover: .toWithPoint(.failoverInProgress),
+            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .restartServer: .stays, .failover: .toWithPoint(.failoverInProgress),
             .unregister: .removes, .agentUnfit: .to(.abnormal),
         ],
         .abnormal: [
-            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .stopReplication: .stays, .failover: .toWithPoint(.failoverInProgress),
-            .unregister: .removes, .agentConnected: .to(.initialized),
+            .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .stopReplication: .stays, .restartServer: .stays,
+            .failover: .toWithPoint(.failoverInProgress), .unregister: .removes, .agentConnected: .to(.initialized),
         ],
         .enableReplicating: [
-            .stopReplication: .to(.initialized), .failover: .toWithPoint(.failoverInProgress),
+            .stopReplication: .to(.initialized), .pauseReplication: .to(.replicationInterrupted), .restartServer: .stays,
+            .failover: .toWithPoint(.failoverInProgress),
             .fullSyncStarted: .to(.initialFullSync), .pointsFollow: .to(.replicating), .linkLost: .to(.replicationInterrupted),
             .agentUnfit: .to(.abnormal),
         ],
         .initialFullSync: [
-            .stopReplication: .to(.initialized), .failover: .toWithPoint(.failoverInProgress),
+            .stopReplication: .to(.initialized), .pauseReplication: .to(.replicationInterrupted), .restartServer: .stays,
+            .failover: .toWithPoint(.failoverInProgress),
             .pointsFollow: .to(.replicating), .linkLost: .to(.replicationInterrupted), .agentUnfit: .to(.abnormal),
         ],
         .replicating: [
-            .stopReplication: .to(.initialized), .createRecoveryPoint: .stays, .drill: .toWithPoint(.testFailoverInProgress),
+            .stopReplication: .to(.initialized), .pauseReplication: .to(.replicationInterrupted), .restartServer: .stays, .createRecoveryPoint: .stays, .drill: .toWithPoint(.testFailoverInProgress),
             .failover: .toWithPoint(.failoverInProgress), .fullSyncStarted: .to(.initialFullSync),
             .linkLost: .to(.replicationInterrupted), .agentUnfit: .to(.abnormal),
         ],
         .replicationInterrupted: [
             .renewEnrolment: .stays, .startReplication: .to(.enableReplicating), .stopReplication: .to(.initialized),
-            .failover: .toWithPoint(.failoverInProgress), .unregister: .removes, .fullSyncStarted: .to(.initialFullSync),
+            .pauseReplication: .stays, .restartServer: .stays, .failover: .toWithPoint(.failoverInProgress), .unregister: .removes, .fullSyncStarted: .to(.initialFullSync),
             .pointsFollow: .to(.replicating), .agentUnfit: .to(.abnormal),
         ],
 
         .testFailoverInProgress: [
-            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
+            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays, .pauseReplication: .stays, .restartServer: .stays,
             .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
             .startMachine: .stays, .createRecoveryPoint: .stays, .drillReady: .to(.testFailoverReady), .drillFailed: .stays,
         ],
         .testFailoverReady: [
-            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
+            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays, .pauseReplication: .stays, .restartServer: .stays,
             .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
             .startMachine: .stays, .createRecoveryPoint: .stays,
         ],
         .clearTestFailoverEnvironment: [
-            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays,
+            .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays, .pauseReplication: .stays, .restartServer: .stays,
             .clearDrill: .stays, .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
             .startMachine: .stays, .createRecoveryPoint: .stays, .drillCleared: .endsDrill,
         ],
@@ -77,9 +79,12 @@ extension StateTable {
             return "A drill of this server exists: clear it first (afterimage drill clear)."
         case (.setUp, .clearDrill), (.forward, .clearDrill), (.failover, .clearDrill), (.reverse, .clearDrill), (.failback, .clearDrill):
             return "There is no drill of this server to clear."
-        case (.setUp, .stopReplication), (.failover, .stopReplication), (.failback, .stopReplication):
+        case (.setUp, .restartServer):
+            return "The agent has not connected yet: run the enrolment command on the server (afterimage server token makes a new one)."
+        case (.setUp, .stopReplication), (.failover, .stopReplication), (.failback, .stopReplication), (.setUp, .pauseReplication), (.failover, .pauseReplication),
+            (.failback, .pauseReplication):
             return "Replication of this server is not running."
-        case (.reverse, .stopReplication):
+        case (.reverse, .stopReplication), (.reverse, .pauseReplication):
             return "Reverse replication is ended by the Failback, not by stopping it."
         case (.setUp, .changeRecoveryPoint), (.forward, .changeRecoveryPoint), (.setUp, .commitFailover), (.forward, .commitFailover),
             (.setUp, .startMachine), (.forward, .startMachine):
@@ -111,7 +116,7 @@ extension StateTable {
             return "This server is failed over: commit the failover first (afterimage failover commit)."
         case (.failover, .changeRecoveryPoint), (.failover, .commitFailover):
             return "The failover of this server is committed: its recovery point can no longer be changed."
-        case (.failover, .startReplication), (.failover, .drill):
+        case (.failover, .startReplication), (.failover, .drill), (.failover, .restartServer):
             return "This server is failed over (\(state.rawValue)): its source is fenced."
         case (_, .createRecoveryPoint):
             return "A recovery point can be made only in Replicating; this server is in \(state.rawValue)."

@@ -236,6 +236,7 @@ extension ServerRecord {
         case .abnormal: return "look at the reason, then afterimage replication start \(name)"
         case .enableReplicating, .initialFullSync: return "wait for the first recovery point"
         case .replicating: return "nothing; try a drill now and then: afterimage drill start \(name)"
+        case .replicationInterrupted where settings?.isPaused == true: return "afterimage replication resume \(name)"
         case .replicationInterrupted:
             let restart = settings?.automaticRestart == true 
                 ? (agentConnected ? "see why; goes on by itself once that is mended" : "goes on by itself when the agent is back") : "afterimage replication start \(name)"

@@ -52,8 +52,10 @@ public enum AgentCommand: Sendable, Codable, Hashable {
     /// Let no write reach the disks for a while: for a last recovery point that has all that was ever answered. A later fence makes it final, another order
     /// ends it.
     case holdWrites(HoldOrder)
+    /// Look at the disks anew, and say hello.
+    case restart
 
-    private enum Keys: String, CodingKey { case startReplication, stopReplication, fenced, cutNow, holdWrites }
+    private enum Keys: String, CodingKey { case startReplication, stopReplication, fenced, cutNow, holdWrites, restart }
     private enum ValueKeys: String, CodingKey { case value = "_0" }
 
     public init(from decoder: any Decoder) throws {
@@ -65,6 +67,7 @@ public enum AgentCommand: Sendable, Codable, Hashable {
         switch key {
         case .startReplication: self = .startReplication(try values.decode(ReplicationOrder.self, forKey: .value))
         case .stopReplication: self = .stopReplication
+        case .restart: self = .restart
         case .fenced: self = .fenced(try values.decode(Generation.self, forKey: .value))
         // An older appliance says nothing, and means a point such as there were then.
         case .holdWrites: self = .holdWrites(try values.decode(HoldOrder.self, forKey: .value))
@@ -78,6 +81,7 @@ public enum AgentCommand: Sendable, Codable, Hashable {
         case .startReplication(let order):
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .startReplication)
             try values.encode(order, forKey: .value)
+        case .restart: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .restart)
         case .stopReplication: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .stopReplication)
         case .fenced(let generation):
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .fenced)
