@@ -7,7 +7,7 @@ import ServiceLifecycle
 
 struct AgentCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "agent", abstract: "The agent on a protected server.", subcommands: [Run.self, Disks.self, Enroll.self, Detach.self])
+        commandName: "agent", abstract: "The agent on a protected server.", subcommands: [Run.self, Disks.self, Enroll.self, Detach.self, Configuration.self])
 
     struct Run: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
@@ -106,6 +106,20 @@ struct AgentCommand: AsyncParsableCommand {
                 return [device.path, device.kind.rawValue, Words.bytes(device.sizeBytes), use.isEmpty ? "-" : use.joined(separator: " "), verdict ?? "yes"]
             }
             for line in Terminal.table(["DEVICE", "KIND", "SIZE", "MOUNTED ON", "LIVE TAP"], rows) { print(line) }
+        }
+    }
+
+    struct Configuration: AsyncParsableCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Print what the appliance knows of this server's pair, as it was last sent here.",
+            discussion: "Should the appliance lose its catalogue: afterimage catalogue import FILE.")
+        @Option(help: "The agent's state directory.") var state: String = "/var/lib/afterimage/agent"
+
+        func run() async throws {
+            do { print(try AgentConfigurationCopy.text(stateDirectory: absolute(state))) } catch {
+                Terminal.error("\(error)")
+                throw Exit.failed
+            }
         }
     }
 

@@ -27,7 +27,7 @@ struct CommandLineTests {
         "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a", "failover commit a --yes a", "failover commit a --preview --json",
         "server set-policy a all:10m,1h:24h", "replication start a --policy keep-all", "replication start a --consistent-every 0s", "recovery-point create a --note why --wait", "recovery-point hold a p1 --name n",
         "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low --scrub-rate 0 --scrub-pause 7d",
-        "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "catalogue backup /x/c.sqlite", "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
+        "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "catalogue backup /x/c.sqlite", "catalogue import /x/c.json", "agent configuration --state /x", "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T",
     ])
     func parses(words: String) throws {

@@ -277,6 +277,10 @@ struct API: Sendable {
                 try await catalogue.write { db in try db.event(context.who, "Back up catalogue", detail: path) }
                 return Response(status: .noContent)
             },
+            APIRoute(method: .post, path: "/v1/catalogue/import", access: .role(.administrator), summary: "take a pair and its servers from the copy that an agent keeps (afterimage agent configuration)") { request, context in
+                let names = try await lifecycle.importConfiguration(try await request.decoded(ConfigurationCopy.self), who: context.who)
+                return try APIResponse.json(names, status: .created)
+            },
             APIRoute(method: .get, path: "/v1/tokens", access: .role(.administrator), summary: "list access tokens") { _, _ in
                 try APIResponse.json(try await tokens.list())
             },

@@ -53,7 +53,7 @@ actor AgentReplication {
             let writes = hold == nil ? "" : "; writes to its disks stay held"
             logger.warning("fenced: this server was failed over under \(generation); replication stops until an operator decides\(writes)")
             await stop()
-        case .restart:
+        case .restart, .keepConfiguration:
             // The agent's own business, not the replication's.
             break
         case .cutNow(let consistency):

@@ -56,7 +56,14 @@ public struct AgentService: Service {
             let (restarts, restart) = AsyncStream.makeStream(of: Void.self, bufferingPolicy: .bufferingNewest(1))
             let control = AgentControlClient(
                 endpoint: endpoint, hello: { hello }, status: { await replication.status() },
-                onCommand: { if case .restart = $0 { restart.yield() } else { await replication.carryOut($0) } }, logger: logger)
+                onCommand: { command in
+                    switch command {
+                    case .restart: restart.yield()
+                    case .keepConfiguration(let text):
+                        do { try state.keepConfiguration(text) } catch { logger.error("cannot keep the appliance's configuration: \(error)") }
+                    default: await replication.carryOut(command)
+                    }
+                }, logger: logger)
             control.start()
             for await _ in restarts {
                 logger.notice("the appliance asks to begin anew")

@@ -9,6 +9,7 @@ import Replica
 ///     STATE/disks.json              name → size in bytes when last protected
 ///     STATE/tap-name                what the live tap's pins are called after
 ///     STATE/script-pending          see `scriptPendingFile`
+///     STATE/configuration.json      see `ConfigurationCopy`
 ///     STATE/tracked.json            whose replica the live tap's bitmaps are relative to
 ///     STATE/enrolment/{key.pem,cert.pem,ca.pem,link.json}
 final class AgentState: @unchecked Sendable {
@@ -59,6 +60,11 @@ final class AgentState: @unchecked Sendable {
     /// There while the pre-script may have stopped applications and the post-script has not run.
     var scriptPendingFile: String { directory.appendingPathComponent("script-pending").path }
 
+    static func configurationFile(_ state: String) -> String { URL(fileURLWithPath: state, isDirectory: true).appendingPathComponent("configuration.json").path }
+
+    /// The appliance's, in case that it loses its own.
+    func keepConfiguration(_ text: String) throws { try KeyFile.write(text, to: Self.configurationFile(directory.path), mode: 0o600) }
+
     // MARK: live tap
 
     /// Made once.
@@ -103,5 +109,16 @@ final class AgentState: @unchecked Sendable {
         let identity = try TLSIdentity(certificateFile: base.appendingPathComponent("cert.pem").path, keyFile: base.appendingPathComponent("key.pem").path)
         let ca = try String(contentsOf: base.appendingPathComponent("ca.pem"), encoding: .utf8)
         return (LinkEndpoint(host: link.host, port: link.port, identity: identity, caCertificatePEM: ca), link.serverName)
+    }
+}
+
+/// The copy that an agent keeps of its appliance's configuration, for people. Throws when there is none.
+public enum AgentConfigurationCopy {
+    public static func text(stateDirectory: String) throws -> String {
+        let file = AgentState.configurationFile(stateDirectory)
+        guard let data = FileManager.default.contents(atPath: file) else {
+            throw AgentError("there is no \(file): the appliance sends it when the agent connects")
+        }
+        return String(decoding: data, as: UTF8.self)
     }
 }

@@ -25,7 +25,7 @@ extension Lifecycle: LinkServerDelegate {
                 try Self.takeIn(&record, protected: volumes, in: db)
                 return record
             }
-            return try commands(for: record)
+            return try commands(for: record) + [await configurationCommand(for: record)].compactMap { $0 }
         } catch {
             logger.error("cannot take in the agent's hello: \(error)", metadata: ["server": "\(server)"])
             return []

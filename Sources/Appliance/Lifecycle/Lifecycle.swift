@@ -31,6 +31,7 @@ public actor Lifecycle {
     var findings: [ScrubFinding] = []
     var scrubTask: Task<Void, Never>?
     var tightensWhenLow = false
+    var configurationTask: Task<Void, Never>?
     var alertDesk: AlertDesk?
     var alertTasks: [Task<Void, Never>] = []
 
@@ -56,6 +57,7 @@ public actor Lifecycle {
     func stop() async {
         isStopping = true
         scrubTask?.cancel()
+        configurationTask?.cancel()
         await stopAlerts()
         await tasks.stop()
         await endMounts()
@@ -123,6 +125,8 @@ struct LiveAgent: Sendable {
     /// Proofs up to this epoch are in the catalogue.
     var provenInstance: String?
     var provenThrough = EpochNumber.none
+    /// Hash of the copy that it was given.
+    var configuration: Int?
 }
 
 /// Bytes per second over a sliding window.

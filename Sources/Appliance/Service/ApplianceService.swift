@@ -70,6 +70,7 @@ public struct ApplianceService: Service {
         do {
             try await lifecycle.resume()
             try await lifecycle.startUpkeep(configuration.upkeep)
+            await lifecycle.startConfigurationCopies()
             await lifecycle.startAlerts(AlertDesk(catalogue: catalogue, logger: logger), everySeconds: configuration.alertsEverySeconds)
             let linkPort = try await link.start()
             try await serveAPI(catalogue: catalogue, lifecycle: lifecycle, authority: authority, identity: identity, linkPort: linkPort)

@@ -54,8 +54,10 @@ public enum AgentCommand: Sendable, Codable, Hashable {
     case holdWrites(HoldOrder)
     /// Look at the disks anew, and say hello.
     case restart
+    /// JSON of what the appliance would need if it lost its catalogue.
+    case keepConfiguration(String)
 
-    private enum Keys: String, CodingKey { case startReplication, stopReplication, fenced, cutNow, holdWrites, restart }
+    private enum Keys: String, CodingKey { case startReplication, stopReplication, fenced, cutNow, holdWrites, restart, keepConfiguration }
     private enum ValueKeys: String, CodingKey { case value = "_0" }
 
     public init(from decoder: any Decoder) throws {
@@ -68,6 +70,7 @@ public enum AgentCommand: Sendable, Codable, Hashable {
         case .startReplication: self = .startReplication(try values.decode(ReplicationOrder.self, forKey: .value))
         case .stopReplication: self = .stopReplication
         case .restart: self = .restart
+        case .keepConfiguration: self = .keepConfiguration(try values.decode(String.self, forKey: .value))
         case .fenced: self = .fenced(try values.decode(Generation.self, forKey: .value))
         // An older appliance says nothing, and means a point such as there were then.
         case .holdWrites: self = .holdWrites(try values.decode(HoldOrder.self, forKey: .value))
@@ -81,6 +84,9 @@ public enum AgentCommand: Sendable, Codable, Hashable {
         case .startReplication(let order):
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .startReplication)
             try values.encode(order, forKey: .value)
+        case .keepConfiguration(let text):
+            var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .keepConfiguration)
+            try values.encode(text, forKey: .value)
         case .restart: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .restart)
         case .stopReplication: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .stopReplication)
         case .fenced(let generation):
