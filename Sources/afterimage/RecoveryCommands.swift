@@ -6,11 +6,19 @@ import Foundation
 struct MachineOptions: ParsableArguments {
     @Option(help: "CPUs; default: as recorded at Start Replication.") var cpus: Int?
     @Option(name: .customLong("memory"), help: "Memory in MiB; default: as recorded at Start Replication.") var memoryMiB: Int?
-    @Option(help: "Recovery network: isolated, user or none; default: the site pair's.") var network: RecoveryNetwork?
+    @Option(help: "Recovery network: isolated, user, bridge or none; default: the site pair's.") var network: RecoveryNetwork?
+    @Option(help: ArgumentHelp("With network bridge: a bridge of this host that is there already.", valueName: "name")) var bridge: String?
+    @Option(help: ArgumentHelp("With network bridge: an own one with this network; the address is this host's in it.", valueName: "10.80.0.1/24"))
+    var bridgeSubnet: IPv4Interface?
+    @Flag(inversion: .prefixedNo, help: "Give out addresses of --bridge-subnet.") var dhcp = true
     @Option(help: ArgumentHelp("With network user: a port of this host's 127.0.0.1 that leads to the machine; repeat it.", valueName: "hostport:port"))
     var forward: [PortForward] = []
     @Option(help: "What makes the machine ready: none (QEMU runs it) or serial:REGEX (a line of its serial console).") var bootCheck: String?
     @Option(help: ArgumentHelp("Time limit of the boot check in seconds; default 120.", valueName: "seconds")) var bootTimeout: Int?
+
+    func validate() throws {
+        guard bridge == nil || bridgeSubnet == nil else { throw ValidationError("--bridge is one that is there already, --bridge-subnet makes one: give one of them") }
+    }
 
     func request(point: String?) -> Appliance.StartMachine {
         var request = Appliance.StartMachine()
@@ -19,6 +27,7 @@ struct MachineOptions: ParsableArguments {
         request.memoryMiB = memoryMiB
         request.network = network
         request.forwards = forward.isEmpty ? nil : forward
+        request.bridge = bridge.map { BridgeSettings(name: $0) } ?? bridgeSubnet.map { BridgeSettings(subnet: $0, dhcp: dhcp) }
         request.bootCheck = bootCheck
         request.bootSecondsMax = bootTimeout
         return request

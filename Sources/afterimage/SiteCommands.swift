@@ -13,7 +13,7 @@ struct SitePairCommand: AsyncParsableCommand {
         @Option(help: "Name of the primary site.") var primary: String = "primary"
         @Option(help: "Name of the secondary site, where this appliance is.") var secondary: String = "secondary"
         @Option(help: "Name of the replication network, for people.") var replicationNetwork: String?
-        @Option(help: "Recovery network of its machines unless told otherwise: isolated, user or none.") var recoveryNetwork: RecoveryNetwork?
+        @Option(help: "Recovery network of its machines unless told otherwise: isolated, user, bridge or none.") var recoveryNetwork: RecoveryNetwork?
 
         func run(_ client: APIClient) async throws {
             let pair: SitePairRecord = try await client.post(

@@ -101,6 +101,10 @@ extension Role: ExpressibleByArgument {}
 extension RecoveryNetwork: ExpressibleByArgument {}
 extension AcceleratorChoice: ExpressibleByArgument {}
 
+extension IPv4Interface: ExpressibleByArgument {
+    public init?(argument: String) { self.init(argument) }
+}
+
 extension ListenAddress: ExpressibleByArgument {
     public init?(argument: String) { self.init(argument) }
 }

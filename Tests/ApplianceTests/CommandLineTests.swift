@@ -20,7 +20,7 @@ struct CommandLineTests {
         "recovery-point unexport a --point p1", "recovery-point exports", "recovery-point list a --limit 20",
         "recovery-point export a p1 --to raw --output /x/a.raw --wait", "recovery-point export a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
         "recovery-point mount a p1 /mnt --disk vda --partition 2", "recovery-point unmount /mnt", "recovery-point mounts", "task cancel 7",
-        "drill start a --wait --network none", "drill clear a --wait",
+        "drill start a --wait --network none", "drill start a --network bridge --bridge br0", "drill start a --network bridge --bridge-subnet 10.80.0.1/24 --no-dhcp", "drill clear a --wait",
         "failover start a --graceful --yes a --preview", "server remove a --preview", "failover change-recovery-point a --point p --yes a",
         "alert list --all", "alert-channel list", "alert-channel create c --webhook https://h/x --secret-file /s --severity critical", "alert-channel test c", "alert-channel delete c",
         "alert-channel create c --mail-server smtp://h --mail-from a@b --mail-to c@d --mail-user u --mail-password-file /p", "server set-alerts a --rpo-target 60s --drill-every 0s",
@@ -35,7 +35,7 @@ struct CommandLineTests {
     }
 
     @Test("wrong usage is exit code 64", arguments: [
-        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --forward 1:2:3",
+        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --bridge-subnet 10.80.0/24", "drill start a --bridge br0 --bridge-subnet 10.80.0.1/24", "drill start a --forward 1:2:3",
         "alert-channel create c", "alert-channel create c --webhook https://h/ --mail-to a@b", "alert-channel create c --mail-server smtp://h", "server set-alerts a --rpo-target soon",
         "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "agent run --disk vda=/dev/x --read-share 0", "agent run --disk vda=/dev/x --patience -1", "task show twelve", "fly",
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",

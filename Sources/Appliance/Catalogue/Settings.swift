@@ -39,6 +39,8 @@ public enum RecoveryNetwork: String, Sendable, Codable, CaseIterable {
     case isolated
     /// Out through the host (user mode), in through the forwarded ports.
     case user
+    /// A card on a bridge of the host: see `BridgeSettings`.
+    case bridge
 }
 
 /// A port of the appliance's host, on 127.0.0.1, that leads to a port of the machine.
@@ -90,4 +92,6 @@ public struct MachineSettings: Sendable, Codable, Hashable {
     public var bootCheck: BootCheck
     /// Time limit of the boot check, from the start of QEMU.
     public var bootSecondsMax: Int
+    /// Of the network `bridge`.
+    public var bridge: BridgeSettings?
 }

@@ -84,11 +84,13 @@ extension Lifecycle {
     func machineSettings(_ server: ServerRecord, _ request: StartMachine) async throws -> MachineSettings {
         let pairName = server.sitePair
         let pair = try await catalogue.read { db in try db.sitePair(pairName) }
-        let settings = MachineSettings(
+        var settings = MachineSettings(
             cpus: request.cpus ?? server.settings?.cpus ?? 2, memoryMiB: request.memoryMiB ?? server.settings?.memoryMiB ?? 1024,
             network: request.network ?? pair.recoveryNetwork, forwards: request.forwards ?? [],
             bootCheck: try BootCheck(text: request.bootCheck ?? "none"), bootSecondsMax: request.bootSecondsMax ?? 120)
+        settings.bridge = request.bridge
         try checkMachine(cpus: settings.cpus, memoryMiB: settings.memoryMiB)
+        try checkNetwork(settings)
         guard settings.forwards.isEmpty || settings.network == .user else {
             throw ApplianceError.invalid("ports are forwarded only on the recovery network user, not \(settings.network.rawValue)")
         }
@@ -96,6 +98,15 @@ extension Lifecycle {
             throw ApplianceError.invalid("the boot check's time limit is 1 to 3600 seconds, not \(settings.bootSecondsMax)")
         }
         return settings
+    }
+
+    private func checkNetwork(_ settings: MachineSettings) throws {
+        guard settings.network == .bridge else {
+            guard settings.bridge == nil else { throw ApplianceError.invalid("a bridge is for the recovery network bridge, not \(settings.network.rawValue)") }
+            return
+        }
+        try (settings.bridge ?? BridgeSettings()).check()
+        throw ApplianceError.refused("Machines of this appliance cannot be connected to bridges yet: use the recovery network isolated or user.")
     }
 
     /// Fork, disks, QEMU, boot check. Every step may be repeated; what is there already is taken over.

@@ -154,6 +154,7 @@ extension Lifecycle {
             machine.cpus = request.cpus ?? old.settings.cpus
             machine.memoryMiB = request.memoryMiB ?? old.settings.memoryMiB
             machine.network = request.network ?? old.settings.network
+            machine.bridge = machine.network == .bridge ? request.bridge ?? old.settings.bridge : nil
             machine.forwards = request.forwards ?? (machine.network == .user ? old.settings.forwards : [])
             machine.bootCheck = request.bootCheck == nil ? old.settings.bootCheck : machine.bootCheck
             machine.bootSecondsMax = request.bootSecondsMax ?? old.settings.bootSecondsMax

@@ -229,6 +229,8 @@ public struct StartMachine: Sendable, Codable {
     public var memoryMiB: Int?
     public var network: RecoveryNetwork?
     public var forwards: [PortForward]?
+    /// Of the network `bridge`.
+    public var bridge: BridgeSettings?
     /// `none` or `serial:REGEX`.
     public var bootCheck: String?
     public var bootSecondsMax: Int?

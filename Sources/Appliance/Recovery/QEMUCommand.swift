@@ -50,7 +50,7 @@ public struct QEMUCommand: Sendable {
         }
         let card = ["-device", "virtio-net-pci,netdev=net0,romfile="]  // no network boot, no ROM file to look for
         switch machine.network {
-        case .none: break
+        case .none, .bridge: break
         case .isolated: words += ["-netdev", "user,id=net0,restrict=on"] + card
         case .user:
             let forwards = machine.forwards.map { ",hostfwd=tcp:127.0.0.1:\($0.hostPort)-:\($0.guestPort)" }.joined()
