@@ -93,7 +93,7 @@ extension ReplicaStore {
 
     /// Applies the layers of `chain` that the snapshot does not have. Their headers name the parent of the time; a merge may have taken
     /// that one's place.
-    private func apply(_ chain: [LayerRecord], to snapshot: inout IndexSnapshot) throws(StoreError) {
+    func apply(_ chain: [LayerRecord], to snapshot: inout IndexSnapshot) throws(StoreError) {
         for record in chain[(snapshot.covered(of: chain) ?? 0)...] {
             let reader = try LayerReader(storage, store: uuid, record: record)
             try snapshot.apply(reader, checksums.checksums(of: reader))
