@@ -7,7 +7,17 @@ import ServiceLifecycle
 
 struct AgentCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "agent", abstract: "The agent on a protected server.", subcommands: [Run.self, Disks.self, Enroll.self, Detach.self, Configuration.self])
+        commandName: "agent", abstract: "The agent on a protected server.", subcommands: [Run.self, Rescue.self, Disks.self, Enroll.self, Detach.self, Configuration.self])
+
+    /// Of `--disk`.
+    static func disks(_ words: [String]) throws -> [AgentConfiguration.Disk] {
+        try words.map { text in
+            guard let equals = text.firstIndex(of: "="), equals != text.startIndex, text.index(after: equals) != text.endIndex else {
+                throw ValidationError("--disk \(text): write NAME=DEVICE, for example vda=/dev/sda")
+            }
+            return AgentConfiguration.Disk(name: String(text[..<equals]), devicePath: absolute(String(text[text.index(after: equals)...])))
+        }
+    }
 
     struct Run: AsyncParsableCommand {
         static let configuration = CommandConfiguration(
@@ -39,12 +49,7 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
 
         func agentConfiguration() throws -> AgentConfiguration {
-            let disks = try disk.map { text in
-                guard let equals = text.firstIndex(of: "="), equals != text.startIndex, text.index(after: equals) != text.endIndex else {
-                    throw ValidationError("--disk \(text): write NAME=DEVICE, for example vda=/dev/sda")
-                }
-                return AgentConfiguration.Disk(name: String(text[..<equals]), devicePath: absolute(String(text[text.index(after: equals)...])))
-            }
+            let disks = try AgentCommand.disks(disk)
             var following = LiveTapConfiguration()
             following.readBytesPerSecondMax = readLimit.bytes
             following.readDepth = readDepth

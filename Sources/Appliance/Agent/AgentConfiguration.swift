@@ -33,6 +33,8 @@ public struct AgentConfiguration: Sendable {
     public var preScript: String?
     public var postScript: String?
     public var scriptSeconds = 60
+    /// The disks are held for nothing but to be brought up to what runs at the appliance: nobody uses them meanwhile.
+    public var isRescue = false
 
     public init(
         stateDirectory: String, tapKind: TapKind, socketDirectory: String, disks: [Disk], acceptsSmallerDisks: Bool = false,

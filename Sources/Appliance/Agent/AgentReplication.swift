@@ -2,8 +2,17 @@ import BlockTap
 import Logging
 import Replica
 
+/// Whoever carries out the appliance's commands at the agent.
+protocol CommandedReplication: Sendable {
+    /// Carrying out a command twice is harmless.
+    func carryOut(_ command: AgentCommand) async
+    func status() async -> AgentStatus
+    /// The agent ends.
+    func shutDown() async
+}
+
 /// What the appliance's commands amount to at the agent: at most one Sender over the tap group.
-actor AgentReplication {
+actor AgentReplication: CommandedReplication {
     private let tap: any AgentTap
     private let endpoint: LinkEndpoint
     private let logger: Logger
@@ -56,6 +65,8 @@ actor AgentReplication {
         case .restart, .keepConfiguration:
             // The agent's own business, not the replication's.
             break
+        case .keepOriginal, .startReverse, .disksReady:
+            logger.error("the appliance takes this agent for one in rescue mode: nothing is done")
         case .cutNow(let consistency):
             sender?.cutNow(consistency: consistency)
         case .holdWrites(let order):

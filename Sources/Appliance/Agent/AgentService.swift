@@ -51,7 +51,10 @@ public struct AgentService: Service {
         let (endpoint, serverName) = try await enrolment(state)
         logger.info("server \(serverName) replicates to \(endpoint.host):\(endpoint.port)")
         while !Task.isCancelled {
-            let replication = AgentReplication(tap: tap, endpoint: endpoint, logger: logger)
+            let replication: any CommandedReplication =
+                if let disks = tap as? RescueDisks { RescueReplication(disks: disks, endpoint: endpoint, logger: logger) } else {
+                    AgentReplication(tap: tap, endpoint: endpoint, logger: logger)
+                }
             let hello = tap.hello
             let (restarts, restart) = AsyncStream.makeStream(of: Void.self, bufferingPolicy: .bufferingNewest(1))
             let control = AgentControlClient(

@@ -45,6 +45,7 @@ extension AgentConfiguration {
             }
             guard names.insert(disk.name).inserted else { throw AgentError("two disks are named \(disk.name)") }
         }
+        if isRescue { return try await RescueDisks(configuration: self, logger: logger) }
         return switch tapKind {
         case .nbd: try await InlineTaps(configuration: self, state: state, logger: logger)
         case .live: try await LiveTaps(configuration: self, state: state, logger: logger)

@@ -4,7 +4,7 @@ import Logging
 import NIOCore
 import Synchronization
 
-/// The appliance's half of a resync on one data stream: keeps the replica's newest state open and says what its blocks hash to. Confined to the
+/// The receiver's half of a resync on one data stream: keeps the newest state open and says what its blocks hash to. Confined to the
 /// connection's event loop; reading and hashing is done by the `HashWorkers`.
 ///
 /// The state is taken when the sender asks for it, with nothing of the stream under way, and held until the sender wants no more or the
@@ -13,9 +13,9 @@ import Synchronization
 final class HashAnswers {
     /// What is open. Workers hold it while they read, so that files stay until they are done.
     private final class Opened: Sendable {
-        let volumes: [VolumeReader]
+        let volumes: [any ComparedVolume]
         let hasher: BlockHasher
-        init(_ volumes: [VolumeReader], _ hasher: BlockHasher) {
+        init(_ volumes: [any ComparedVolume], _ hasher: BlockHasher) {
             self.volumes = volumes
             self.hasher = hasher
         }
@@ -28,7 +28,7 @@ final class HashAnswers {
         case open(Opened?)
     }
 
-    private let store: ReplicaStore
+    private let target: any EpochTarget
     private let hello: DataHello
     private let handler: FrameHandler
     private let workers: HashWorkers
@@ -41,8 +41,8 @@ final class HashAnswers {
     private var lastQuestion: UInt64 = 0
     private var openQuestionCount = 0
 
-    init(store: ReplicaStore, hello: DataHello, handler: FrameHandler, workers: HashWorkers, fault: LinkFault?, logger: Logger) {
-        self.store = store
+    init(target: any EpochTarget, hello: DataHello, handler: FrameHandler, workers: HashWorkers, fault: LinkFault?, logger: Logger) {
+        self.target = target
         self.hello = hello
         self.handler = handler
         self.workers = workers
@@ -64,11 +64,11 @@ final class HashAnswers {
         let hasher = BlockHasher.random()
         let flag = isUnwanted
         let bound = NIOLoopBound(self, eventLoop: handler.eventLoop)
-        let (store, group, logger, fault) = (store, hello.group, logger, fault)
+        let (target, group, logger, fault) = (target, hello.group, logger, fault)
         let accepted = workers.run {
             var opened: Opened?
             do throws(StoreError) {
-                if let newest = try store.openNewest(group, isOldest: fault == .hashesTheOldest), newest.position == position {
+                if let newest = try target.openNewest(isOldest: fault == .hashesTheOldest), newest.position == position {
                     opened = Opened(newest.volumes, hasher)
                 }
             } catch {
@@ -99,9 +99,9 @@ final class HashAnswers {
         openQuestionCount += 1
         let flag = isUnwanted
         let bound = NIOLoopBound(self, eventLoop: handler.eventLoop)
-        let (store, group, workers) = (store, hello.group, workers)
+        let (target, workers) = (target, workers)
         let accepted = workers.run {
-            let answer = workers.answer(wanted, opened.volumes[wanted.volume], opened.hasher, of: group, in: store, unless: flag)
+            let answer = workers.answer(wanted, opened.volumes[wanted.volume], opened.hasher, of: target, unless: flag)
             bound.eventLoop.execute { bound.value.answered(answer) }
         }
         if !accepted { answered(HashesMeta(question: wanted.question, runs: [.init(kind: .unreadable, count: wanted.blockCount)])) }
@@ -181,7 +181,7 @@ final class HashWorkers: Sendable {
     // MARK: On a worker
 
     func answer(
-        _ wanted: HashesWantedMeta, _ reader: VolumeReader, _ hasher: BlockHasher, of group: GroupID, in store: ReplicaStore, unless flag: Flag
+        _ wanted: HashesWantedMeta, _ reader: any ComparedVolume, _ hasher: BlockHasher, of target: any EpochTarget, unless flag: Flag
     ) -> HashesMeta {
         var answer = HashesMeta(question: wanted.question)
         let end = wanted.firstBlock + UInt64(wanted.blockCount)
@@ -193,8 +193,8 @@ final class HashWorkers: Sendable {
                 answer.add(.unreadable, Int(end - block))
                 break
             }
-            let (extent, pieceEnd) = reader.map.index.piece(at: block, end: end)
-            guard extent != nil else {
+            let (hasData, pieceEnd) = reader.piece(at: block, end: end)
+            guard hasData else {
                 answer.add(.zero, Int(pieceEnd - block))
                 block = pieceEnd
                 continue
@@ -202,13 +202,13 @@ final class HashWorkers: Sendable {
             let limit = min(end, block + Self.pieceBlocks)
             var last = min(pieceEnd, limit)
             while last < limit {
-                let (next, nextEnd) = reader.map.index.piece(at: last, end: limit)
-                guard next != nil else { break }
+                let (hasMore, nextEnd) = reader.piece(at: last, end: limit)
+                guard hasMore else { break }
                 last = nextEnd
             }
             let buffer = memory ?? .allocate(byteCount: Int(Self.pieceBlocks) * blockBytes, alignment: pageBytes)
             memory = buffer
-            giveWay(Int(last - block) * blockBytes, group, store, flag)
+            giveWay(Int(last - block) * blockBytes, target, flag)
             hash(block..<last, reader, hasher, buffer, &answer)
             block = last
         }
@@ -216,7 +216,7 @@ final class HashWorkers: Sendable {
     }
 
     /// What cannot be read is read again in smaller pieces: only the bad blocks are to be sent anew.
-    private func hash(_ blocks: Range<UInt64>, _ reader: VolumeReader, _ hasher: BlockHasher, _ buffer: UnsafeMutableRawBufferPointer, _ answer: inout HashesMeta) {
+    private func hash(_ blocks: Range<UInt64>, _ reader: any ComparedVolume, _ hasher: BlockHasher, _ buffer: UnsafeMutableRawBufferPointer, _ answer: inout HashesMeta) {
         let offset = blocks.lowerBound * UInt64(blockBytes)
         let length = Int(min(blocks.upperBound * UInt64(blockBytes), reader.geometry.sizeBytes) - offset)
         do throws(StoreError) {
@@ -235,9 +235,9 @@ final class HashWorkers: Sendable {
         }
     }
 
-    private func giveWay(_ byteCount: Int, _ group: GroupID, _ store: ReplicaStore, _ flag: Flag) {
+    private func giveWay(_ byteCount: Int, _ target: any EpochTarget, _ flag: Flag) {
         var yields = 0
-        while yields < Self.yieldsMax, !flag.isSet, !isStopping.isSet, store.isWriting(besides: group) {
+        while yields < Self.yieldsMax, !flag.isSet, !isStopping.isSet, target.isBusyElsewhere {
             usleep(Self.yieldMicroseconds)
             yields += 1
         }

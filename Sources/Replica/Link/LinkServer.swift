@@ -23,6 +23,7 @@ public final class LinkServer: Sendable {
     private let port: Int
     private let group: any EventLoopGroup
     private let listener = Mutex<(any Channel)?>(nil)
+    private let offers = Mutex<[GroupID: ReverseOffer]>([:])
 
     /// `port` 0 lets the system choose; `start` says which. `identity` is the appliance's server certificate
     /// (`CertificateAuthority.issueServer`), `caCertificatePEM` what clients' certificates are checked against.
@@ -100,6 +101,23 @@ public final class LinkServer: Sendable {
             await connection.end(Refusal(.notAuthorized, "server \(server) was disconnected by the appliance"))
         }
     }
+
+    /// From now on the group's server may fetch what the offer's source has. Ends a stream of another offer of this group.
+    public func offerReverse(_ offer: ReverseOffer) async {
+        let older = offers.withLock { offers in
+            defer { offers[offer.order.group] = offer }
+            return offers[offer.order.group]
+        }
+        if let older, older !== offer { await endReplication(of: offer.order.group, reason: "reverse replication was begun anew") }
+    }
+
+    /// Nothing is offered of the group any more; returns when its source is not used any more.
+    public func endReverse(of group: GroupID, reason: String) async {
+        guard offers.withLock({ $0.removeValue(forKey: group) }) != nil else { return }
+        await endReplication(of: group, reason: reason)
+    }
+
+    func reverseOffer(of group: GroupID) -> ReverseOffer? { offers.withLock { $0[group] } }
 
     /// Ends the data streams of a group, for instance before its generation is raised or it is deleted; returns when none of
     /// its epochs is being made durable any more.

@@ -31,6 +31,8 @@ public struct AgentHello: Sendable, Codable, Hashable {
     public var disks: [DiskReport]
     /// Of a host that is itself protected (live tap).
     public var specification: HostSpecification?
+    /// Only of an agent in rescue mode: what its disks are to be confirmed by, in the order of `disks`.
+    public var rescue: [RescueDisk]?
     public init(agentVersion: String, hostName: String, kernel: String, instance: String, disks: [DiskReport], specification: HostSpecification? = nil) {
         self.agentVersion = agentVersion
         self.hostName = hostName
@@ -38,6 +40,32 @@ public struct AgentHello: Sendable, Codable, Hashable {
         self.instance = instance
         self.disks = disks
         self.specification = specification
+    }
+}
+
+/// A disk that an agent in rescue mode holds: nobody else uses it, and it may be overwritten.
+public struct RescueDisk: Sendable, Codable, Hashable {
+    public var name: String
+    /// Serial number or world-wide name.
+    public var serial: String?
+    public init(name: String, serial: String?) {
+        self.name = name
+        self.serial = serial
+    }
+}
+
+/// What is sent back onto an agent's disks.
+public struct ReverseOrder: Sendable, Codable, Hashable {
+    public var group: GroupID
+    public var generation: Generation
+    public var disks: [VolumeSpec]
+    /// What an operator has confirmed, in the same order: a serial, or the device's path where there is none.
+    public var confirmed: [String]
+    public init(group: GroupID, generation: Generation, disks: [VolumeSpec], confirmed: [String]) {
+        self.group = group
+        self.generation = generation
+        self.disks = disks
+        self.confirmed = confirmed
     }
 }
 
@@ -56,8 +84,16 @@ public enum AgentCommand: Sendable, Codable, Hashable {
     case restart
     /// JSON of what the appliance would need if it lost its catalogue.
     case keepConfiguration(String)
+    /// To an agent in rescue mode only: send what the disks hold, before anything is overwritten.
+    case keepOriginal(ReplicationOrder)
+    /// To an agent in rescue mode only: fetch what is sent back, and write it onto the disks.
+    case startReverse(ReverseOrder)
+    /// To an agent in rescue mode only: the disks hold everything, and nothing more will be written.
+    case disksReady
 
-    private enum Keys: String, CodingKey { case startReplication, stopReplication, fenced, cutNow, holdWrites, restart, keepConfiguration }
+    private enum Keys: String, CodingKey {
+        case startReplication, stopReplication, fenced, cutNow, holdWrites, restart, keepConfiguration, keepOriginal, startReverse, disksReady
+    }
     private enum ValueKeys: String, CodingKey { case value = "_0" }
 
     public init(from decoder: any Decoder) throws {
@@ -70,6 +106,9 @@ public enum AgentCommand: Sendable, Codable, Hashable {
         case .startReplication: self = .startReplication(try values.decode(ReplicationOrder.self, forKey: .value))
         case .stopReplication: self = .stopReplication
         case .restart: self = .restart
+        case .disksReady: self = .disksReady
+        case .keepOriginal: self = .keepOriginal(try values.decode(ReplicationOrder.self, forKey: .value))
+        case .startReverse: self = .startReverse(try values.decode(ReverseOrder.self, forKey: .value))
         case .keepConfiguration: self = .keepConfiguration(try values.decode(String.self, forKey: .value))
         case .fenced: self = .fenced(try values.decode(Generation.self, forKey: .value))
         // An older appliance says nothing, and means a point such as there were then.
@@ -88,6 +127,13 @@ public enum AgentCommand: Sendable, Codable, Hashable {
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .keepConfiguration)
             try values.encode(text, forKey: .value)
         case .restart: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .restart)
+        case .disksReady: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .disksReady)
+        case .keepOriginal(let order):
+            var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .keepOriginal)
+            try values.encode(order, forKey: .value)
+        case .startReverse(let order):
+            var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .startReverse)
+            try values.encode(order, forKey: .value)
         case .stopReplication: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .stopReplication)
         case .fenced(let generation):
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .fenced)

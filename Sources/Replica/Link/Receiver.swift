@@ -5,7 +5,7 @@ import Dispatch
 import Logging
 import NIOCore
 
-/// The appliance's end of one data stream: from frames to the store's epochs. Confined to the connection's event loop.
+/// The receiving end of one data stream: from frames to the epochs of a store's group, or onto disks. Confined to the connection's event loop.
 ///
 /// Rules
 /// - A block is appended only after it matched its checksum.
@@ -16,12 +16,6 @@ import NIOCore
 /// - Credits: what was received minus what the store wrote stays below the window. An epoch that ends returns what it
 ///   still held.
 final class Receiver {
-    /// As much as the store has buffers for, less what partly filled ones may take at the borders of epochs and segments: `append`
-    /// then never finds them all in use, and never blocks the event loop.
-    static func windowBytes(_ store: ReplicaStore) -> UInt64 {
-        UInt64(max(store.options.writeBufferCount - 5, 4) * store.options.writeBufferBytes)
-    }
-
     /// An epoch's part in the credits. Apart from `OpenEpoch` so that the writer's callback does not keep the writer alive.
     private final class Account {
         var dataBytes: UInt64 = 0
@@ -32,18 +26,20 @@ final class Receiver {
     /// An epoch being received or sealed.
     private final class OpenEpoch {
         let cut: Cut
-        let writer: EpochWriter
+        let writer: any TargetEpoch
         let account = Account()
         var zeroBytes: UInt64 = 0
         var digest: UInt64 = 0
-        init(cut: Cut, writer: EpochWriter) {
+        init(cut: Cut, writer: any TargetEpoch) {
             self.cut = cut
             self.writer = writer
         }
     }
 
     let windowBytes: UInt64
-    private let store: ReplicaStore
+    private let target: any EpochTarget
+    /// Of a group in a store: what repairs blocks that it has lost.
+    private let store: ReplicaStore?
     private let hello: DataHello
     private let handler: FrameHandler
     private let logger: Logger
@@ -67,15 +63,16 @@ final class Receiver {
     private var unpacked = UnsafeMutableRawBufferPointer(start: nil, count: 0)
 
     /// `position`: what WELCOME said.
-    init(store: ReplicaStore, hello: DataHello, position: DurablePosition?, handler: FrameHandler, timing: LinkTiming, workers: HashWorkers, logger: Logger) {
-        hashes = HashAnswers(store: store, hello: hello, handler: handler, workers: workers, fault: timing.fault, logger: logger)
-        windowBytes = Self.windowBytes(store)
-        self.store = store
+    init(target: any EpochTarget, hello: DataHello, position: DurablePosition?, handler: FrameHandler, timing: LinkTiming, workers: HashWorkers, logger: Logger) {
+        hashes = HashAnswers(target: target, hello: hello, handler: handler, workers: workers, fault: timing.fault, logger: logger)
+        windowBytes = target.windowBytes
+        self.target = target
+        store = (target as? GroupTarget)?.store
         self.hello = hello
         parent = position
         self.handler = handler
         self.logger = logger
-        guard hello.answersWanted == true else { return }
+        guard hello.answersWanted == true, store != nil else { return }
         let bound = NIOLoopBound(WeakReceiver(self), eventLoop: handler.eventLoop)
         repairTask = handler.eventLoop.scheduleRepeatedTask(initialDelay: timing.repair, delay: timing.repair) { task in
             if let receiver = bound.value.receiver { receiver.ask() } else { task.cancel() }
@@ -120,7 +117,7 @@ final class Receiver {
             try hashes.begin(at: parent)
         case .hashesWanted: try hashes.wanted(HashesWantedMeta(&reader))
         case .alive: break
-        default: throw .unexpected(frame.header.type, "not part of a data stream from an agent")
+        default: throw .unexpected(frame.header.type, "not part of a data stream from its sender")
         }
     }
 
@@ -131,7 +128,7 @@ final class Receiver {
         guard cut.epoch > lastEpoch else { throw .unexpected(.epochBegin, "\(cut.epoch) after \(lastEpoch)") }
         lastEpoch = cut.epoch
         do throws(StoreError) {
-            let writer = try store.beginEpoch(hello.group, generation: hello.generation, cut: cut, instance: hello.instance, after: parent)
+            let writer = try target.beginEpoch(cut, after: parent)
             let epoch = OpenEpoch(cut: cut, writer: writer)
             let bound = NIOLoopBound((self, epoch.account), eventLoop: handler.eventLoop)
             writer.onWritten = { count in
@@ -319,10 +316,10 @@ final class Receiver {
     /// Asks the source for blocks that the store has lost, when there are any. The store is asked on another thread: what is bad may take some
     /// time to find out.
     private func ask() {
-        guard !isEnded, !isAsking, asked == nil, store.scrubber.hasBadBlocks else { return }
+        guard !isEnded, !isAsking, asked == nil, let store, store.scrubber.hasBadBlocks else { return }
         isAsking = true
         let bound = NIOLoopBound(self, eventLoop: handler.eventLoop)
-        let (store, group) = (store, hello.group)
+        let group = hello.group
         DispatchQueue.global(qos: .utility).async {
             var wanted = store.wantedBlocks(group, limit: FrameLimits.wantedBlocksMax)
             if let volume = wanted.first?.volume { wanted.removeAll { $0.volume != volume } }
@@ -342,7 +339,7 @@ final class Receiver {
 
     /// The agent's answer: only what was asked for, and only bytes that match.
     private func blocks(_ frame: FrameView, _ meta: BlocksMeta) throws(FrameError) {
-        guard let (number, wanted) = asked, number == meta.question else { throw .unexpected(.blocks, "nobody asked") }
+        guard let store, let (number, wanted) = asked, number == meta.question else { throw .unexpected(.blocks, "nobody asked") }
         guard frame.payload.count == meta.places.count * blockBytes, meta.places.last ?? 0 < wanted.count else { throw .malformed(.blocks, "its payload does not fit") }
         asked = nil
         var found: [(WantedBlock, [UInt8])] = []
@@ -354,7 +351,7 @@ final class Receiver {
         }
         isAsking = true
         let bound = NIOLoopBound(self, eventLoop: handler.eventLoop)
-        let (store, group, logger) = (store, hello.group, logger)
+        let (group, logger) = (hello.group, logger)
         let answered = found
         DispatchQueue.global(qos: .utility).async {
             let had = Set(answered.map(\.0))

@@ -36,7 +36,8 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     let timing: LinkTiming
     let eventLoop: any NIOCore.EventLoop
     let logger: Logger
-    private let endpoint: LinkEndpoint
+    /// nil: the other side connects, and this one is for a single connection (`adopt`).
+    private let endpoint: LinkEndpoint?
     let published = Mutex(AgentStatus())
     let isWakePending = Atomic(false)
     /// The largest run the source hands out.
@@ -115,7 +116,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     var compareThrottle: Throttle
 
     init(
-        source: any EpochSource, endpoint: LinkEndpoint, order: ReplicationOrder, logger: Logger, base: ReplicationBase,
+        source: any EpochSource, endpoint: LinkEndpoint?, order: ReplicationOrder, logger: Logger, base: ReplicationBase,
         timing: LinkTiming, eventLoop: any NIOCore.EventLoop
     ) {
         self.source = source
@@ -141,6 +142,27 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         guard case .stopped = link, !isStopping else { return }
         isFinal = false
         retries = 0
+        prepare()
+        connect()
+    }
+
+    /// A connection that the other side has opened, and greeted on: this side's WELCOME is on its way.
+    func adopt(_ handler: FrameHandler, windowBytes: UInt64, position: Welcome.Position) {
+        guard case .stopped = link, !isStopping else { return }
+        prepare()
+        link = .greeting(handler)
+        do { try welcomed(Welcome(windowBytes: windowBytes, position: position, hashes: true), handler) } catch { handler.close("\(error)") }
+    }
+
+    /// The connection of `adopt` has ended, or is about to; the future succeeds when the source is not used any more.
+    func ended(_ reason: String) -> EventLoopFuture<Void> {
+        lost(reason)
+        let promise = eventLoop.makePromise(of: Void.self)
+        stop(promise)
+        return promise.futureResult
+    }
+
+    private func prepare() {
         source.setWakeup { [self] in
             guard !isWakePending.exchange(true, ordering: .acquiringAndReleasing) else { return }
             eventLoop.execute { [self] in
@@ -151,7 +173,6 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         if ticker == nil {
             ticker = eventLoop.scheduleRepeatedTask(initialDelay: .zero, delay: .milliseconds(250)) { [self] _ in tick() }
         }
-        connect()
     }
 
     func stop(_ promise: EventLoopPromise<Void>) {
@@ -189,6 +210,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     // MARK: Connecting
 
     private func connect() {
+        guard let endpoint else { return stopped() }
         attempt += 1
         let attempt = attempt
         link = .connecting(attempt: attempt)
@@ -307,7 +329,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     }
 
     private func recovered() {
-        if isStopping || isFinal || (wasConnected && !order.automaticRestart) { return stopped() }
+        if isStopping || isFinal || endpoint == nil || (wasConnected && !order.automaticRestart) { return stopped() }
         let delay = LinkConnector.backOff(retries: retries, timing)
         retries += 1
         link = .waiting(eventLoop.scheduleTask(in: delay) { [self] in connect() })

@@ -11,6 +11,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         case awaitingHello(FrameHandler, ServerIdentity)
         case greeting(FrameHandler)
         case data(FrameHandler, Receiver)
+        case reverse(FrameHandler, SenderLoop)
         case control(FrameHandler, AsyncStream<AgentStatus>.Continuation)
         case ended
     }
@@ -51,8 +52,8 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         case .awaitingHello(let handler, let identity):
             guard frame.header.type == .hello else { throw FrameError.unexpected(frame.header.type, "HELLO comes first") }
             let hello = try frame.json(Hello.self)
-            guard (hello.agent == nil) != (hello.data == nil) else {
-                throw FrameError.malformed(.hello, "it must be for a control stream or for a data stream")
+            guard [hello.agent != nil, hello.data != nil, hello.reverse != nil].count(where: { $0 }) == 1 else {
+                throw FrameError.malformed(.hello, "it must be for a control stream, a data stream or a reverse stream")
             }
             state = .greeting(handler)
             server.registry.add(self, server: identity.server)
@@ -61,6 +62,8 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
             throw FrameError.unexpected(frame.header.type, "WELCOME has not been sent")
         case .data(_, let receiver):
             try receiver.received(frame)
+        case .reverse(_, let sender):
+            try sender.received(frame)
         case .control(_, let events):
             switch frame.header.type {
             case .alive: break
@@ -75,7 +78,9 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         }
     }
 
-    func writable() {}
+    func writable() {
+        if case .reverse(_, let sender) = state { sender.writable() }
+    }
 
     var isWorking: Bool {
         if case .data(_, let receiver) = state { receiver.isWorking } else { false }
@@ -89,6 +94,9 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         case .data(_, let receiver):
             idle = receiver.end(on: eventLoop)
             logger.info("data stream ended: \(reason)")
+        case .reverse(_, let sender):
+            idle = sender.ended(reason)
+            logger.info("reverse stream ended: \(reason)")
         case .control(_, let events):
             events.finish()
             logger.info("control stream ended: \(reason)")
@@ -101,20 +109,53 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
 
     private func greet(_ hello: Hello, _ identity: ServerIdentity) async {
         guard await server.delegate.authorize(identity.server, certificateSerial: identity.certificateSerial) else {
-            return await refuse(Refusal(.notAuthorized, "server \(identity.server) is not (any more) a protected server of this appliance"))
+            return await refuse(
+                Refusal(.notAuthorized, "server \(identity.server) is not (any more) a protected server of this appliance, or was enrolled again since under another certificate"))
         }
         if let data = hello.data {
             await greetData(data, identity.server)
             // It may have closed before it was entered as the group's stream.
             if await onLoop({ if case .ended = self.state { true } else { false } }) { server.registry.remove(self) }
         }
+        if let reverse = hello.reverse {
+            await greetReverse(reverse, identity.server)
+            if await onLoop({ if case .ended = self.state { true } else { false } }) { server.registry.remove(self) }
+        }
         if let agent = hello.agent { await greetControl(agent, identity.server) }
+    }
+
+    /// The roles turn: from WELCOME on this side sends.
+    private func greetReverse(_ hello: ReverseHello, _ id: ServerID) async {
+        guard let offer = server.reverseOffer(of: hello.group), offer.server == id else {
+            return await refuse(Refusal(.unknownGroup, "nothing is sent back to server \(id) now: reverse replication is not running"))
+        }
+        guard offer.order.generation == hello.generation else { return await fence(offer.order.generation, hello.group, hello.generation) }
+        guard offer.order.disks == hello.disks else {
+            return await refuse(Refusal(.volumeMismatch, "the disks \(offer.order.disks.joined(separator: ", ")) are sent back, not \(hello.disks.joined(separator: ", "))"))
+        }
+        if let older = server.registry.takeData(hello.group, self) {
+            await older.end(Refusal(.superseded, "a newer reverse stream of group \(hello.group) has taken over"))
+        }
+        // One that has ended by itself may still be giving back what was under way.
+        await offer.untilFree()
+        await onLoop { [self] in
+            guard case .greeting(let handler) = state else { return }
+            guard server.reverseOffer(of: hello.group) === offer, server.registry.data(of: hello.group) === self else {
+                return handler.refuse(Refusal(.superseded, "reverse replication of group \(hello.group) was begun anew"))
+            }
+            let sender = offer.sender(timing: server.timing, eventLoop: eventLoop)
+            let answer = DataHello(group: hello.group, generation: hello.generation, instance: offer.source.instance, disks: offer.source.disks)
+            handler.send(.welcome) { $0.putJSON(Welcome(reverse: answer)) }
+            state = .reverse(handler, sender)
+            logger.info("reverse stream of group \(hello.group), \(hello.generation), to disks at \(hello.position.epoch)")
+            sender.adopt(handler, windowBytes: hello.windowBytes, position: hello.position)
+        }
     }
 
     private func greetData(_ hello: DataHello, _ id: ServerID) async {
         guard await server.delegate.mayReplicate(id, group: hello.group, generation: hello.generation) else {
             if let current = server.store.group(hello.group)?.generation, hello.generation < current {
-                return await fence(current, hello)
+                return await fence(current, hello.group, hello.generation)
             }
             return await refuse(Refusal(.unknownGroup, "group \(hello.group) is not replicated from server \(id) under \(hello.generation)"))
         }
@@ -132,11 +173,12 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         guard let group = server.store.group(hello.group) else {
             return await refuse(Refusal(.unknownGroup, "group \(hello.group) was deleted"))
         }
-        guard hello.generation >= group.generation else { return await fence(group.generation, hello) }
-        var welcome = Welcome(windowBytes: Receiver.windowBytes(server.store))
+        guard hello.generation >= group.generation else { return await fence(group.generation, hello.group, hello.generation) }
+        let target = GroupTarget(store: server.store, hello: hello)
+        var welcome = Welcome(windowBytes: target.windowBytes)
         welcome.hashes = server.timing.fault == .isOlder ? nil : true
         welcome.position = group.lastDurable.map { .init(instance: $0.instance, epoch: $0.epoch, kind: $0.kind) }
-        await welcomeData(welcome, hello, group.lastDurable)
+        await welcomeData(welcome, hello, target, group.lastDurable)
     }
 
     private func greetControl(_ hello: AgentHello, _ id: ServerID) async {
@@ -170,8 +212,8 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         await onLoop { if case .greeting(let handler) = self.state { handler.refuse(refusal) } }
     }
 
-    private func fence(_ current: Generation, _ hello: DataHello) async {
-        let reason = "group \(hello.group) is at \(current) here, the source came with \(hello.generation)"
+    private func fence(_ current: Generation, _ group: GroupID, _ theirs: Generation) async {
+        let reason = "group \(group) is at \(current) here, the other side came with \(theirs)"
         await onLoop {
             if case .greeting(let handler) = self.state {
                 handler.finish(.fenced, { NumberMeta(current.rawValue).write(&$0) }, reason: reason)
@@ -179,12 +221,12 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         }
     }
 
-    private func welcomeData(_ welcome: Welcome, _ hello: DataHello, _ position: DurablePosition?) async {
+    private func welcomeData(_ welcome: Welcome, _ hello: DataHello, _ target: GroupTarget, _ position: DurablePosition?) async {
         await onLoop { [self] in
             guard case .greeting(let handler) = state else { return }
             handler.send(.welcome) { $0.putJSON(welcome) }
             handler.greeted()
-            state = .data(handler, Receiver(store: server.store, hello: hello, position: position, handler: handler, timing: server.timing, workers: server.hashWorkers, logger: logger))
+            state = .data(handler, Receiver(target: target, hello: hello, position: position, handler: handler, timing: server.timing, workers: server.hashWorkers, logger: logger))
             logger.info("data stream of group \(hello.group), \(hello.generation), from \(welcome.position.map { "\($0.epoch)" } ?? "nothing")")
         }
     }
@@ -218,6 +260,11 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
             case .data(let handler, let receiver):
                 idle = receiver.end(on: eventLoop)
                 handler.refuse(refusal)
+            case .reverse(let handler, let sender):
+                idle = sender.ended(refusal.reason)
+                handler.refuse(refusal)
+                // The sender has let go of it.
+                state = .ended
             case .control(let handler, let events):
                 handler.refuse(refusal)
                 events.finish()

@@ -11,6 +11,8 @@ struct Hello: Codable, Hashable {
     var agent: AgentHello?
     /// Data stream.
     var data: DataHello?
+    /// Reverse stream.
+    var reverse: ReverseHello?
 }
 
 struct DataHello: Codable, Hashable {
@@ -34,6 +36,19 @@ struct Welcome: Codable, Hashable {
     var position: Position?
     /// Whether this appliance answers RESYNC; an older one does not know the frame.
     var hashes: Bool?
+    /// On a reverse stream, what HELLO says on the others.
+    var reverse: DataHello?
+}
+
+/// Opens a stream on which the appliance sends and the agent receives: it says what WELCOME says on the others.
+struct ReverseHello: Codable, Hashable {
+    var group: GroupID
+    var generation: Generation
+    /// Names of the disks, in the order of the group's volumes.
+    var disks: [String]
+    var windowBytes: UInt64
+    /// What the disks hold, if it is of this stream's history; else only a name for whatever they hold.
+    var position: Welcome.Position
 }
 
 struct Refusal: Codable, Hashable {
