@@ -91,6 +91,7 @@ struct ServerCommand: AsyncParsableCommand {
             lines.append("    console     \(machine.consolePath)")
             lines.append("    disks       \(machine.nbdSocketPath)")
         }
+        if let reverse = server.reverse { lines += reverse.lines }
         return lines
     }
 

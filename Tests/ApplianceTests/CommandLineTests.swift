@@ -28,7 +28,9 @@ struct CommandLineTests {
         "server set-policy a all:10m,1h:24h", "replication start a --policy keep-all", "replication start a --consistent-every 0s", "recovery-point create a --note why --wait", "recovery-point hold a p1 --name n",
         "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low --scrub-rate 0 --scrub-pause 7d",
         "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "catalogue backup /x/c.sqlite", "catalogue import /x/c.json", "agent configuration --state /x", "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
-        "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T",
+        "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T", "agent rescue --disk vda=/dev/loop0 --state /x",
+        "reverse register a", "reverse start a --original-machine --confirm S1 --confirm S2 --discard-original --throttle 10MiB --wait", "reverse start a --preview", "reverse stop a",
+        "failback start a --forced --yes a --wait", "failback start a --preview", "failback cancel a", "registration a",
     ])
     func parses(words: String) throws {
         _ = try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init))
@@ -37,7 +39,7 @@ struct CommandLineTests {
     @Test("wrong usage is exit code 64", arguments: [
         "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --bridge-subnet 10.80.0/24", "drill start a --bridge br0 --bridge-subnet 10.80.0.1/24", "drill start a --forward 1:2:3",
         "alert-channel create c", "alert-channel create c --webhook https://h/ --mail-to a@b", "alert-channel create c --mail-server smtp://h", "server set-alerts a --rpo-target soon",
-        "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "agent run --disk vda=/dev/x --read-share 0", "agent run --disk vda=/dev/x --patience -1", "task show twelve", "fly",
+        "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "agent run --disk vda=/dev/x --read-share 0", "agent run --disk vda=/dev/x --patience -1", "agent rescue", "agent rescue --disk vda", "reverse start", "failback start a --point p", "task show twelve", "fly",
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
         "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",
         "token create t", "token create t --role king", "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",

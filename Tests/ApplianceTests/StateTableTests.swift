@@ -55,6 +55,10 @@ struct StateTableTests {
         (.replicationInterrupted, .failover, true), (.failoverInProgress, .failover, false), (.failedOver, .failover, false),
         (.failedOver, .changeRecoveryPoint, true), (.failoverCommitted, .changeRecoveryPoint, false), (.failoverInProgress, .commitFailover, false),
         (.failedOver, .commitFailover, true), (.replicating, .unregister, false), (.failedOver, .startReplication, false),
+        (.failedOver, .reversedRegister, false), (.failoverCommitted, .reversedRegister, true), (.reversedRegistering, .startReverse, false), (.reversedInitialized, .startReverse, true),
+        (.reversedEnableReplicating, .failback, false), (.reversedFullSync, .failback, false), (.reversedReplicating, .failback, true), (.reversedReplicating, .startReplication, false),
+        (.reversedReplicating, .startMachine, true), (.failbackInProgress, .startMachine, false), (.failedBack, .startMachine, false), (.failbackInProgress, .failover, false),
+        (.failbackInProgress, .cancelFailback, true), (.failedBack, .cancelFailback, false), (.failedBack, .registration, true), (.failedBack, .startReplication, false), (.failedBack, .failover, true),
     ])
     func rules(state: ServerState, trigger: Trigger, isPermitted: Bool) {
         let verdict = StateTable.verdict(LifecycleState(main: state), trigger, hasRecoveryPoint: true)

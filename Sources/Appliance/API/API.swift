@@ -54,13 +54,13 @@ struct API: Sendable {
         return token.name
     }
 
-    private func name(_ context: APIContext) throws -> String { try context.parameters.require("server") }
+    func name(_ context: APIContext) throws -> String { try context.parameters.require("server") }
 
-    private func accepted(_ task: TaskRecord) throws -> Response {
+    func accepted(_ task: TaskRecord) throws -> Response {
         try APIResponse.json(TaskView(task), status: task.status == .running ? .accepted : .ok)
     }
 
-    var routes: [APIRoute] { open + sites + servers + replication + recovery + records + alerts + access }
+    var routes: [APIRoute] { open + sites + servers + replication + recovery + reverse + records + alerts + access }
 
     private var open: [APIRoute] {
         [

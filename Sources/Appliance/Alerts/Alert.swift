@@ -114,7 +114,7 @@ enum AlertRules {
             }
         default: break
         }
-        for machine in instances where machine.kind == .failover && machine.step == .stopped {
+        for machine in instances where machine.kind == .failover && machine.step == .stopped && server.state != .failbackInProgress {
             raise(.machineStopped, "its recovery machine has stopped\(machine.reason.map { ": \($0)" } ?? "") (afterimage failover start-machine \(server.name))")
         }
         if server.drill == .testFailoverInProgress, let reason = server.drillReason {

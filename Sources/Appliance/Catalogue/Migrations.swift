@@ -172,6 +172,20 @@ extension Catalogue {
             }
             try db.create(index: "alertDeliveryByChannel", on: "alertDelivery", columns: ["channel", "ended"])
         }
+        migrator.registerMigration("12: reverse replication and failback") { db in
+            try db.create(table: "reverse") { t in
+                t.primaryKey("server", .text).references("server", column: "id", onDelete: .cascade)
+                t.column("instance", .text).notNull()
+                t.column("source", .text).notNull()
+                t.column("step", .text).notNull()
+                t.column("keepsOriginal", .boolean).notNull()
+                t.column("disks", .text).notNull()
+                t.column("confirmed", .text).notNull()
+                t.column("originalPoint", .text)
+                t.column("throttleBytesPerSecond", .integer).notNull()
+                t.column("created", .datetime).notNull()
+            }
+        }
         return migrator
     }
 }

@@ -199,6 +199,8 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     public var isGraceful: Bool?
     /// Of the source's writes, while the last recovery point is made.
     public var hold: String?
+    /// A failback whose machine is stopped without being asked to shut down.
+    public var isForced: Bool?
     public init(
         instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil, isGraceful: Bool? = nil
     ) {

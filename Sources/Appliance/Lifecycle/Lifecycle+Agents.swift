@@ -11,6 +11,7 @@ extension Lifecycle: LinkServerDelegate {
     }
 
     public func agentConnected(_ server: ServerID, _ hello: AgentHello) async -> [AgentCommand] {
+        if let rescue = hello.rescue { return await rescueConnected(server, hello, rescue) }
         agents[server] = LiveAgent(status: agents[server]?.status, connected: true)
         do {
             let volumes = store.group(GroupID(server.rawValue))?.volumes ?? []
@@ -23,6 +24,9 @@ extension Lifecycle: LinkServerDelegate {
                 record.specification = hello.specification
                 record.lastSeen = Date()
                 try Self.takeIn(&record, protected: volumes, in: db)
+                if [.failover, .reverse].contains(record.state.phase) || record.state == .failbackInProgress || record.state == .failedBack {
+                    try db.event("agent of \(record.name)", "Source fenced", server: record, detail: "it came back while the server is in \(record.state.rawValue): nothing of it is taken")
+                }
                 return record
             }
             return try commands(for: record) + [await configurationCommand(for: record)].compactMap { $0 }
@@ -81,7 +85,8 @@ extension Lifecycle: LinkServerDelegate {
         case .replicationInterrupted:
             guard let settings = record.settings, settings.automaticRestart, settings.isPaused != true else { return [.stopReplication] }
             return [.startReplication(try order(record.id, settings))]
-        case .failoverInProgress, .failedOver, .failoverCommitted:
+        case .failoverInProgress, .failedOver, .failoverCommitted, .reversedRegistering, .reversedInitialized, .reversedEnableReplicating, .reversedFullSync,
+            .reversedReplicating, .failbackInProgress, .failedBack:
             guard let generation = store.group(record.group)?.generation else { return [.stopReplication] }
             return [.fenced(generation)]
         default:
@@ -92,6 +97,7 @@ extension Lifecycle: LinkServerDelegate {
     public func agentDisconnected(_ server: ServerID) async {
         agents[server]?.connected = false
         if isStopping { return }
+        if agents[server]?.rescueInstance != nil { return await rescueGone(server) }
         await happened(.linkLost, server, reason: "the agent is not connected")
     }
 
@@ -102,6 +108,7 @@ extension Lifecycle: LinkServerDelegate {
         live.connected = true
         live.fullSyncRate.note(status.fullSyncDoneBytes)
         agents[server] = live
+        if live.rescueInstance != nil { return await rescueStatus(server, status) }
         await keepProofs(server, status.proofs)
         guard let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) }), record.state.phase == .forward,
             record.settings?.isPaused != true
@@ -159,6 +166,7 @@ extension Lifecycle: LinkServerDelegate {
         guard group.rawValue == server.rawValue,
             let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) })
         else { return false }
+        if record.state == .reversedEnableReplicating { return await mayKeepOriginal(server) }
         return record.state.phase == .forward && record.settings?.isPaused != true
     }
 

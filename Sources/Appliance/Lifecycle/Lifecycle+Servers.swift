@@ -78,7 +78,7 @@ extension Lifecycle {
         return enrolment
     }
 
-    private func issueToken(_ record: inout ServerRecord) throws -> Enrolment {
+    func issueToken(_ record: inout ServerRecord) throws -> Enrolment {
         let secret = Secrets.random()
         let expires = Date() + settings.enrolmentSeconds
         record.enrolmentHash = Secrets.hash(secret)

@@ -16,7 +16,13 @@ extension Lifecycle {
         let rows = try await catalogue.read { db in
             try ServerRecord.order(Column("name")).fetchAll(db).map { ($0, try db.instances(of: $0)) }
         }
-        return rows.map { view($0.0, instances: $0.1) }
+        var views: [ServerView] = []
+        for (record, instances) in rows {
+            var view = view(record, instances: instances)
+            view.reverse = try await reverseView(record.id)
+            views.append(view)
+        }
+        return views
     }
 
     public func view(_ name: String) async throws -> ServerView {
@@ -24,7 +30,9 @@ extension Lifecycle {
             let record = try db.server(name)
             return (record, try db.instances(of: record))
         }
-        return view(record, instances: instances)
+        var view = view(record, instances: instances)
+        view.reverse = try await reverseView(record.id)
+        return view
     }
 
     private func view(_ record: ServerRecord, instances: [InstanceRecord]) -> ServerView {

@@ -15,7 +15,7 @@ extension Lifecycle {
         }
         await machines.reportUnknown(known: Set(instances.map(\.id)))
         // A commit happens beside its machine, which goes on; the other tasks bring theirs up, or down, themselves.
-        let busy = Set(running.filter { $0.operation != .commitFailover }.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
+        let busy = Set(running.filter { $0.operation != .commitFailover && $0.operation != .startReverse }.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
         for instance in instances where !busy.contains(instance.id) { await revive(instance) }
         for export in exported {
             guard let server = servers.first(where: { $0.id == export.server }) else { continue }
@@ -28,6 +28,7 @@ extension Lifecycle {
             await happened(.linkLost, server.serverID, reason: "the appliance was restarted; waiting for the agent")
         }
         await forgetMounts()
+        await resumeReverse()
         for task in running {
             if task.operation != .startReplication { await tasks.log(task, "the appliance was restarted: going on") }
             await start(task)
@@ -54,6 +55,8 @@ extension Lifecycle {
             case .createRecoveryPoint: result = try await performCreatePoint(task)
             case .exportRecoveryPoint: result = try await performCopy(task)
             case .unregister: result = try await performUnregister(task)
+            case .startReverse: result = try await performStartReverse(task)
+            case .failback: result = try await performFailback(task)
             default: throw ApplianceError.failed("task \(task.id ?? 0) has no work")
             }
             try await tasks.finish(task, result: result)

@@ -34,6 +34,8 @@ public actor Lifecycle {
     var configurationTask: Task<Void, Never>?
     var alertDesk: AlertDesk?
     var alertTasks: [Task<Void, Never>] = []
+    /// What is sent back, by server.
+    var offers: [String: ReverseOffer] = [:]
 
     init(
         catalogue: Catalogue, store: ReplicaStore, machines: RecoveryHost, exports: PointExporter, mounts: PointMounter, authority: CertificateAuthority,
@@ -60,6 +62,7 @@ public actor Lifecycle {
         configurationTask?.cancel()
         await stopAlerts()
         await tasks.stop()
+        await endOffers()
         await endMounts()
         await exports.stop()
         await machines.detachAll()
@@ -127,6 +130,8 @@ struct LiveAgent: Sendable {
     var provenThrough = EpochNumber.none
     /// Hash of the copy that it was given.
     var configuration: Int?
+    /// In rescue mode: the instance of its disks' source.
+    var rescueInstance: String?
 }
 
 /// Bytes per second over a sliding window.

@@ -62,6 +62,12 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case unregister = "Unregister"
     case createRecoveryPoint = "Create Recovery Point"
     case exportRecoveryPoint = "Export Recovery Point"
+    case reversedRegister = "Reversed Register"
+    case startReverse = "Initiate Reverse Replication"
+    case stopReverse = "Stop Reverse Replication"
+    case failback = "Failback"
+    case cancelFailback = "Cancel Failback"
+    case registration = "Registration"
     // Happenings
     case agentConnected = "agent connected"
     case agentUnfit = "agent unfit"
@@ -73,12 +79,19 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case drillCleared = "drill cleared"
     case failoverReady = "failover ready"
     case failoverFailed = "failover failed"
+    case rescueConnected = "original disks there"
+    case rescueUnfit = "original disks unfit"
+    case reverseSyncStarted = "reverse sync started"
+    case reverseFollows = "reverse cuts follow"
+    case failbackReady = "failback ready"
+    case failbackFailed = "failback failed"
 
     public var isOperation: Bool { Trigger.operations.contains(self) }
 
     public static let operations: [Trigger] = [
         .renewEnrolment, .startReplication, .stopReplication, .pauseReplication, .restartServer, .drill, .clearDrill, .failover, .changeRecoveryPoint,
-        .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .unregister,
+        .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .reversedRegister, .startReverse, .stopReverse, .failback,
+        .cancelFailback, .registration, .unregister,
     ]
     public static let happenings: [Trigger] = allCases.filter { !$0.isOperation }
 }

@@ -66,7 +66,34 @@ extension StateTable {
             .changeRecoveryPoint: .to(.failoverInProgress), .commitFailover: .to(.failoverCommitted), .startMachine: .stays,
         ],
         .failoverCommitted: [
-            .startMachine: .stays, .unregister: .removes,
+            .startMachine: .stays, .unregister: .removes, .reversedRegister: .to(.reversedRegistering),
+        ],
+
+        .reversedRegistering: [
+            .startMachine: .stays, .renewEnrolment: .stays, .reversedRegister: .stays, .stopReverse: .to(.failoverCommitted), .rescueConnected: .to(.reversedInitialized),
+        ],
+        .reversedInitialized: [
+            .startMachine: .stays, .renewEnrolment: .stays, .reversedRegister: .stays, .startReverse: .to(.reversedEnableReplicating), .stopReverse: .to(.failoverCommitted),
+            .rescueUnfit: .to(.reversedRegistering),
+        ],
+        .reversedEnableReplicating: [
+            .startMachine: .stays, .stopReverse: .to(.reversedInitialized), .reverseSyncStarted: .to(.reversedFullSync), .reverseFollows: .to(.reversedReplicating),
+        ],
+        .reversedFullSync: [
+            .startMachine: .stays, .stopReverse: .to(.reversedInitialized), .reverseFollows: .to(.reversedReplicating),
+        ],
+        .reversedReplicating: [
+            .startMachine: .stays, .stopReverse: .to(.reversedInitialized), .failback: .to(.failbackInProgress), .reverseSyncStarted: .to(.reversedFullSync),
+        ],
+        .failbackInProgress: [
+            .cancelFailback: .stays, .failbackReady: .to(.failedBack), .failbackFailed: .to(.reversedReplicating),
+        ],
+        .failedBack: [
+            .registration: .to(.registration), .failover: .toWithPoint(.failoverInProgress), .unregister: .removes,
+        ],
+        .registration: [
+            .registration: .stays, .renewEnrolment: .stays, .failover: .toWithPoint(.failoverInProgress), .unregister: .removes,
+            .agentConnected: .to(.initialized), .agentUnfit: .to(.abnormal),
         ],
     ]
 
@@ -85,7 +112,29 @@ extension StateTable {
             (.failback, .pauseReplication):
             return "Replication of this server is not running."
         case (.reverse, .stopReplication), (.reverse, .pauseReplication):
-            return "Reverse replication is ended by the Failback, not by stopping it."
+            return "What runs is reverse replication: afterimage reverse stop ends it."
+        case (.setUp, .reversedRegister), (.forward, .reversedRegister), (.setUp, .startReverse), (.forward, .startReverse):
+            return "The machine of this server does not run here: only what was failed over, and committed, goes back."
+        case (.failover, .reversedRegister):
+            return "Commit the failover first (afterimage failover commit)."
+        case (.failover, .startReverse):
+            return state == .failoverCommitted ? "Register the disks that it is to go back to first (afterimage reverse register)." : "Commit the failover first (afterimage failover commit)."
+        case (.reverse, .startReverse) where state == .reversedRegistering:
+            return "No fit disks are there yet: start the agent with them in rescue mode (afterimage agent rescue)."
+        case (.reverse, .startReverse), (.reverse, .reversedRegister):
+            return "Reverse replication of this server is running already."
+        case (.setUp, .stopReverse), (.forward, .stopReverse), (.failover, .stopReverse), (.failback, .stopReverse):
+            return state == .failbackInProgress ? "A failback is in progress: cancel it first (afterimage failback cancel)." : "Reverse replication of this server is not running."
+        case (_, .failback) where state != .failbackInProgress:
+            return "A failback is possible only in Reversed Replicating; this server is in \(state.rawValue)."
+        case (.failback, .failback):
+            return "A failback of this server is in progress (afterimage task list)."
+        case (_, .cancelFailback):
+            return "No failback of this server is in progress."
+        case (_, .registration):
+            return "Only a server that has Failed Back is registered; this one is in \(state.rawValue)."
+        case (.failback, .startReplication) where state != .failbackInProgress:
+            return "The source is not registered again yet (afterimage registration)."
         case (.setUp, .changeRecoveryPoint), (.forward, .changeRecoveryPoint), (.setUp, .commitFailover), (.forward, .commitFailover),
             (.setUp, .startMachine), (.forward, .startMachine):
             return "This server is not failed over: start a failover first (afterimage failover start)."

@@ -42,6 +42,8 @@ public struct ServerView: Sendable, Codable {
     public var alertSettings: AlertSettings
     /// The last of its machines that passed a boot check.
     public var lastProven: ProvenRecovery?
+    /// Of a server that goes back, or has gone.
+    public var reverse: ReverseView?
     /// What to do next, in words.
     public var next: String
 }
@@ -246,7 +248,15 @@ extension ServerRecord {
         case .failedOver where machine?.step == .stopped, .failoverCommitted where machine?.step == .stopped:
             return "its machine has stopped: afterimage failover start-machine \(name)"
         case .failedOver: return "check the machine, then afterimage failover commit \(name) (or change-recovery-point)"
-        case .failoverCommitted: return "nothing: the machine runs here now"
+        case .failoverCommitted: return "nothing: the machine runs here now; back to where it was: afterimage reverse register \(name)"
+        case .reversedRegistering: return "enrol an agent with the original disks and start it in rescue mode: afterimage agent rescue --disk NAME=DEVICE"
+        case .reversedInitialized: return "afterimage reverse start \(name) --original-machine"
+        case .reversedEnableReplicating, .reversedFullSync: return "wait: the original disks are brought up to what runs here"
+        case .reversedReplicating where machine?.step == .stopped: return "its machine has stopped: afterimage failover start-machine \(name), or afterimage failback start \(name) --forced"
+        case .reversedReplicating: return "afterimage failback start \(name), when it is time to go back"
+        case .failbackInProgress: return "wait"
+        case .failedBack: return "end the rescue agent, start the machine from its own disks, then afterimage registration \(name)"
+        case .registration: return "enrol the agent on the server anew and start it (afterimage agent run)"
         default: return "wait"
         }
     }

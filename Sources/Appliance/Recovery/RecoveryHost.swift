@@ -28,6 +28,8 @@ actor RecoveryHost {
     private let instancesDirectory: String
     private let logger: Logger
     private var machines: [String: Machine] = [:]
+    /// Being stopped by `stop`, which lets their disks go.
+    private var stopping: Set<String> = []
     private var knownVersion: (modified: Date, version: QEMUVersion)?
     private var onEnded: @Sendable (_ instance: String, _ why: String) async -> Void = { _, _ in }
 
@@ -176,6 +178,7 @@ actor RecoveryHost {
     }
 
     private func ended(_ id: String, _ why: String) async {
+        if stopping.contains(id) { return }
         guard let machine = machines.removeValue(forKey: id) else { return }
         await machine.disks.stop()
         await onEnded(id, why)
@@ -200,6 +203,35 @@ actor RecoveryHost {
         }
     }
 
+    /// Stops a machine and lets its disks go, everything that reached them flushed; its fork stays. With `asksSeconds` the guest is asked to shut
+    /// down, and goes on when it does not within that time: false. A machine that does not run is stopped already.
+    func stop(_ id: String, asksSeconds: Double?) async throws -> Bool {
+        guard let machine = machines[id] else {
+            guard let process = QEMUProcess.find(name: machineName(id)) else { return true }
+            guard asksSeconds == nil else { throw ApplianceError.failed("machine \(id) runs, but cannot be asked to shut down") }
+            await process.terminate()
+            return true
+        }
+        stopping.insert(id)
+        defer { stopping.remove(id) }
+        if let asksSeconds {
+            _ = try await machine.qmp.execute("system_powerdown")
+            let deadline = ContinuousClock.now + .seconds(asksSeconds)
+            while !(await machine.process.waitForEnd(seconds: 0.5)) {
+                try Task.checkCancellation()
+                if ContinuousClock.now >= deadline { return false }
+            }
+        } else {
+            _ = try? await machine.qmp.execute("quit", timeout: .seconds(2))
+            if !(await machine.process.waitForEnd(seconds: 2)) { await machine.process.terminate() }
+        }
+        machine.watch.cancel()
+        await machine.qmp.close()
+        await machine.disks.stop()
+        machines[id] = nil
+        return true
+    }
+
     /// Lets go of all machines; their QEMUs go on and wait for their disks.
     func detachAll() async {
         let all = machines
@@ -214,7 +246,7 @@ actor RecoveryHost {
     /// Says what the catalogue does not know. A crash leaves nothing of the kind (records are made first and go last), so it comes
     /// from another catalogue, perhaps an older copy: it may be somebody's running machine and is left alone.
     func reportUnknown(known: Set<String>) {
-        for fork in store.forks() where !known.contains(fork.id.rawValue) {
+        for fork in store.forks() where !known.contains(fork.id.rawValue) && fork.purpose != ForkSource.purpose {
             logger.warning("the store has a fork \(fork.id) of \(fork.group) that the catalogue does not know; it is left alone")
         }
         for id in (try? FileManager.default.contentsOfDirectory(atPath: instancesDirectory)) ?? [] where !known.contains(id) {
