@@ -89,8 +89,13 @@ a, b = (open(path, "rb").read() for path in sys.argv[1:])
 print(sum(4096 for i in range(0, len(a), 4096) if a[i:i + 4096] != b[i:i + 4096]))
 PYTHON
 )
-check "reverse replication" ai reverse start s --original-machine --confirm "$loop_device" --wait
-check "Reversed Replicating" server_state_is s "Reversed Replicating"
+ai reverse start s --original-machine --confirm "$loop_device" >/dev/null
+kill_now "$appliance_pid"
+start_appliance
+check "the appliance is killed as reverse replication begins: it goes on" until_true 60 rescue_is_there
+kill_now "$rescue_pid"
+start_rescue
+check "so does the agent" until_true 120 server_state_is s "Reversed Replicating"
 check "the original disk is what runs here, byte by byte" disk_is_machine
 sent=$(field reverse.sentBytes)
 printf 'differing %s bytes, sent %s\n' "$differing" "$sent"
@@ -120,6 +125,10 @@ check "the disk comes to be what runs here" until_true 90 equal_again
 refuses "a failback without its confirmation" "confirmed by its name" "$afterimage" failback start s
 ai failback start s --yes s >/dev/null
 check "a failback begins" server_state_is s "Failback In Progress"
+kill_now "$appliance_pid"
+start_appliance
+check "the appliance is killed while the machine is asked to shut down: the failback goes on" server_state_is s "Failback In Progress"
+check "and the machine runs until it does" until_true 30 bash -c 'pgrep -f -- "-name afterimage-$1" >/dev/null' _ "$machine"
 check "and is cancelled" ai failback cancel s
 check "the machine runs here, nothing is lost" until_true 60 machine_runs
 check "Reversed Replicating again" server_state_is s "Reversed Replicating"
