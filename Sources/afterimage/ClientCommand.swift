@@ -54,6 +54,9 @@ extension ClientCommand {
             case .unreachable(let why):
                 Terminal.error(why)
                 throw Exit.unreachable
+            case .local(let why):
+                Terminal.error(why)
+                throw Exit.failed
             }
         }
     }
@@ -90,13 +93,22 @@ enum Terminal {
     /// Less than this is no column for sentences: they go below their row.
     private static let sentenceColumns = 28
 
-    /// Rows under headings, columns as wide as they need. The last one runs free, or is wrapped on a terminal.
+    /// Columns are not cut below this.
+    private static let columnMin = 8
+    /// A last column up to this stays on the line.
+    private static let shortColumn = 12
+
+    /// Rows under headings, columns as wide as they need. The last one runs free, or is wrapped on a terminal; where the others are too wide for one, the widest are cut.
     static func table(_ headings: [String], _ rows: [[String]], columns: Int? = Terminal.isInteractive ? Terminal.columns : nil) -> [String] {
         let all = [headings] + rows
-        let widths = headings.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
+        var widths = headings.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
+        if let columns {
+            let last = widths[widths.count - 1], room = columns - (last <= shortColumn ? last : 0)
+            while widths.dropLast().reduce(0, { $0 + $1 + 2 }) > room, let widest = widths.dropLast().indices.max(by: { widths[$0] < widths[$1] }), widths[widest] > columnMin { widths[widest] -= 1 }
+        }
         let indent = widths.dropLast().reduce(0) { $0 + $1 + 2 }
         return all.flatMap { row in
-            let first = zip(row, widths).dropLast().map { $0.padding(toLength: $1, withPad: " ", startingAt: 0) + "  " }.joined()
+            let first = zip(row, widths).dropLast().map { fitted($0, $1) + "  " }.joined()
             let room = columns.map { $0 - indent } ?? 0
             let last = row[row.count - 1]
             guard let columns, last.count > room else { return [first + last] }
@@ -104,6 +116,10 @@ enum Terminal {
             let parts = room >= sentenceColumns ? wrapped(last, room) : [last]
             return parts.enumerated().map { ($0 == 0 ? first : String(repeating: " ", count: indent)) + $1 }
         }
+    }
+
+    private static func fitted(_ text: String, _ width: Int) -> String {
+        text.count > width ? text.prefix(width - 1) + "…" : text.padding(toLength: width, withPad: " ", startingAt: 0)
     }
 
     /// At spaces; a word that is longer than the room stays whole.

@@ -1,12 +1,14 @@
+import Appliance
 import Logging
 import ServiceLifecycle
 
-/// Logs go to standard error.
+/// Logs go to standard error; the newest lines are kept for a support bundle.
 func bootstrapLogging(_ level: Logger.Level) {
     LoggingSystem.bootstrap { label in
-        var handler = StreamLogHandler.standardError(label: label)
-        handler.logLevel = level
-        return handler
+        var written = StreamLogHandler.standardError(label: label), kept = RecentLog.shared.handler(label: label)
+        written.logLevel = level
+        kept.logLevel = level
+        return MultiplexLogHandler([written, kept])
     }
 }
 

@@ -107,7 +107,7 @@ struct StatusCommand: ClientCommand {
     }
 
     static func words(_ store: StoreView) -> [String] {
-        var lines = ["", "store \(store.directory): \(store.space.rawValue)"]
+        var lines = ["", "store \(store.directory): \(store.space.rawValue)" + (store.storageClass.map { ", on \($0.rawValue)" } ?? "")]
         lines += Terminal.field("space", "\(Words.bytes(store.freeBytes)) of \(Words.bytes(store.capacityBytes)) free" + (store.tightensWhenLow ? "; when low, points go before their time" : ""))
         lines += Terminal.field("data", "\(Words.bytes(store.storedBytes)) in \(Words.count(store.layerCount, "layer")), \(Words.count(store.segmentCount, "segment"))" + (store.forkCount > 0 ? "; \(Words.count(store.forkCount, "fork"))" : ""))
         let upkeep = store.upkeep

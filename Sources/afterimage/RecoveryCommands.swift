@@ -6,7 +6,7 @@ import Foundation
 struct MachineOptions: ParsableArguments {
     @Option(help: "CPUs; default: as recorded at Start Replication.") var cpus: Int?
     @Option(name: .customLong("memory"), help: "Memory in MiB; default: as recorded at Start Replication.") var memoryMiB: Int?
-    @Option(help: "Recovery network: isolated, user, bridge or none; default: the site pair's.") var network: RecoveryNetwork?
+    @Option(help: "Recovery network: isolated, user, bridge or none, or a network's name; default: the server's, then the site pair's.") var network: NetworkChoice?
     @Option(help: ArgumentHelp("With network bridge: a bridge of this host that is there already.", valueName: "name")) var bridge: String?
     @Option(help: ArgumentHelp("With network bridge: an own one with this network; the address is this host's in it.", valueName: "10.80.0.1/24"))
     var bridgeSubnet: IPv4Interface?
@@ -25,7 +25,8 @@ struct MachineOptions: ParsableArguments {
         request.recoveryPoint = point
         request.cpus = cpus
         request.memoryMiB = memoryMiB
-        request.network = network
+        request.network = network?.mode
+        request.networkName = network?.name
         request.forwards = forward.isEmpty ? nil : forward
         request.bridge = bridge.map { BridgeSettings(name: $0) } ?? bridgeSubnet.map { BridgeSettings(subnet: $0, dhcp: dhcp) }
         request.bootCheck = bootCheck

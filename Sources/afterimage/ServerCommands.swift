@@ -79,8 +79,9 @@ struct ServerCommand: AsyncParsableCommand {
         lines.append("  alerts        \(server.alertSettings.text)")
         if let settings = server.settings {
             lines += Terminal.field(
-                "replication", "an epoch every \(settings.epochMilliseconds) ms, "
-                    + (settings.throttleBytesPerSecond == 0 ? "no throttle" : "at most \(Words.bytes(settings.throttleBytesPerSecond))/s")
+                "replication", settings.transferText
+                    + (settings.throttleWindows?.isEmpty == false ? server.agent?.throttleBytesPerSecond.map { ", now \($0 == 0 ? "none" : "\(Words.bytes($0))/s")" } ?? "" : "")
+                    + (settings.replicationNetwork.map { ", replication network \($0)" } ?? "") + (settings.recoveryNetwork.map { ", recovery network \($0)" } ?? "")
                     + ", automatic restart \(settings.automaticRestart ? "on" : "off"), machine \(settings.cpus) CPUs \(settings.memoryMiB) MiB")
         }
         for disk in server.disks {

@@ -12,15 +12,16 @@ struct SitePairCommand: AsyncParsableCommand {
         @Option(help: "zone-to-zone, region-to-region or datacenter-to-zone.") var type: SitePairType = .zoneToZone
         @Option(help: "Name of the primary site.") var primary: String = "primary"
         @Option(help: "Name of the secondary site, where this appliance is.") var secondary: String = "secondary"
-        @Option(help: "Name of the replication network, for people.") var replicationNetwork: String?
-        @Option(help: "Recovery network of its machines unless told otherwise: isolated, user, bridge or none.") var recoveryNetwork: RecoveryNetwork?
+        @Option(help: ArgumentHelp("The network that its agents send over (afterimage network list); default: wherever they were enrolled.", valueName: "network")) var replicationNetwork: String?
+        @Option(help: ArgumentHelp("What its machines are connected to unless told otherwise: isolated, user, none, or a network's name. Both networks must be in the same zone.", valueName: "network"))
+        var recoveryNetwork: NetworkChoice?
 
         func run(_ client: APIClient) async throws {
             let pair: SitePairRecord = try await client.post(
                 "/v1/site-pairs",
                 CreateSitePair(
                     name: name, type: type, primarySite: primary, secondarySite: secondary, replicationNetwork: replicationNetwork,
-                    recoveryNetwork: recoveryNetwork))
+                    recoveryNetwork: recoveryNetwork?.mode, recoveryNetworkName: recoveryNetwork?.name))
             try show(pair) { ["site pair \(pair.name): \(pair.primarySite) → \(pair.secondarySite) (\(pair.type.rawValue))"] }
         }
     }
@@ -35,8 +36,8 @@ struct SitePairCommand: AsyncParsableCommand {
                 pairs.isEmpty
                     ? ["no site pairs yet: afterimage site-pair create NAME"]
                     : Terminal.table(
-                        ["NAME", "TYPE", "PRIMARY", "SECONDARY", "RECOVERY NETWORK"],
-                        pairs.map { [$0.name, $0.type.rawValue, $0.primarySite, $0.secondarySite, $0.recoveryNetwork.rawValue] })
+                        ["NAME", "TYPE", "PRIMARY", "SECONDARY", "NETWORKS"],
+                        pairs.map { [$0.name, $0.type.rawValue, $0.primarySite, $0.secondarySite, "\($0.replicationNetwork), \($0.recoveryNetworkName ?? $0.recoveryNetwork.rawValue)"] })
             }
         }
     }

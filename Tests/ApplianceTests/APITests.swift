@@ -215,9 +215,9 @@ struct APITests {
             let views = try await api.lifecycle.views()
             #expect(views.map(\.name) == ["db", "web"] && views[0].state == .agentInstalling)
             await refused("not connected yet") { _ = try await api.lifecycle.startReplication("web", .init(disks: ["vda"]), who: "me") }
-            for operation in [api.lifecycle.startDrill, api.lifecycle.startFailover, api.lifecycle.changeRecoveryPoint] {
-                await #expect(throws: ApplianceError.self) { _ = try await operation("web", StartMachine(), "me") }
-            }
+            await #expect(throws: ApplianceError.self) { _ = try await api.lifecycle.startDrill("web", StartMachine(), who: "me") }
+            await #expect(throws: ApplianceError.self) { _ = try await api.lifecycle.startFailover("web", StartMachine(), who: "me") }
+            await #expect(throws: ApplianceError.self) { _ = try await api.lifecycle.changeRecoveryPoint("web", StartMachine(), who: "me") }
             _ = try await api.lifecycle.removeServer("db", .init(), who: "me")
         }
     }

@@ -18,6 +18,28 @@ import Testing
                 try await bench.morePoints()
             }
             #expect(bench.lines.withLock { $0.filter { $0.contains("full sync") }.count } == 1)
+            #expect(bench.lines.withLock { $0.filter { $0.contains("starts, ") }.count } == 1, "the stream goes on")
+        }
+    }
+
+    @Test func aThrottleWindowIsInForceAtOnceAndWithoutInterruption() async throws {
+        try await withBench { bench in
+            var order = bench.order(epochMilliseconds: 20)
+            await bench.replication.carryOut(.startReplication(order))
+            try await bench.morePoints()
+            #expect(await bench.replication.status().throttleBytesPerSecond == 0)
+            // Of all day, whatever the time is.
+            order.throttleWindows = [ThrottleWindow(startMinute: 0, endMinute: 1440, bytesPerSecond: 5_000_000)]
+            order.compression = .always
+            await bench.replication.carryOut(.startReplication(order))
+            for _ in 0..<5000 where await bench.replication.status().throttleBytesPerSecond != 5_000_000 { try await Task.sleep(for: .milliseconds(2)) }
+            #expect(await bench.replication.status().throttleBytesPerSecond == 5_000_000)
+            try await bench.morePoints()
+            order.throttleWindows = []
+            await bench.replication.carryOut(.startReplication(order))
+            for _ in 0..<5000 where await bench.replication.status().throttleBytesPerSecond != 0 { try await Task.sleep(for: .milliseconds(2)) }
+            try await bench.morePoints()
+            #expect(bench.lines.withLock { $0.filter { $0.contains("starts, ") }.count } == 1)
         }
     }
 

@@ -37,7 +37,7 @@ struct CommandLineTests {
     }
 
     @Test("wrong usage is exit code 64", arguments: [
-        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --bridge-subnet 10.80.0/24", "drill start a --bridge br0 --bridge-subnet 10.80.0.1/24", "drill start a --forward 1:2:3",
+        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network Moon", "drill start a --bridge-subnet 10.80.0/24", "drill start a --bridge br0 --bridge-subnet 10.80.0.1/24", "drill start a --forward 1:2:3",
         "alert-channel create c", "alert-channel create c --webhook https://h/ --mail-to a@b", "alert-channel create c --mail-server smtp://h", "server set-alerts a --rpo-target soon",
         "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "agent run --disk vda=/dev/x --read-share 0", "agent run --disk vda=/dev/x --patience -1", "agent rescue", "agent rescue --disk vda", "reverse start", "failback start a --point p", "task show twelve", "fly",
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
@@ -63,7 +63,7 @@ struct CommandLineTests {
     func machineRequest() throws {
         let start = try parse("drill start a --network user --forward 2222:22 --forward 8080:80 --cpus 1 --memory 256 --boot-timeout 9", as: DrillCommand.Start.self)
         let request = start.machine.request(point: start.point)
-        #expect(request.recoveryPoint == "latest" && request.network == .user && request.cpus == 1 && request.memoryMiB == 256 && request.bootSecondsMax == 9)
+        #expect(request.recoveryPoint == "latest" && request.network == .user && request.networkName == nil && request.cpus == 1 && request.memoryMiB == 256 && request.bootSecondsMax == 9)
         #expect(request.forwards == [PortForward(hostPort: 2222, guestPort: 22), PortForward(hostPort: 8080, guestPort: 80)])
     }
 

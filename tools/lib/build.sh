@@ -3,7 +3,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/bpf.sh"
 build_dir=${AFTERIMAGE_BUILD:-$repository/.build}
 
 # What Swift links the product with; qemu-utils, nbd and fio are for the tests and benchmarks.
-build_packages=(liburing-dev libbpf-dev libaio-dev libnbd-dev liblz4-dev libzstd-dev libxxhash-dev libsqlite3-dev pkg-config git)
+build_packages=(liburing-dev libbpf-dev libaio-dev libnbd-dev liblz4-dev libzstd-dev zlib1g-dev libxxhash-dev libsqlite3-dev pkg-config git)
 run_packages=(util-linux e2fsprogs python3 openssl curl)
 test_packages=(qemu-utils libnbd-bin nbdkit fio xfsprogs)
 

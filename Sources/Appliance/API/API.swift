@@ -7,7 +7,7 @@ import Logging
 /// The REST API: the routes, and the router made from them.
 struct API: Sendable {
     let lifecycle: Lifecycle
-    private let catalogue: Catalogue
+    let catalogue: Catalogue
     let tokens: AccessTokens
     let logger: Logger
     private let limiter = AuthenticationLimiter()
@@ -60,7 +60,7 @@ struct API: Sendable {
         try APIResponse.json(TaskView(task), status: task.status == .running ? .accepted : .ok)
     }
 
-    var routes: [APIRoute] { open + sites + servers + replication + recovery + reverse + records + alerts + access }
+    var routes: [APIRoute] { open + sites + networks + servers + replication + recovery + reverse + plans + records + alerts + access + support }
 
     private var open: [APIRoute] {
         [
@@ -131,6 +131,9 @@ struct API: Sendable {
         [
             APIRoute(method: .post, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "Start Replication") { request, context in
                 try accepted(try await lifecycle.startReplication(try name(context), try await request.decoded(StartReplication.self), who: context.who))
+            },
+            APIRoute(method: .put, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "set throttle, compression and epoch length of a protected server, while it replicates") { request, context in
+                try APIResponse.json(try await lifecycle.setReplication(try name(context), try await request.decoded(SetReplication.self), who: context.who))
             },
             APIRoute(method: .delete, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "Stop Replication") { _, context in
                 try accepted(try await lifecycle.stopReplication(try name(context), who: context.who))
@@ -310,7 +313,7 @@ struct API: Sendable {
         return wanted
     }
 
-    private func limit(_ request: Request) throws -> Int {
+    func limit(_ request: Request) throws -> Int {
         guard let text = request.uri.queryParameters["limit"] else { return 50 }
         guard let limit = Int(text), (1...1000).contains(limit) else { throw ApplianceError.invalid("limit is 1 to 1000, not \(text)") }
         return limit

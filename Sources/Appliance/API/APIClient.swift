@@ -9,11 +9,13 @@ public struct APIClient: Sendable {
         /// The appliance said no.
         case problem(Problem)
         case unreachable(String)
+        /// On this host.
+        case local(String)
 
         public var description: String {
             switch self {
             case .problem(let problem): problem.detail
-            case .unreachable(let why): why
+            case .unreachable(let why), .local(let why): why
             }
         }
     }
@@ -76,6 +78,22 @@ public struct APIClient: Sendable {
     private func decode<Answer: Decodable>(_ data: Data) throws -> Answer {
         do { return try APIJSON.decoder().decode(Answer.self, from: data) } catch {
             throw Failure.unreachable("cannot understand the answer of \(profile.url): \(error)")
+        }
+    }
+
+    /// An answer that is taken piece by piece.
+    func stream(_ path: String, _ take: (ByteBuffer) async throws -> Void) async throws {
+        var request = HTTPClientRequest(url: profile.url + path)
+        request.headers.add(name: "Authorization", value: "Bearer \(profile.token)")
+        let response: HTTPClientResponse
+        do { response = try await client.execute(request, timeout: .seconds(600)) } catch { throw Failure.unreachable("cannot reach the appliance at \(profile.url): \(error)") }
+        guard (200..<300).contains(Int(response.status.code)) else {
+            let data = Data(buffer: try await response.body.collect(upTo: 1 << 20))
+            if let problem = try? APIJSON.decoder().decode(Problem.self, from: data) { throw Failure.problem(problem) }
+            throw Failure.unreachable("the appliance at \(profile.url) answered \(response.status)")
+        }
+        do { for try await buffer in response.body { try await take(buffer) } } catch let error as Failure { throw error } catch {
+            throw Failure.unreachable("the answer of \(profile.url) ended too early: \(error)")
         }
     }
 

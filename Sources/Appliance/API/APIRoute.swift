@@ -73,16 +73,19 @@ extension Request {
         let buffer = try await request.collectBody(upTo: 1 << 20)
         let data = buffer.readableBytes == 0 ? Data("{}".utf8) : Data(buffer: buffer)
         do { return try APIJSON.decoder().decode(type, from: data) } catch let error as DecodingError {
-            throw ApplianceError.invalid("cannot understand the request's body: \(Self.words(error))")
+            throw ApplianceError.invalid("cannot understand the request's body: \(error.words)")
         }
     }
+}
 
-    private static func words(_ error: DecodingError) -> String {
-        switch error {
+extension DecodingError {
+    /// What is wrong, and where.
+    var words: String {
+        switch self {
         case .keyNotFound(let key, _): "\(key.stringValue) is missing"
         case .typeMismatch(_, let c), .valueNotFound(_, let c), .dataCorrupted(let c):
             (c.codingPath.isEmpty ? "" : c.codingPath.map(\.stringValue).joined(separator: ".") + ": ") + c.debugDescription
-        @unknown default: "\(error)"
+        @unknown default: "\(self)"
         }
     }
 }

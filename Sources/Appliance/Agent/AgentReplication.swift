@@ -38,6 +38,12 @@ actor AgentReplication: CommandedReplication {
                 sender.start()
                 return
             }
+            if let current = self.order, order.isSameStream(as: current), let sender, sender.status.phase != .fenced {
+                sender.adopt(order)
+                sender.start()
+                self.order = order
+                return
+            }
             await stop()
             logger.info("replication of group \(order.group) starts, \(order.generation), disks \(order.disks.joined(separator: ", "))")
             guard order.disks == tap.source.disks.map(\.name) else {
@@ -48,7 +54,9 @@ actor AgentReplication: CommandedReplication {
                 logger.error("cannot write down whose replica is kept: \(error); not replicating")
                 return
             }
-            // One base for all Senders: a new order (another epoch length, throttle or generation) goes on from the tap's bitmaps.
+            // One base for all Senders: a new order (another generation or address) goes on from the tap's bitmaps.
+            var endpoint = endpoint
+            endpoint.host = order.linkHost ?? endpoint.host
             let sender = Sender(source: tap.source, endpoint: endpoint, order: order, logger: logger, base: tap.base)
             self.sender = sender
             self.order = order

@@ -172,6 +172,53 @@ extension Catalogue {
             }
             try db.create(index: "alertDeliveryByChannel", on: "alertDelivery", columns: ["channel", "ended"])
         }
+        migrator.registerMigration("9: recovery plans") { db in
+            try db.create(table: "plan") { t in
+                t.primaryKey("name", .text)
+                t.column("groups", .text).notNull()
+                t.column("created", .datetime).notNull()
+                t.column("changed", .datetime).notNull()
+            }
+            try db.create(table: "planRun") { t in
+                t.autoIncrementedPrimaryKey("id")
+                t.column("plan", .text).notNull().references("plan", column: "name", onDelete: .cascade).indexed()
+                t.column("kind", .text).notNull()
+                t.column("isGraceful", .boolean).notNull()
+                t.column("status", .text).notNull()
+                t.column("who", .text).notNull()
+                t.column("started", .datetime).notNull()
+                t.column("ended", .datetime)
+                t.column("task", .integer)
+                t.column("error", .text)
+            }
+            try db.create(table: "planStep") { t in
+                t.column("run", .integer).notNull().references("planRun", column: "id", onDelete: .cascade)
+                t.column("number", .integer).notNull()
+                t.column("stage", .integer).notNull()
+                t.column("groupName", .text).notNull()
+                t.column("kind", .text).notNull()
+                t.column("work", .text).notNull()
+                t.column("status", .text).notNull()
+                t.column("since", .datetime)
+                t.column("until", .datetime)
+                t.column("tasks", .text).notNull()
+                t.column("error", .text)
+                t.primaryKey(["run", "number"])
+            }
+        }
+        migrator.registerMigration("9.1: networks") { db in
+            try db.create(table: "network") { t in
+                t.primaryKey("name", .text)
+                t.column("site", .text).notNull().references("site", column: "name")
+                t.column("zone", .text).notNull()
+                t.column("purpose", .text).notNull()
+                t.column("mode", .text)
+                t.column("bridge", .text)
+                t.column("address", .text)
+                t.column("created", .datetime).notNull()
+            }
+            try db.alter(table: "sitePair") { t in t.add(column: "recoveryNetworkName", .text) }
+        }
         migrator.registerMigration("12: reverse replication and failback") { db in
             try db.create(table: "reverse") { t in
                 t.primaryKey("server", .text).references("server", column: "id", onDelete: .cascade)

@@ -21,6 +21,8 @@ public struct SitePairRecord: Codable, Sendable, Hashable, FetchableRecord, Pers
     public var replicationNetwork: String
     public var recoveryNetwork: RecoveryNetwork
     public var created: Date
+    /// nil: `recoveryNetwork` is one of the kinds that need no name.
+    public var recoveryNetworkName: String?
 }
 
 public struct ServerRecord: Codable, Sendable, Hashable, FetchableRecord, PersistableRecord {
@@ -199,11 +201,17 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     public var isGraceful: Bool?
     /// Of the source's writes, while the last recovery point is made.
     public var hold: String?
+    /// The run of a recovery plan, and whether it is to be cleared.
+    public var planRun: Int64?
+    public var clearsPlan: Bool?
     /// A failback whose machine is stopped without being asked to shut down.
     public var isForced: Bool?
     public init(
-        instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil, isGraceful: Bool? = nil
+        instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil, isGraceful: Bool? = nil,
+        planRun: Int64? = nil, clearsPlan: Bool? = nil
     ) {
+        self.planRun = planRun
+        self.clearsPlan = clearsPlan
         self.isGraceful = isGraceful
         self.instance = instance
         self.replaces = replaces

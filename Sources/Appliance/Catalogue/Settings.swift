@@ -5,6 +5,11 @@ public enum SitePairType: String, Sendable, Codable, CaseIterable {
     case zoneToZone = "zone-to-zone"
     case regionToRegion = "region-to-region"
     case datacenterToZone = "datacenter-to-zone"
+
+    /// What its servers send with unless told otherwise. Zones of a region have lines that are fast and cost nothing: compression only where it makes the stream
+    /// faster. Between regions every byte is paid for. A data centre's line is shared with everybody in it: a quarter of 1 Gbit/s.
+    public var compression: CompressionChoice { self == .zoneToZone ? .auto : .always }
+    public var throttleBytesPerSecond: UInt64 { self == .datacenterToZone ? 32 << 20 : 0 }
 }
 
 /// What Start Replication was asked for. Kept while the server is protected, so that an agent that comes back goes on.
@@ -24,11 +29,22 @@ public struct ReplicationSettings: Sendable, Codable, Hashable {
     public var consistency: Consistency?
     /// Until Start Replication, or its resuming.
     public var isPaused: Bool?
+    /// Instead of `throttleBytesPerSecond`, at their times.
+    public var throttleWindows: [ThrottleWindow]?
+    /// nil: auto.
+    public var compression: CompressionChoice?
+    /// Names of networks; nil: the pair's.
+    public var replicationNetwork: String?
+    public var recoveryNetwork: String?
+    /// The appliance's address in the replication network.
+    public var linkHost: String?
+    /// *Use SSD*: what was asked for, and was so.
+    public var storageClass: StorageClass?
 
     func order(group: GroupID, generation: Generation) -> ReplicationOrder {
         ReplicationOrder(
             group: group, generation: generation, disks: disks, epochMilliseconds: epochMilliseconds,
-            throttleBytesPerSecond: throttleBytesPerSecond, automaticRestart: automaticRestart)
+            throttleBytesPerSecond: throttleBytesPerSecond, automaticRestart: automaticRestart, throttleWindows: throttleWindows, compression: compression, linkHost: linkHost)
     }
 }
 
@@ -94,4 +110,6 @@ public struct MachineSettings: Sendable, Codable, Hashable {
     public var bootSecondsMax: Int
     /// Of the network `bridge`.
     public var bridge: BridgeSettings?
+    /// Of a network that has one.
+    public var networkName: String?
 }

@@ -25,6 +25,8 @@ public struct ConfigurationCopy: Sendable, Codable, Hashable {
     public var pair: SitePairRecord
     public var sites: [SiteRecord]
     public var servers: [Server]
+    /// An older appliance's copy has none.
+    public var networks: [NetworkRecord]?
 }
 
 extension Lifecycle {
@@ -73,7 +75,8 @@ extension Lifecycle {
                     ConfigurationCopy.Server(
                         id: server.id, name: server.name, settings: server.settings, policy: server.policy, alertSettings: server.alertSettings, disks: server.disks,
                         hostName: server.hostName, specification: server.specification, created: server.created)
-                })
+                },
+                networks: try NetworkRecord.filter([pair.primarySite, pair.secondarySite].contains(Column("site"))).order(Column("name")).fetchAll(db))
         }
         func text() throws -> String { String(decoding: try APIJSON.encoder(pretty: true).encode(copy), as: UTF8.self) }
         if case let all = try text(), all.utf8.count <= Self.configurationBytesMax { return all }
@@ -85,6 +88,10 @@ extension Lifecycle {
     public func importConfiguration(_ copy: ConfigurationCopy, who: String) async throws -> [String] {
         try Names.check(copy.pair.name, what: "site pair")
         for site in copy.sites { try Names.check(site.name, what: "site") }
+        for network in copy.networks ?? [] {
+            try Names.check(network.name, what: "network")
+            guard copy.sites.contains(where: { $0.name == network.site }) else { throw ApplianceError.invalid("the copy's network \(network.name) is at none of its sites") }
+        }
         guard Set(copy.sites.map(\.name)) == [copy.pair.primarySite, copy.pair.secondarySite] else { throw ApplianceError.invalid("the copy's sites are not those of its pair") }
         guard !copy.servers.isEmpty else { throw ApplianceError.invalid("the copy has no servers") }
         for server in copy.servers {
@@ -95,6 +102,7 @@ extension Lifecycle {
         }
         let records = try await catalogue.write { db in
             for site in copy.sites where try SiteRecord.fetchOne(db, key: site.name) == nil { try site.insert(db) }
+            for network in copy.networks ?? [] where try NetworkRecord.fetchOne(db, key: network.name) == nil { try network.insert(db) }
             if let there = try SitePairRecord.fetchOne(db, key: copy.pair.name) {
                 guard there.primarySite == copy.pair.primarySite, there.secondarySite == copy.pair.secondarySite else {
                     throw ApplianceError.refused("There is a site pair \(there.name) of other sites already: \(there.primarySite) to \(there.secondarySite).")

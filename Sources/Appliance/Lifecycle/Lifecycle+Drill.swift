@@ -5,7 +5,8 @@ import Replica
 
 /// Disaster Recovery Drill: a machine from a fork beside running replication, isolated, kept until it is cleared.
 extension Lifecycle {
-    public func startDrill(_ name: String, _ request: StartMachine, who: String) async throws -> TaskRecord {
+    /// `note` is part of the transaction that accepts it.
+    func startDrill(_ name: String, _ request: StartMachine, who: String, noting note: TaskNote? = nil) async throws -> TaskRecord {
         guard request.graceful == nil else { throw ApplianceError.invalid("a drill never touches the source: graceful is for a failover") }
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .drill, hasRecoveryPoint: hasRecoveryPoint(found)) {
@@ -20,7 +21,9 @@ extension Lifecycle {
             var record = try db.server(found.id)
             try db.apply(.drill, to: &record, who: who, hasRecoveryPoint: true, detail: "recovery point \(point.id)")
             try instance.insert(db)
-            return try TaskBoard.plan(.drill, server: record, parameters: TaskParameters(instance: instance.id), who: who, in: db)
+            let task = try TaskBoard.plan(.drill, server: record, parameters: TaskParameters(instance: instance.id), who: who, in: db)
+            try note?(task, db)
+            return task
         }
         await start(task)
         return task
@@ -82,13 +85,13 @@ extension Lifecycle {
 
     /// The machine to start: what was asked for, else what was recorded at Start Replication.
     func machineSettings(_ server: ServerRecord, _ request: StartMachine) async throws -> MachineSettings {
-        let pairName = server.sitePair
-        let pair = try await catalogue.read { db in try db.sitePair(pairName) }
+        let network = try await recoveryNetwork(of: server, request)
         var settings = MachineSettings(
             cpus: request.cpus ?? server.settings?.cpus ?? 2, memoryMiB: request.memoryMiB ?? server.settings?.memoryMiB ?? 1024,
-            network: request.network ?? pair.recoveryNetwork, forwards: request.forwards ?? [],
+            network: network.mode, forwards: request.forwards ?? [],
             bootCheck: try BootCheck(text: request.bootCheck ?? "none"), bootSecondsMax: request.bootSecondsMax ?? 120)
-        settings.bridge = request.bridge
+        settings.bridge = network.bridge
+        settings.networkName = network.name
         try checkMachine(cpus: settings.cpus, memoryMiB: settings.memoryMiB)
         try checkNetwork(settings)
         guard settings.forwards.isEmpty || settings.network == .user else {

@@ -10,7 +10,8 @@ import Replica
 /// machine runs is rolled back: fork gone, Replication Interrupted, replication free to go on under the new generation. A machine
 /// that runs but fails its check is kept for inspection; another point may be chosen.
 extension Lifecycle {
-    public func startFailover(_ name: String, _ request: StartMachine, who: String) async throws -> TaskRecord {
+    /// `note` is part of the transaction that accepts it.
+    func startFailover(_ name: String, _ request: StartMachine, who: String, noting note: TaskNote? = nil) async throws -> TaskRecord {
         let accepted = Date()
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .failover, hasRecoveryPoint: hasRecoveryPoint(found)) {
@@ -34,7 +35,9 @@ extension Lifecycle {
                 try TaskBoard.finish(running, error: "a failover was started by \(who)", in: db)
             }
             try instance.insert(db)
-            return try TaskBoard.plan(.failover, server: record, parameters: TaskParameters(instance: instance.id, isGraceful: request.graceful), who: who, in: db)
+            let task = try TaskBoard.plan(.failover, server: record, parameters: TaskParameters(instance: instance.id, isGraceful: request.graceful), who: who, in: db)
+            try note?(task, db)
+            return task
         }
         await start(task)
         return task
@@ -153,8 +156,11 @@ extension Lifecycle {
             // What is not said again stays as it was.
             machine.cpus = request.cpus ?? old.settings.cpus
             machine.memoryMiB = request.memoryMiB ?? old.settings.memoryMiB
-            machine.network = request.network ?? old.settings.network
-            machine.bridge = machine.network == .bridge ? request.bridge ?? old.settings.bridge : nil
+            if request.networkName == nil {
+                machine.networkName = request.network == nil ? old.settings.networkName : nil
+                machine.network = request.network ?? old.settings.network
+                machine.bridge = machine.network == .bridge ? request.bridge ?? old.settings.bridge : nil
+            }
             machine.forwards = request.forwards ?? (machine.network == .user ? old.settings.forwards : [])
             machine.bootCheck = request.bootCheck == nil ? old.settings.bootCheck : machine.bootCheck
             machine.bootSecondsMax = request.bootSecondsMax ?? old.settings.bootSecondsMax

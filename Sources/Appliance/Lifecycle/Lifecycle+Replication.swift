@@ -10,12 +10,13 @@ extension Lifecycle {
     /// Start Replication: the task ends when the first new recovery point is there.
     public func startReplication(_ name: String, _ request: StartReplication, who: String) async throws -> TaskRecord {
         let found = try await server(name)
-        let settings = try replicationSettings(found, request)
+        let settings = try await withNetworks(found, request, try replicationSettings(found, request, try await pairType(of: found)))
         let policy = try PolicyText(request.policy ?? found.policy).description
         // The table first, so that a wrong state is not reported as a wrong disk.
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .startReplication, hasRecoveryPoint: hasRecoveryPoint(found)) {
             throw ApplianceError.refused(why)
         }
+        try checkStorageClass(settings.storageClass, of: found.name)
         let volumes = try settings.disks.map { disk in
             guard let report = found.disks.first(where: { $0.name == disk }) else {
                 let known = found.disks.map(\.name).joined(separator: ", ")
@@ -47,16 +48,18 @@ extension Lifecycle {
         return task
     }
 
-    private func replicationSettings(_ server: ServerRecord, _ request: StartReplication) throws -> ReplicationSettings {
+    private func replicationSettings(_ server: ServerRecord, _ request: StartReplication, _ type: SitePairType) throws -> ReplicationSettings {
         let old = server.settings, reported = server.disks.map(\.name)
         let settings = ReplicationSettings(
             disks: request.disks ?? old.map { reported.starts(with: $0.disks) ? reported : $0.disks } ?? reported,
             epochMilliseconds: request.epochMilliseconds ?? old?.epochMilliseconds ?? 1000,
-            throttleBytesPerSecond: request.throttleBytesPerSecond ?? old?.throttleBytesPerSecond ?? 0,
+            throttleBytesPerSecond: request.throttleBytesPerSecond ?? old?.throttleBytesPerSecond ?? type.throttleBytesPerSecond,
             automaticRestart: request.automaticRestart ?? old?.automaticRestart ?? true,
             cpus: request.cpus ?? old?.cpus ?? server.specification?.cpus ?? 2,
             memoryMiB: request.memoryMiB ?? old?.memoryMiB ?? server.specification?.memoryMiB ?? 1024,
-            consistentEverySeconds: request.consistentEverySeconds ?? old?.consistentEverySeconds, consistency: request.consistency ?? old?.consistency)
+            consistentEverySeconds: request.consistentEverySeconds ?? old?.consistentEverySeconds, consistency: request.consistency ?? old?.consistency,
+            throttleWindows: request.throttleWindows ?? old?.throttleWindows, compression: request.compression ?? old?.compression ?? type.compression,
+            storageClass: request.storageClass ?? old?.storageClass)
         guard !settings.disks.isEmpty, Set(settings.disks).count == settings.disks.count else {
             throw ApplianceError.invalid("name each disk to be followed once, and at least one")
         }
@@ -64,9 +67,7 @@ extension Lifecycle {
             throw ApplianceError.invalid(
                 "all disks of an agent are followed together, in its order: \(reported.joined(separator: ", ")); run the agent without a disk that is not to be followed")
         }
-        guard (20...3_600_000).contains(settings.epochMilliseconds) else {
-            throw ApplianceError.invalid("an epoch lasts 20 to 3600000 milliseconds, not \(settings.epochMilliseconds)")
-        }
+        try Self.checkTransfer(settings)
         if let tap = request.tap, !["live", "nbd"].contains(tap) { throw ApplianceError.invalid("there is no tap \(tap): live or nbd") }
         if let every = settings.consistentEverySeconds, every != 0, !(10...31_536_000).contains(every) {
             throw ApplianceError.invalid("a file-system- or application-consistent recovery point can be had every 10 seconds to every year, not every \(every) s (0: none)")

@@ -13,10 +13,18 @@ extension Lifecycle {
         guard request.primarySite != request.secondarySite else {
             throw ApplianceError.invalid("a site pair needs two sites; both are called \(request.primarySite)")
         }
-        let pair = SitePairRecord(
+        guard request.recoveryNetwork == nil || request.recoveryNetworkName == nil else { throw ApplianceError.invalid("name a recovery network, or a kind of one, not both") }
+        let asked = SitePairRecord(
             name: request.name, type: request.type, primarySite: request.primarySite, secondarySite: request.secondarySite,
             replicationNetwork: request.replicationNetwork ?? "default", recoveryNetwork: request.recoveryNetwork ?? .isolated, created: Date())
         return try await catalogue.write { db in
+            var pair = asked
+            let networks = try Self.checkNetworks(
+                replication: request.replicationNetwork, recovery: request.recoveryNetworkName, primarySite: pair.primarySite, secondarySite: pair.secondarySite, in: db)
+            if let recovery = networks.recovery {
+                pair.recoveryNetworkName = recovery.name
+                pair.recoveryNetwork = recovery.mode ?? .isolated
+            }
             if let existing = try SitePairRecord.fetchOne(db, key: pair.name) {
                 throw ApplianceError.refused("There is a site pair \(existing.name) already.")
             }
@@ -108,9 +116,10 @@ extension Lifecycle {
         }
         // A connection under an older certificate ends now.
         await link?.disconnect(found.serverID)
+        let address = try await catalogue.read { db in try NetworkRecord.fetchOne(db, key: try db.sitePair(found.sitePair).replicationNetwork)?.address }
         return EnrolAnswer(
             server: found.serverID, serverName: found.name, certificate: issued.certificatePEM, ca: authority.certificatePEM,
-            linkHost: settings.linkHost, linkPort: settings.linkPort)
+            linkHost: address ?? settings.linkHost, linkPort: settings.linkPort)
     }
 
     /// Unregisters a server: certificate, exports, machine, recovery points; a task.

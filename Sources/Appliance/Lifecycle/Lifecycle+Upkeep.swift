@@ -39,7 +39,7 @@ extension Lifecycle {
     func storeView() -> StoreView {
         let figures = store.statistics()
         return StoreView(
-            directory: settings.storeDirectory, space: store.spaceState, tightensWhenLow: tightensWhenLow, freeBytes: figures.freeBytes,
+            directory: settings.storeDirectory, storageClass: StorageClass.below(settings.storeDirectory)?.storageClass, space: store.spaceState, tightensWhenLow: tightensWhenLow, freeBytes: figures.freeBytes,
             capacityBytes: figures.capacityBytes, storedBytes: figures.storedBytes, layerCount: figures.layerCount, segmentCount: figures.segmentCount,
             forkCount: figures.forkCount, badReadCount: figures.badBlockCount, upkeep: UpkeepView(figures.upkeep), scrub: scrubView())
     }

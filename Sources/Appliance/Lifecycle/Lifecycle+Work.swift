@@ -55,6 +55,7 @@ extension Lifecycle {
             case .createRecoveryPoint: result = try await performCreatePoint(task)
             case .exportRecoveryPoint: result = try await performCopy(task)
             case .unregister: result = try await performUnregister(task)
+            case .recoveryPlan: result = try await performPlan(task)
             case .startReverse: result = try await performStartReverse(task)
             case .failback: result = try await performFailback(task)
             default: throw ApplianceError.failed("task \(task.id ?? 0) has no work")
@@ -62,7 +63,7 @@ extension Lifecycle {
             try await tasks.finish(task, result: result)
         } catch {
             // Stopped with the appliance: the intent stays and the next start goes on.
-            if Task.isCancelled || isStopping { return }
+            if Task.isCancelled || isStopping || error is PlanRunEnded { return }
             await tasks.log(task, "failed: \(error)")
             do { try await tasks.finish(task, error: "\(error)") } catch {
                 logger.error("cannot store that a task failed: \(error)", metadata: ["task": "\(task.id ?? 0)"])
@@ -75,6 +76,7 @@ extension Lifecycle {
         let task = try await catalogue.write { db in
             guard let task = try TaskRecord.fetchOne(db, key: id) else { throw ApplianceError.notFound("There is no task \(id) (afterimage task list).") }
             guard task.status == .running else { throw ApplianceError.refused("Task \(id) has ended already.") }
+            guard task.operation != .recoveryPlan else { throw ApplianceError.refused("The run of a recovery plan is ended by its name (afterimage plan stop).") }
             guard [.exportRecoveryPoint, .createRecoveryPoint].contains(task.operation) else {
                 throw ApplianceError.refused("\(task.operation.rawValue) is not ended by cancelling its task; the state of the server decides what can be done (afterimage server show \(task.serverName ?? "")).")
             }

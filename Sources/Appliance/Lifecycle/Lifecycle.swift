@@ -108,7 +108,10 @@ public struct LifecycleSettings: Sendable {
     public var linkPort: Int
     public var storeDirectory: String
     public var enrolmentSeconds: Double
-    public init(apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, enrolmentSeconds: Double = 15 * 60) {
+    /// Names and addresses that the link's certificate has, beside those of networks.
+    public var certificateHosts: [String]
+    public init(apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, enrolmentSeconds: Double = 15 * 60, certificateHosts: [String] = []) {
+        self.certificateHosts = certificateHosts
         self.apiURL = apiURL
         self.linkHost = linkHost
         self.linkPort = linkPort

@@ -9,11 +9,13 @@ public struct CreateSitePair: Sendable, Codable {
     public var type: SitePairType
     public var primarySite: String
     public var secondarySite: String
-    /// The network that the link uses, for people.
+    /// A network's name.
     public var replicationNetwork: String?
-    /// What drills use unless told otherwise.
+    /// What drills use unless told otherwise: a kind of network, or the name of one.
     public var recoveryNetwork: RecoveryNetwork?
-    public init(name: String, type: SitePairType, primarySite: String, secondarySite: String, replicationNetwork: String? = nil, recoveryNetwork: RecoveryNetwork? = nil) {
+    public var recoveryNetworkName: String?
+    public init(name: String, type: SitePairType, primarySite: String, secondarySite: String, replicationNetwork: String? = nil, recoveryNetwork: RecoveryNetwork? = nil, recoveryNetworkName: String? = nil) {
+        self.recoveryNetworkName = recoveryNetworkName
         self.name = name
         self.type = type
         self.primarySite = primarySite
@@ -151,6 +153,25 @@ public struct StartReplication: Sendable, Codable {
     /// A point that is more than crash-consistent every so many seconds; 0: none.
     public var consistentEverySeconds: Int?
     public var consistency: Consistency?
+    /// Instead of `throttleBytesPerSecond`, at their times; empty: none.
+    public var throttleWindows: [ThrottleWindow]?
+    public var compression: CompressionChoice?
+    /// *Use SSD*: refused when the store is on something else.
+    public var storageClass: StorageClass?
+    /// Names of networks; both in one zone.
+    public var replicationNetwork: String?
+    public var recoveryNetwork: String?
+    public init() {}
+}
+
+/// How a server that is protected sends from now on; what is not given stays as it is.
+public struct SetReplication: Sendable, Codable {
+    public var epochMilliseconds: UInt32?
+    /// 0: no limit.
+    public var throttleBytesPerSecond: UInt64?
+    /// Instead of it, at their times; empty: none.
+    public var throttleWindows: [ThrottleWindow]?
+    public var compression: CompressionChoice?
     public init() {}
 }
 
@@ -231,6 +252,8 @@ public struct StartMachine: Sendable, Codable {
     public var forwards: [PortForward]?
     /// Of the network `bridge`.
     public var bridge: BridgeSettings?
+    /// A network's name, instead of `network`.
+    public var networkName: String?
     /// `none` or `serial:REGEX`.
     public var bootCheck: String?
     public var bootSecondsMax: Int?

@@ -68,6 +68,8 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case failback = "Failback"
     case cancelFailback = "Cancel Failback"
     case registration = "Registration"
+    /// Of several servers, each of whose steps is an operation of its own: the table does not know it.
+    case recoveryPlan = "Recovery Plan"
     // Happenings
     case agentConnected = "agent connected"
     case agentUnfit = "agent unfit"
@@ -93,5 +95,5 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
         .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .reversedRegister, .startReverse, .stopReverse, .failback,
         .cancelFailback, .registration, .unregister,
     ]
-    public static let happenings: [Trigger] = allCases.filter { !$0.isOperation }
+    public static let happenings: [Trigger] = allCases.filter { !$0.isOperation && $0 != .recoveryPlan }
 }

@@ -2,6 +2,9 @@ import Foundation
 import GRDB
 import Logging
 
+/// What else is stored with a new task.
+typealias TaskNote = @Sendable (TaskRecord, Database) throws -> Void
+
 /// The tasks: their intent, log and result are in the catalogue; a bar's progress is only in memory while they run.
 actor TaskBoard {
     private let catalogue: Catalogue
@@ -15,9 +18,9 @@ actor TaskBoard {
     }
 
     /// Stores a task's intent; part of the transaction that moves the state.
-    static func plan(_ operation: Trigger, server: ServerRecord, parameters: TaskParameters = TaskParameters(), who: String, in db: Database) throws -> TaskRecord {
+    static func plan(_ operation: Trigger, server: ServerRecord?, parameters: TaskParameters = TaskParameters(), who: String, in db: Database) throws -> TaskRecord {
         var task = TaskRecord(
-            id: nil, server: server.id, serverName: server.name, operation: operation, parameters: parameters, status: .running,
+            id: nil, server: server?.id, serverName: server?.name, operation: operation, parameters: parameters, status: .running,
             progress: nil, result: nil, error: nil, who: who, created: Date(), finished: nil)
         try task.insert(db)
         return task

@@ -85,6 +85,8 @@ public struct StatusView: Sendable, Codable {
 /// The store as a whole.
 public struct StoreView: Sendable, Codable {
     public var directory: String
+    /// Of the disks below it; nil: the kernel does not say.
+    public var storageClass: StorageClass?
     public var space: SpaceState
     /// Recovery points go before their time when space is low and nothing else helps.
     public var tightensWhenLow: Bool

@@ -46,6 +46,12 @@ actor RecoveryHost {
     nonisolated func consolePath(_ id: String) -> String { "\(instancesDirectory)/\(id)/console.log" }
     nonisolated func nbdSocketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id)/nbd.sock" }
     nonisolated func qmpSocketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id)/qmp.sock" }
+    /// What machines and QEMU wrote, of those that are there: a name and the file.
+    func logs() -> [(name: String, path: String)] {
+        ((try? FileManager.default.contentsOfDirectory(atPath: instancesDirectory)) ?? []).sorted().flatMap { id in
+            [("\(id)/console.log", consolePath(id)), ("\(id)/qemu.log", qemuLogPath(id))].filter { FileManager.default.fileExists(atPath: $0.1) }
+        }
+    }
     private nonisolated func qemuLogPath(_ id: String) -> String { "\(instancesDirectory)/\(id)/qemu.log" }
     private nonisolated func machineName(_ id: String) -> String { "afterimage-\(id)" }
 

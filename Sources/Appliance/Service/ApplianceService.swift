@@ -72,6 +72,7 @@ public struct ApplianceService: Service {
             try await lifecycle.startUpkeep(configuration.upkeep)
             await lifecycle.startConfigurationCopies()
             await lifecycle.startAlerts(AlertDesk(catalogue: catalogue, logger: logger), everySeconds: configuration.alertsEverySeconds)
+            try await lifecycle.renewIdentity()
             let linkPort = try await link.start()
             try await serveAPI(catalogue: catalogue, lifecycle: lifecycle, authority: authority, identity: identity, linkPort: linkPort)
         } catch {
@@ -117,7 +118,7 @@ public struct ApplianceService: Service {
         let linkHost = configuration.advertisedHost ?? (configuration.link.isEverywhere ? "127.0.0.1" : configuration.link.host)
         return LifecycleSettings(
             apiURL: "https://\(ListenAddress(host: apiHost, port: apiPort))", linkHost: linkHost, linkPort: linkPort,
-            storeDirectory: configuration.storeDirectory)
+            storeDirectory: configuration.storeDirectory, certificateHosts: configuration.certificateHosts)
     }
 
     private var profilePath: String { configuration.stateDirectory + "/client.json" }

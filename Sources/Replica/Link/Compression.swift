@@ -14,6 +14,8 @@ struct Compression {
     /// Sizes after compression that are worth it, in percent.
     static let payingPercent = 85
 
+    /// `auto` is what is described above.
+    var choice: CompressionChoice
     private(set) var isOn = false
     private var windowStart: Int64 = 0
     private var windowWireBytes = 0
@@ -22,7 +24,8 @@ struct Compression {
     private var pauseLength = 1
     private var packed: ByteBuffer
 
-    init(allocator: ByteBufferAllocator) {
+    init(allocator: ByteBufferAllocator, choice: CompressionChoice = .auto) {
+        self.choice = choice
         packed = allocator.buffer(capacity: 0)
     }
 
@@ -53,7 +56,7 @@ struct Compression {
 
     /// The payload's LZ4 block, or nil when it is to be sent as it is.
     mutating func pack(_ payload: ByteBuffer) -> ByteBuffer? {
-        guard isOn, payload.readableBytes > 512 else { return nil }
+        guard choice == .always || (choice == .auto && isOn), payload.readableBytes > 512 else { return nil }
         let limit = payload.readableBytes * Self.payingPercent / 100
         packed.clear(minimumCapacity: limit)
         packed.writeWithUnsafeMutableBytes(minimumWritableBytes: limit) { target in

@@ -17,6 +17,8 @@ public final class LinkServer: Sendable {
     let timing: LinkTiming
     let registry = ConnectionRegistry()
     let hashWorkers: HashWorkers
+    /// What connections are let in with.
+    private let context: Mutex<NIOSSLContext?>
     private let identity: TLSIdentity
     private let caCertificatePEM: String
     private let host: String
@@ -33,6 +35,7 @@ public final class LinkServer: Sendable {
         eventLoopGroup: any EventLoopGroup = MultiThreadedEventLoopGroup.singleton
     ) {
         self.store = store
+        context = Mutex(nil)
         self.identity = identity
         self.caCertificatePEM = caCertificatePEM
         self.host = host
@@ -46,7 +49,8 @@ public final class LinkServer: Sendable {
 
     /// Listens; returns the port. Throws `LinkError.cannotListen` or `PKIError`.
     public func start() async throws -> Int {
-        let context = try LinkTLS.serverContext(identity: identity, caCertificatePEM: caCertificatePEM)
+        let first = try LinkTLS.serverContext(identity: identity, caCertificatePEM: caCertificatePEM)
+        context.withLock { $0 = $0 ?? first }
         let bootstrap = ServerBootstrap(group: group)
             .serverChannelOption(.backlog, value: 64)
             .serverChannelOption(.socketOption(.so_reuseaddr), value: 1)
@@ -55,7 +59,7 @@ public final class LinkServer: Sendable {
                 channel.eventLoop.makeCompletedFuture {
                     let connection = ServerConnection(server: self, channel: channel)
                     try channel.pipeline.syncOperations.addHandlers(
-                        NIOSSLServerHandler(context: context),
+                        NIOSSLServerHandler(context: self.context.withLock { $0 } ?? first),
                         FrameHandler(stream: connection, timing: timing, refusesFailures: true))
                 }
             }
@@ -69,6 +73,12 @@ public final class LinkServer: Sendable {
         let bound = channel.localAddress?.port ?? port
         logger.info("the link listens on \(host) port \(bound)")
         return bound
+    }
+
+    /// Another certificate, for connections from now on: the appliance has an address more.
+    public func use(identity: TLSIdentity) throws {
+        let next = try LinkTLS.serverContext(identity: identity, caCertificatePEM: caCertificatePEM)
+        context.withLock { $0 = next }
     }
 
     /// Closes the port and every connection; returns when no epoch is being made durable for one any more.

@@ -181,7 +181,19 @@ public struct ReplicationOrder: Sendable, Codable, Hashable {
     public var throttleBytesPerSecond: UInt64
     /// Reconnect and go on by itself after an interruption.
     public var automaticRestart: Bool
-    public init(group: GroupID, generation: Generation, disks: [String], epochMilliseconds: UInt32 = 1000, throttleBytesPerSecond: UInt64 = 0, automaticRestart: Bool = true) {
+    /// Instead of `throttleBytesPerSecond`, at their times. An agent that is older than this, or is told nothing, knows none.
+    public var throttleWindows: [ThrottleWindow]?
+    /// nil: auto.
+    public var compression: CompressionChoice?
+    /// Where the data goes, if not where the agent was enrolled.
+    public var linkHost: String?
+    public init(
+        group: GroupID, generation: Generation, disks: [String], epochMilliseconds: UInt32 = 1000, throttleBytesPerSecond: UInt64 = 0, automaticRestart: Bool = true,
+        throttleWindows: [ThrottleWindow]? = nil, compression: CompressionChoice? = nil, linkHost: String? = nil
+    ) {
+        self.throttleWindows = throttleWindows
+        self.compression = compression
+        self.linkHost = linkHost
         self.group = group
         self.generation = generation
         self.disks = disks
@@ -238,6 +250,8 @@ public struct AgentStatus: Sendable, Codable, Hashable {
     public var proofs: [PointProof] = []
     /// Since it began, no write has reached the disks.
     public var hold: WriteHold?
+    /// In force now; 0 = none.
+    public var throttleBytesPerSecond: UInt64?
     public init() {}
 
     /// Agents may be older than the appliance: what they do not say is as in `init()`.
@@ -257,6 +271,7 @@ public struct AgentStatus: Sendable, Codable, Hashable {
         unprovenEpochs = try container.decodeIfPresent(UInt64.self, forKey: .unprovenEpochs) ?? 0
         proofs = try container.decodeIfPresent([PointProof].self, forKey: .proofs) ?? []
         hold = try container.decodeIfPresent(WriteHold.self, forKey: .hold)
+        throttleBytesPerSecond = try container.decodeIfPresent(UInt64.self, forKey: .throttleBytesPerSecond)
         // Figures for people: those of another version are no reason to take nothing.
         live = try? container.decodeIfPresent(LiveTapStatistics.self, forKey: .live)
     }

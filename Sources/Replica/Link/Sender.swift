@@ -33,6 +33,9 @@ public final class Sender: Sendable {
         try? await promise.futureResult.get()
     }
 
+    /// Another throttle, compression or epoch length (`ReplicationOrder.isSameStream`), without interrupting the stream.
+    public func adopt(_ order: ReplicationOrder) { eventLoop.execute { self.loop.adopt(order) } }
+
     /// Closes the running epoch as soon as the previous one has been sent, instead of at its time. `consistency` is asked of the next epoch
     /// that can be exact; what became of it, `AgentStatus.proofs` says.
     public func cutNow(consistency: CutConsistency = .crash) { eventLoop.execute { self.loop.cutNow(consistency) } }

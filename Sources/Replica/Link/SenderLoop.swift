@@ -31,7 +31,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
     static let unacknowledgedMax = 2
 
     let source: any EpochSource
-    let order: ReplicationOrder
+    private(set) var order: ReplicationOrder
     let base: ReplicationBase
     let timing: LinkTiming
     let eventLoop: any NIOCore.EventLoop
@@ -131,8 +131,8 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         drainBytes = type(of: source).drainBufferBytes
         precondition(drainBytes > 0 && drainBytes <= FrameLimits.payloadBytesMax, "a drain buffer must fit into a frame")
         batch = ExtentBatch(allocator: ByteBufferAllocator())
-        compression = Compression(allocator: ByteBufferAllocator())
-        throttle = Throttle(bytesPerSecond: order.throttleBytesPerSecond)
+        compression = Compression(allocator: ByteBufferAllocator(), choice: order.compression ?? .auto)
+        throttle = Throttle(bytesPerSecond: order.currentBytesPerSecond)
         compareThrottle = Throttle(bytesPerSecond: timing.compareBytesPerSecond)
     }
 
@@ -192,6 +192,26 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         case .greeting(let handler), .streaming(let handler):
             handler.close("stopped")
         }
+    }
+
+    /// An order of the same stream: what has begun goes on.
+    func adopt(_ order: ReplicationOrder) {
+        guard order.isSameStream(as: self.order) else { return }
+        self.order = order
+        compression.choice = order.compression ?? .auto
+        nextCut = min(nextCut, .now() + .milliseconds(Int64(order.epochMilliseconds)))
+        setThrottle()
+        scheduleCut()
+    }
+
+    /// Windows begin and end while it goes on.
+    private func setThrottle() {
+        let now = order.currentBytesPerSecond
+        guard now != throttle.bytesPerSecond else { return }
+        throttle.set(bytesPerSecond: now)
+        logger.info("\(now == 0 ? "no throttle" : "at most \(now) bytes per second") from now on")
+        // What waits has been told how long at the rate of before.
+        pump()
     }
 
     private func stopped() {
@@ -348,6 +368,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
 
     private func tick() {
         if case .streaming(let handler) = link { checkProgress(handler) }
+        setThrottle()
         rateSamples.append((.now(), base.read { $0.sentBytes }))
         if rateSamples.count > 12 { rateSamples.removeFirst() }
         publish()
@@ -401,6 +422,7 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         status.fullSyncTotalBytes = source.disks.reduce(0) { $0 + $1.geometry.sizeBytes }
         status.fullSyncDoneBytes = fullSyncDoneBytes(of: status.fullSyncTotalBytes)
         status.source = statistics
+        status.throttleBytesPerSecond = throttle.bytesPerSecond
         base.read { state in
             status.sentBytes = state.sentBytes
             status.lastAcknowledgedEpoch = state.lastAcknowledged

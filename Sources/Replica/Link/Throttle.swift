@@ -1,13 +1,20 @@
 /// Token bucket in bytes per second. Holds at most a quarter of a second's bytes; may go into debt by one frame.
 struct Throttle {
     /// 0 = no limit.
-    let bytesPerSecond: UInt64
+    private(set) var bytesPerSecond: UInt64
     private var tokens: Double
     private var last: Int64?
 
     init(bytesPerSecond: UInt64) {
         self.bytesPerSecond = bytesPerSecond
         tokens = Double(bytesPerSecond) / 4
+    }
+
+    /// From now on. Of a debt no more stays than what a quarter of a second pays at the new rate; without a limit there was none.
+    mutating func set(bytesPerSecond: UInt64) {
+        let limit = Double(bytesPerSecond) / 4
+        tokens = self.bytesPerSecond == 0 ? 0 : min(max(tokens, -limit), limit)
+        self.bytesPerSecond = bytesPerSecond
     }
 
     /// Nanoseconds to wait before the next frame may be sent; 0 = now.
