@@ -26,6 +26,8 @@ struct ApplianceCommand: AsyncParsableCommand {
         inversion: .prefixedNo,
         help: "When the store is nearly full and nothing else helps, drop recovery points before their time, the oldest first; never the newest or held ones.")
     var tightenWhenLow = false
+    @Flag(inversion: .prefixedNo, help: "After a failover make the machine's disks independent of recovery points, in the background (see afterimage machine hydrate).")
+    var hydrate = true
     @Option(help: "Everything in the store is read again and again, to find damage, at this rate: 8MiB; 0 for never.")
     var scrubRate: ByteCount = ByteCount(bytes: 8 << 20)
     @Option(help: "Rest between two such passes: 90s, 10m, 24h, 7d.") var scrubPause: TimeSpan = TimeSpan(seconds: 86_400)
@@ -37,13 +39,15 @@ struct ApplianceCommand: AsyncParsableCommand {
 
     var applianceConfiguration: ApplianceConfiguration {
         let state = absolute(self.state)
-        return ApplianceConfiguration(
+        var configuration = ApplianceConfiguration(
             stateDirectory: state, storeDirectory: store.map(absolute) ?? state + "/store", runtimeDirectory: absolute(runtimeDir), listen: listen,
             link: link, advertisedHost: advertise,
             qemu: QEMUConfiguration(executable: absolute(qemu), dataDirectories: qemuData.map(absolute), accelerator: accel),
             upkeep: UpkeepConfiguration(
                 bytesPerSecond: upkeepRate.bytes, tightensWhenLow: tightenWhenLow,
                 scrub: ScrubConfiguration(bytesPerSecond: scrubRate.bytes, pauseSeconds: Double(scrubPause.seconds))))
+        configuration.hydrates = hydrate
+        return configuration
     }
 
     func run() async throws {

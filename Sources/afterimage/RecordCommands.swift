@@ -47,7 +47,7 @@ struct TaskCommand: AsyncParsableCommand {
 
 extension TaskCommand {
     struct Cancel: ClientCommand {
-        static let configuration = CommandConfiguration(abstract: "End an export, or the making of a recovery point; what is half made is removed.")
+        static let configuration = CommandConfiguration(abstract: "End an export, a promotion, a hydration, or the making of a recovery point; what is half made is removed.")
         @OptionGroup var global: GlobalOptions
         @Argument(help: "The task's number.") var id: Int64
 

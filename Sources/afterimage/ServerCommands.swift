@@ -90,6 +90,7 @@ struct ServerCommand: AsyncParsableCommand {
             lines.append("  machine \(machine.id)  \(machine.kind.rawValue), \(machine.step.rawValue)" + (machine.reason.map { ": \($0)" } ?? ""))
             lines.append("    console     \(machine.consolePath)")
             lines.append("    disks       \(machine.nbdSocketPath)")
+            if let hydration = machine.hydration { lines += Terminal.field("  hydration", MachineCommand.words(hydration)) }
         }
         if let reverse = server.reverse { lines += reverse.lines }
         return lines

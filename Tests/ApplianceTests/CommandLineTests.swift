@@ -21,6 +21,8 @@ struct CommandLineTests {
         "recovery-point export a p1 --to raw --output /x/a.raw --wait", "recovery-point export a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
         "recovery-point mount a p1 /mnt --disk vda --partition 2", "recovery-point unmount /mnt", "recovery-point mounts", "task cancel 7",
         "drill start a --wait --network none", "drill start a --network bridge --bridge br0", "drill start a --network bridge --bridge-subnet 10.80.0.1/24 --no-dhcp", "drill clear a --wait",
+        "machine hydrate a --wait", "machine hydrate a --drill", "machine promote a --to raw --output /x/a.raw --stop --stop-timeout 5", "machine promote a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
+        "appliance --no-hydrate",
         "failover start a --graceful --yes a --preview", "server remove a --preview", "failover change-recovery-point a --point p --yes a",
         "alert list --all", "alert-channel list", "alert-channel create c --webhook https://h/x --secret-file /s --severity critical", "alert-channel test c", "alert-channel delete c",
         "alert-channel create c --mail-server smtp://h --mail-from a@b --mail-to c@d --mail-user u --mail-password-file /p", "server set-alerts a --rpo-target 60s --drill-every 0s",
@@ -43,6 +45,7 @@ struct CommandLineTests {
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
         "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",
         "token create t", "token create t --role king", "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",
+        "machine promote a --to raw", "machine promote a --to tape --output /x", "machine promote a --to raw --output a.raw", "machine promote a --to raw --output /x --stop-timeout 5",
         "appliance --scrub-pause 1", "appliance --scrub-pause 0s", "appliance --scrub-rate fast",
     ])
     func refuses(words: String) throws {

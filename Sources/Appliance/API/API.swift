@@ -60,7 +60,7 @@ struct API: Sendable {
         try APIResponse.json(TaskView(task), status: task.status == .running ? .accepted : .ok)
     }
 
-    var routes: [APIRoute] { open + sites + servers + replication + recovery + reverse + records + alerts + access }
+    var routes: [APIRoute] { open + sites + servers + replication + recovery + reverse + machines + records + alerts + access }
 
     private var open: [APIRoute] {
         [
@@ -236,7 +236,7 @@ struct API: Sendable {
             APIRoute(method: .get, path: "/v1/tasks/{task}", access: .role(.viewer), summary: "show a task with its log") { _, context in
                 try APIResponse.json(try await lifecycle.taskView(try taskID(context)))
             },
-            APIRoute(method: .delete, path: "/v1/tasks/{task}", access: .role(.operator), summary: "cancel an export or the making of a recovery point") { _, context in
+            APIRoute(method: .delete, path: "/v1/tasks/{task}", access: .role(.operator), summary: "cancel an export, a promotion, a hydration, or the making of a recovery point") { _, context in
                 try APIResponse.json(TaskView(try await lifecycle.cancelTask(try taskID(context), who: context.who)))
             },
             APIRoute(method: .get, path: "/v1/events", access: .role(.viewer), summary: "list events, newest first (?server=NAME&limit=N)") { request, _ in

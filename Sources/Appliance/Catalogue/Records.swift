@@ -213,8 +213,9 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     }
 }
 
-/// One disk of a recovery point, to be copied out of the store.
+/// One disk of a recovery point, or of a machine, to be copied out of the store.
 public struct PointCopyOrder: Sendable, Codable, Hashable {
+    /// Of a machine the one that it was started from.
     public var point: RecoveryPointID
     public var disk: String
     /// The disk's place in the group.
@@ -222,6 +223,10 @@ public struct PointCopyOrder: Sendable, Codable, Hashable {
     public var format: PointCopyFormat
     /// Absolute, on the appliance's host.
     public var path: String
+    /// Of a machine: it is shut down before its disk is copied, and has so long to do it itself.
+    public var stopSecondsMax: Int?
+    /// The file that was read back and only lacks its name: a machine's disk is another by the next start.
+    public var comparedInode: UInt64?
 }
 
 public enum PointCopyFormat: String, Sendable, Codable, CaseIterable {

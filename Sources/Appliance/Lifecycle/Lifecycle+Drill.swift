@@ -31,6 +31,7 @@ extension Lifecycle {
         do {
             let result = try await bringUp(instance, task: task)
             await moved(.drillReady, instance.server)
+            FaultPoint.stateMoved.reached(task.operation)
             return result
         } catch {
             // Cancelled by a clear or by the appliance's end: not this task's failure to tell.
@@ -62,6 +63,7 @@ extension Lifecycle {
             try await takeDown(instance, task: task)
         }
         await moved(.drillCleared, id)
+        FaultPoint.stateMoved.reached(task.operation)
         var result = TaskResult()
         result.message = "the drill's machine, disks and network are gone"
         return result
@@ -124,6 +126,7 @@ extension Lifecycle {
             $0.accelerator = started.accelerator?.rawValue ?? $0.accelerator
         }
         await tasks.report(task, TaskProgress(step: "boot check"))
+        FaultPoint.bootCheckBegun.reached(task.operation)
         let line: String?
         do { line = try await machines.bootCheck(instance) } catch {
             if !Task.isCancelled {
@@ -159,6 +162,7 @@ extension Lifecycle {
                 try record.update(db)
             }
         }
+        FaultPoint.readyStored.reached(task.operation)
         await log(line.map { "boot check passed after \(String(format: "%.2f", rto)) s: \($0)" } ?? "the machine runs after \(String(format: "%.2f", rto)) s (no boot check was asked for)")
         var result = TaskResult()
         result.recoveryPoint = instance.point

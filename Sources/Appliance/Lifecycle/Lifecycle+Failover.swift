@@ -46,7 +46,7 @@ extension Lifecycle {
             guard instance.step != .removing else { throw ApplianceError.failed("the appliance ended while it was being rolled back") }
             instance = task.parameters.isGraceful == true ? try await fenceGracefully(instance, task: task) : try await fence(instance, task: task)
             let result = try await bringUp(instance, task: task)
-            await moved(.failoverReady, instance.server)
+            await failedOver(instance)
             return result
         } catch {
             if Task.isCancelled { throw error }
@@ -67,6 +67,7 @@ extension Lifecycle {
     /// earlier one's end.
     func rollBack(_ instance: InstanceRecord, task: TaskRecord, reason: String) async throws {
         try await update(instance.id) { $0.step = .removing }
+        FaultPoint.removalStored.reached(task.operation)
         try await machines.takeDown(instance)
         await tasks.log(task, "rolled back: replication may go on")
         try await catalogue.write { db in
@@ -76,6 +77,7 @@ extension Lifecycle {
             }
             try TaskBoard.finish(task, error: reason, in: db)
         }
+        FaultPoint.stateMoved.reached(task.operation)
         await offerReplication(instance.server)
     }
 
@@ -86,6 +88,7 @@ extension Lifecycle {
         if instance.generation == nil {
             let generation = try await blocking { [store] in try store.raiseGeneration(group) }
             fenced.generation = Int64(generation.rawValue)
+            FaultPoint.fenced.reached(task.operation)
             await tasks.log(task, "\(generation): the source is fenced, replication is stopped")
         }
         if instance.point == nil {
@@ -102,6 +105,7 @@ extension Lifecycle {
             $0.pointCutTimeNanoseconds = settled.pointCutTimeNanoseconds
             $0.volumes = settled.volumes
         }
+        FaultPoint.generationStored.reached(task.operation)
         if let generation = settled.generation { await tell(ServerID(instance.server), .fenced(Generation(UInt64(generation)))) }
         return settled
     }
@@ -187,7 +191,7 @@ extension Lifecycle {
                 try await takeDown(old, task: task)
             }
             let result = try await bringUp(instance, task: task)
-            await moved(.failoverReady, instance.server)
+            await failedOver(instance)
             return result
         } catch {
             if Task.isCancelled { throw error }
@@ -283,12 +287,14 @@ extension Lifecycle {
         let group = GroupID(machine.server)
         let before = store.recoveryPoints(group).count
         try await blocking { [store] in try store.commitFork(machine.forkID) }
+        FaultPoint.forkCommitted.reached(task.operation)
         let points = store.recoveryPoints(group)
         if before > points.count {
             await tasks.log(task, "\(before - points.count) recovery points are gone, \(points.count) held ones stay; what nothing refers to any more is given back in the background")
         }
         let generation = store.group(group)?.generation
         try await update(machine.id) { $0.generation = generation.map { Int64($0.rawValue) } ?? $0.generation }
+        FaultPoint.commitStored.reached(task.operation)
         // A source that connects again is told the newest.
         if let generation { await tell(ServerID(machine.server), .fenced(generation)) }
         var result = TaskResult()

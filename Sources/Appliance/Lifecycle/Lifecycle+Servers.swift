@@ -151,6 +151,7 @@ extension Lifecycle {
             record.enrolmentHash = nil
             try record.update(db)
         }
+        FaultPoint.accessRevoked.reached(task.operation)
         await tell(record.serverID, .stopReplication)
         await link?.disconnect(record.serverID)
         let instances = try await catalogue.read { db in try db.instances(of: record) }
@@ -161,10 +162,12 @@ extension Lifecycle {
         try await endMounts(of: id)
         let group = record.group
         if store.group(group) != nil { try await blocking { [store] in try store.deleteGroup(group) } }
+        FaultPoint.groupDeleted.reached(task.operation)
         try await catalogue.write { db in
             try PointExportRecord.filter(Column("server") == id).deleteAll(db)
             try ServerRecord.deleteOne(db, key: id)
         }
+        FaultPoint.serverRemoved.reached(task.operation)
         agents[record.serverID] = nil
         return result
     }

@@ -63,7 +63,7 @@ extension Lifecycle {
             generation: instance.generation.map(UInt64.init), accelerator: instance.accelerator, pid: instance.pid, accepted: instance.accepted,
             ready: instance.ready, rtoSeconds: instance.rtoMilliseconds.map { Double($0) / 1000 }, bootLine: instance.bootLine,
             reason: instance.reason, consolePath: machines.consolePath(instance.id), nbdSocketPath: machines.nbdSocketPath(instance.id),
-            qmpSocketPath: machines.qmpSocketPath(instance.id))
+            qmpSocketPath: machines.qmpSocketPath(instance.id), hydration: hydrationView(instance))
     }
 
     public func taskViews(server: String?, limit: Int) async throws -> [TaskView] {

@@ -14,8 +14,9 @@ extension Lifecycle {
             )
         }
         await machines.reportUnknown(known: Set(instances.map(\.id)))
-        // A commit happens beside its machine, which goes on; the other tasks bring theirs up, or down, themselves.
-        let busy = Set(running.filter { $0.operation != .commitFailover && $0.operation != .startReverse }.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
+        // These happen beside their machine, which goes on; the other tasks bring theirs up, or down, themselves.
+        let beside: Set<Trigger> = [.commitFailover, .startReverse, .hydrateMachine, .promoteMachine]
+        let busy = Set(running.filter { !beside.contains($0.operation) }.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
         for instance in instances where !busy.contains(instance.id) { await revive(instance) }
         for export in exported {
             guard let server = servers.first(where: { $0.id == export.server }) else { continue }
@@ -39,6 +40,7 @@ extension Lifecycle {
     func start(_ task: TaskRecord) async {
         // Start Replication is the agent's work; its statuses end the task.
         if task.operation == .startReplication { return }
+        FaultPoint.intentStored.reached(task.operation)
         await tasks.run(task) { await self.perform(task) }
     }
 
@@ -54,6 +56,8 @@ extension Lifecycle {
             case .commitFailover: result = try await performCommit(task)
             case .createRecoveryPoint: result = try await performCreatePoint(task)
             case .exportRecoveryPoint: result = try await performCopy(task)
+            case .hydrateMachine: result = try await performHydration(task)
+            case .promoteMachine: result = try await performPromotion(task)
             case .unregister: result = try await performUnregister(task)
             case .startReverse: result = try await performStartReverse(task)
             case .failback: result = try await performFailback(task)
@@ -75,7 +79,7 @@ extension Lifecycle {
         let task = try await catalogue.write { db in
             guard let task = try TaskRecord.fetchOne(db, key: id) else { throw ApplianceError.notFound("There is no task \(id) (afterimage task list).") }
             guard task.status == .running else { throw ApplianceError.refused("Task \(id) has ended already.") }
-            guard [.exportRecoveryPoint, .createRecoveryPoint].contains(task.operation) else {
+            guard [.exportRecoveryPoint, .createRecoveryPoint, .hydrateMachine, .promoteMachine].contains(task.operation) else {
                 throw ApplianceError.refused("\(task.operation.rawValue) is not ended by cancelling its task; the state of the server decides what can be done (afterimage server show \(task.serverName ?? "")).")
             }
             try TaskBoard.finish(task, error: "cancelled by \(who)", in: db)
@@ -153,8 +157,10 @@ extension Lifecycle {
     /// Everything of an instance goes: QEMU, sockets, fork, files, record. May be repeated.
     func takeDown(_ instance: InstanceRecord, task: TaskRecord?) async throws {
         try await update(instance.id) { $0.step = .removing }
+        FaultPoint.removalStored.reached(task?.operation)
         try await machines.takeDown(instance)
         try await catalogue.write { db in _ = try InstanceRecord.deleteOne(db, key: instance.id) }
+        FaultPoint.recordRemoved.reached(task?.operation)
         if let task { await tasks.log(task, "machine \(instance.id) and its fork are gone") }
     }
 }

@@ -108,7 +108,10 @@ public struct LifecycleSettings: Sendable {
     public var linkPort: Int
     public var storeDirectory: String
     public var enrolmentSeconds: Double
-    public init(apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, enrolmentSeconds: Double = 15 * 60) {
+    /// After a failover the machine's disks become independent of recovery points.
+    public var hydrates: Bool
+    public init(apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, enrolmentSeconds: Double = 15 * 60, hydrates: Bool = true) {
+        self.hydrates = hydrates
         self.apiURL = apiURL
         self.linkHost = linkHost
         self.linkPort = linkPort

@@ -256,6 +256,27 @@ public struct CopyPoint: Sendable, Codable {
     }
 }
 
+/// A failed-over machine's disk, to be copied out of the store.
+public struct PromoteMachine: Sendable, Codable {
+    public var copy: CopyPoint
+    /// Shut it down first; else the copy is of one moment of a machine that runs on.
+    public var stop: Bool?
+    /// With `stop`: its power is taken when it has not shut itself down by then; 60 by default.
+    public var stopSecondsMax: Int?
+    public init(copy: CopyPoint, stop: Bool? = nil, stopSecondsMax: Int? = nil) {
+        self.copy = copy
+        self.stop = stop
+        self.stopSecondsMax = stopSecondsMax
+    }
+}
+
+/// Which machine is to become independent of recovery points.
+public struct HydrateMachine: Sendable, Codable {
+    /// nil: the failed-over one, or the drill's when there is no other.
+    public var kind: InstanceKind?
+    public init(kind: InstanceKind? = nil) { self.kind = kind }
+}
+
 public struct MountPoint: Sendable, Codable {
     /// Absolute, on the appliance's host; an empty directory.
     public var directory: String

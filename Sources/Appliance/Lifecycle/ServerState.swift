@@ -62,6 +62,8 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case unregister = "Unregister"
     case createRecoveryPoint = "Create Recovery Point"
     case exportRecoveryPoint = "Export Recovery Point"
+    case hydrateMachine = "Hydrate Machine"
+    case promoteMachine = "Promote Machine"
     case reversedRegister = "Reversed Register"
     case startReverse = "Initiate Reverse Replication"
     case stopReverse = "Stop Reverse Replication"
@@ -90,7 +92,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
 
     public static let operations: [Trigger] = [
         .renewEnrolment, .startReplication, .stopReplication, .pauseReplication, .restartServer, .drill, .clearDrill, .failover, .changeRecoveryPoint,
-        .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .reversedRegister, .startReverse, .stopReverse, .failback,
+        .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .hydrateMachine, .promoteMachine, .reversedRegister, .startReverse, .stopReverse, .failback,
         .cancelFailback, .registration, .unregister,
     ]
     public static let happenings: [Trigger] = allCases.filter { !$0.isOperation }

@@ -2,8 +2,8 @@
 extension StateTable {
     static func cell(_ state: ServerState, _ trigger: Trigger) -> StateOutcome {
         if let named = named[state]?[trigger] { return named }
-        // Reads what is there, and disturbs nothing.
-        if trigger == .exportRecoveryPoint { return .stays }
+        // Read what is there, and disturb nothing.
+        if [.exportRecoveryPoint, .hydrateMachine, .promoteMachine].contains(trigger) { return .stays }
         // What happens outside is never refused: it may simply come too late to mean anything.
         return trigger.isOperation ? .refused(sentence(state, trigger)) : .stays
     }

@@ -67,6 +67,19 @@ public struct InstanceView: Sendable, Codable {
     /// For `qemu-img` and friends while the machine is stopped.
     public var nbdSocketPath: String
     public var qmpSocketPath: String
+    /// nil: its disks do not exist yet.
+    public var hydration: HydrationView?
+}
+
+/// Whether a machine's disks need recovery points, and how far it is with changing that.
+public struct HydrationView: Sendable, Codable {
+    /// No recovery point shares a layer with them.
+    public var isIndependent: Bool
+    /// Bytes of index, while it is at work.
+    public var doneBytes: UInt64?
+    public var totalBytes: UInt64?
+    /// Why it does not go on, or cannot.
+    public var problem: String?
 }
 
 public struct StatusView: Sendable, Codable {

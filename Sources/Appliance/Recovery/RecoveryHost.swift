@@ -75,12 +75,16 @@ actor RecoveryHost {
             try FileManager.default.createDirectory(atPath: directory, withIntermediateDirectories: true, attributes: [.posixPermissions: 0o700])
         }
         let socketPath = nbdSocketPath(id)
+        // Not one that is taken over, or started again, when the appliance starts.
+        let isNew = instance.step == .planned || instance.step == .starting
         let disks = try await blocking { [store] in
             if !store.forks().contains(where: { $0.id == instance.forkID }) {
                 try store.fork(instance.forkID, of: GroupID(instance.server), at: point, purpose: instance.kind.rawValue)
             }
+            if isNew { FaultPoint.forkMade.reached() }
             return try ServedDisks.fork(instance.forkID, names: instance.volumes, store: store, socketPath: socketPath)
         }
+        if isNew { FaultPoint.disksServed.reached() }
         var process = running
         do {
             var accelerator: Accelerator?
@@ -90,7 +94,9 @@ actor RecoveryHost {
                 (process, accelerator) = try await startQEMU(instance, log: log)
             }
             guard let process else { preconditionFailure("a machine is found or started") }
+            if isNew { FaultPoint.machineSpawned.reached() }
             let qmp = try await control(process, id: id)
+            if isNew { FaultPoint.controlUp.reached() }
             machines[id] = Machine(disks: disks, process: process, qmp: qmp, watch: watch(id, process, qmp))
             return Started(pid: process.pid, accelerator: accelerator)
         } catch {
@@ -195,12 +201,15 @@ actor RecoveryHost {
             await machine.disks.stop()
         }
         await QEMUProcess.find(name: machineName(id))?.terminate()
+        FaultPoint.machineGone.reached()
         try await blocking { [store] in
             if store.forks().contains(where: { $0.id == instance.forkID }) { try store.dropFork(instance.forkID) }
         }
+        FaultPoint.forkDropped.reached()
         for directory in ["\(runtimeDirectory)/\(id)", "\(instancesDirectory)/\(id)"] {
             try? FileManager.default.removeItem(atPath: directory)
         }
+        FaultPoint.filesRemoved.reached()
     }
 
     /// Stops a machine and lets its disks go, everything that reached them flushed; its fork stays. With `asksSeconds` the guest is asked to shut

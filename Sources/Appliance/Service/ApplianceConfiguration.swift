@@ -14,6 +14,8 @@ public struct ApplianceConfiguration: Sendable {
     public var advertisedHost: String?
     public var qemu: QEMUConfiguration
     public var upkeep: UpkeepConfiguration
+    /// After a failover the machine's disks become independent of recovery points, in the background.
+    public var hydrates = true
     /// How often is looked for what is wrong.
     public var alertsEverySeconds = 5.0
 

@@ -31,6 +31,7 @@ public struct ApplianceService: Service {
     }
 
     public func run() async throws {
+        try FaultPoint.arm(stateDirectory: configuration.stateDirectory, logger: logger)
         for directory in [configuration.stateDirectory, configuration.runtimeDirectory, configuration.storeDirectory] {
             try makeDirectory(directory)
         }
@@ -117,7 +118,7 @@ public struct ApplianceService: Service {
         let linkHost = configuration.advertisedHost ?? (configuration.link.isEverywhere ? "127.0.0.1" : configuration.link.host)
         return LifecycleSettings(
             apiURL: "https://\(ListenAddress(host: apiHost, port: apiPort))", linkHost: linkHost, linkPort: linkPort,
-            storeDirectory: configuration.storeDirectory)
+            storeDirectory: configuration.storeDirectory, hydrates: configuration.hydrates)
     }
 
     private var profilePath: String { configuration.stateDirectory + "/client.json" }

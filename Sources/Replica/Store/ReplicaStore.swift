@@ -306,6 +306,7 @@ public final class ReplicaStore: @unchecked Sendable {
                 figures.storedBytes += layer.dataBytes
                 for use in layer.segments { segments.insert(use.segment) }
             }
+            figures.storedBytes -= state.repeatedBytes
             figures.segmentCount = segments.count
             return figures
         }
@@ -335,10 +336,13 @@ public final class ReplicaStore: @unchecked Sendable {
         }
         shared.withLock { $0.state.apply(record) }
         switch record {
-        case .groupDeleted, .forkDropped, .pointsDropped, .layersMerged, .forkSealed, .forkCommitted: upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
+        case .groupDeleted, .forkDropped, .pointsDropped, .layersMerged, .forkSealed, .forkCommitted, .forkHydrated: upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
         case .snapshot, .groupCreated, .generationRaised, .epochSealed, .forked, .pointMarked: break
         }
-        if case .layersMerged(let replaced, _) = record { forksFollow(replaced) }
+        switch record {
+        case .layersMerged(let replaced, _), .forkHydrated(_, _, let replaced, _): forksFollow(replaced)
+        default: break
+        }
     }
 
     func checkName(_ name: String) throws(StoreError) {

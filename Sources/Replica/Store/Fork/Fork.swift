@@ -79,6 +79,7 @@ extension ReplicaStore {
             try thread.perform { () throws(StoreError) in
                 guard self.read({ $0.forks[id] }) != nil else { throw .unknownFork(id) }
                 try self.change(.forkDropped(id))
+                self.endHydration(id)
                 self.collectGarbage()
             }
         }
