@@ -47,7 +47,7 @@ extension ClientCommand {
                 throw switch problem.status {
                 case 401, 403: Exit.forbidden
                 case 404: Exit.notFound
-                case 409: Exit.refused
+                case 409, 412: Exit.refused
                 case 400, 422: Exit.usage
                 default: Exit.failed
                 }

@@ -106,8 +106,14 @@ struct ServerCommand: AsyncParsableCommand {
         func validate() throws { try PolicyHelp.check(policy) }
 
         func run(_ client: APIClient) async throws {
-            let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/policy", Appliance.SetPolicy(policy: policy))
-            try show(server) { ["Recovery Point Policy of \(server.name): \(PolicyHelp.words(server.policy))"] }
+            var before = ""
+            let server: ServerView = try await client.change("/v1/servers/\(APIClient.segment(name))/policy") { (now: Appliance.SetPolicy) in
+                before = now.policy
+                return Appliance.SetPolicy(policy: policy)
+            }
+            try show(server) {
+                ["Recovery Point Policy of \(server.name): \(PolicyHelp.words(server.policy))"] + (before == server.policy ? [] : ["  before: \(PolicyHelp.words(before))"])
+            }
         }
     }
 
@@ -120,8 +126,12 @@ struct ServerCommand: AsyncParsableCommand {
 
         func run(_ client: APIClient) async throws {
             let request = Appliance.SetAlerts(rpoTargetSeconds: rpoTarget?.seconds, drillEverySeconds: drillEvery?.seconds)
-            let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/alerts", request)
-            try show(server) { ["alerts of \(server.name): \(server.alertSettings.text)"] }
+            var before = AlertSettings.standard
+            let server: ServerView = try await client.change("/v1/servers/\(APIClient.segment(name))/alerts") { (now: AlertSettings) in
+                before = now
+                return request
+            }
+            try show(server) { ["alerts of \(server.name): \(server.alertSettings.text)"] + (before == server.alertSettings ? [] : ["  before: \(before.text)"]) }
         }
     }
 

@@ -29,7 +29,7 @@ struct CommandLineTests {
         "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a", "failover commit a --yes a", "failover commit a --preview --json",
         "server set-policy a all:10m,1h:24h", "replication start a --policy keep-all", "replication start a --consistent-every 0s", "recovery-point create a --note why --wait", "recovery-point hold a p1 --name n",
         "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low --scrub-rate 0 --scrub-pause 7d",
-        "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "catalogue backup /x/c.sqlite", "catalogue import /x/c.json", "agent configuration --state /x", "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
+        "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "user create u --role viewer --password-file /p", "user list --json", "user set-password u", "user delete u", "login https://h:8443 --user u --ca-fingerprint ab --password-file /p --profile /x/y.json", "catalogue backup /x/c.sqlite", "catalogue import /x/c.json", "agent configuration --state /x", "task list --server a --limit 5", "task show 12 --wait", "event list", "event follow --json", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T", "agent rescue --disk vda=/dev/loop0 --state /x",
         "reverse register a", "reverse start a --original-machine --confirm S1 --confirm S2 --discard-original --throttle 10MiB --wait", "reverse start a --preview", "reverse stop a",
         "failback start a --forced --yes a --wait", "failback start a --preview", "failback cancel a", "registration a",
@@ -44,7 +44,7 @@ struct CommandLineTests {
         "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "agent run --disk vda=/dev/x --read-share 0", "agent run --disk vda=/dev/x --patience -1", "agent rescue", "agent rescue --disk vda", "reverse start", "failback start a --point p", "task show twelve", "fly",
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
         "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",
-        "token create t", "token create t --role king", "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",
+        "user create u", "login https://h", "login http://h:1 --user u", "token create t", "token create t --role king", "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",
         "machine promote a --to raw", "machine promote a --to tape --output /x", "machine promote a --to raw --output a.raw", "machine promote a --to raw --output /x --stop-timeout 5",
         "appliance --scrub-pause 1", "appliance --scrub-pause 0s", "appliance --scrub-rate fast",
     ])

@@ -172,6 +172,21 @@ extension Catalogue {
             }
             try db.create(index: "alertDeliveryByChannel", on: "alertDelivery", columns: ["channel", "ended"])
         }
+        migrator.registerMigration("8: users and their sessions") { db in
+            try db.create(table: "user") { t in
+                t.primaryKey("name", .text)
+                t.column("role", .text).notNull()
+                t.column("password", .text).notNull()
+                t.column("created", .datetime).notNull()
+                t.column("changed", .datetime).notNull()
+            }
+            try db.create(table: "session") { t in
+                t.primaryKey("hash", .text)
+                t.column("user", .text).notNull().references("user", column: "name", onDelete: .cascade).indexed()
+                t.column("created", .datetime).notNull()
+                t.column("expires", .datetime).notNull()
+            }
+        }
         migrator.registerMigration("12: reverse replication and failback") { db in
             try db.create(table: "reverse") { t in
                 t.primaryKey("server", .text).references("server", column: "id", onDelete: .cascade)

@@ -81,10 +81,10 @@ public struct ProvenRecovery: Codable, Sendable, Hashable {
     public var bootLine: String
 }
 
-public enum InstanceKind: String, Sendable, Codable { case drill, failover }
+public enum InstanceKind: String, Sendable, Codable, CaseIterable { case drill, failover }
 
 /// How far a recovery instance has come. Written before the step's work starts.
-public enum InstanceStep: String, Sendable, Codable {
+public enum InstanceStep: String, Sendable, Codable, CaseIterable {
     /// Intent only.
     case planned
     /// Fork, disks, QEMU, boot check; in this order, each harmless when repeated.
@@ -131,7 +131,7 @@ public struct InstanceRecord: Codable, Sendable, Hashable, FetchableRecord, Pers
     public var forkID: ForkID { ForkID(id) }
 }
 
-public enum TaskStatus: String, Sendable, Codable { case running, succeeded, failed }
+public enum TaskStatus: String, Sendable, Codable, CaseIterable { case running, succeeded, failed }
 
 /// Bytes for a bar, or just words.
 public struct TaskProgress: Sendable, Codable, Hashable {

@@ -114,13 +114,14 @@ extension Lifecycle {
     }
 
     /// Unregisters a server: certificate, exports, machine, recovery points; a task.
-    public func removeServer(_ name: String, _ request: RemoveServer, who: String) async throws -> TaskRecord {
+    public func removeServer(_ name: String, _ request: RemoveServer, ifMatch: Precondition = .none, who: String) async throws -> TaskRecord {
         let found = try await server(name)
         let pointCount = store.group(found.group)?.recoveryPointCount ?? 0
         let held = store.recoveryPoints(found.group).filter { $0.hold != nil }
         let task = try await catalogue.write { db in
             let record = try db.server(found.id)
             if let running = try db.runningTask(of: record, [.unregister]) { return running }
+            try ifMatch.check(try record.tag, "server \(record.name)")
             if case .refused(let why) = StateTable.verdict(record.lifecycle, .unregister, hasRecoveryPoint: pointCount > 0) {
                 throw ApplianceError.refused(why)
             }

@@ -66,10 +66,11 @@ extension Lifecycle {
             qmpSocketPath: machines.qmpSocketPath(instance.id), hydration: hydrationView(instance))
     }
 
-    public func taskViews(server: String?, limit: Int) async throws -> [TaskView] {
+    public func taskViews(server: String?, limit: Int, before: Int64? = nil) async throws -> [TaskView] {
         let records = try await catalogue.read { db in
             var request = TaskRecord.order(Column("id").desc).limit(limit)
             if let server { request = request.filter(Column("serverName") == server) }
+            if let before { request = request.filter(Column("id") < before) }
             return try request.fetchAll(db)
         }
         var views: [TaskView] = []
@@ -85,10 +86,11 @@ extension Lifecycle {
         return TaskView(await tasks.live(record), log: log)
     }
 
-    public func events(server: String?, limit: Int) async throws -> [EventRecord] {
+    public func events(server: String?, limit: Int, before: Int64? = nil) async throws -> [EventRecord] {
         try await catalogue.read { db in
             var request = EventRecord.order(Column("id").desc).limit(limit)
             if let server { request = request.filter(Column("server") == server) }
+            if let before { request = request.filter(Column("id") < before) }
             return try request.fetchAll(db)
         }
     }

@@ -90,7 +90,11 @@ public struct ApplianceService: Service {
             privateKey: .privateKey(try NIOSSLPrivateKey(bytes: Array(identity.keyPEM.utf8), format: .pem)))
         tls.minimumTLSVersion = .tlsv12
         let token = try await AccessTokens(catalogue: catalogue).administrator(profilePath: profilePath)
-        let api = API(lifecycle: lifecycle, catalogue: catalogue, logger: logger)
+        let passwordPath = self.configuration.stateDirectory + "/administrator-password"
+        let api = API(lifecycle: lifecycle, catalogue: catalogue, administratorPasswordPath: passwordPath, logger: logger)
+        if try await api.users.begin() {
+            logger.notice("the user \(Users.administrator) has its first password in \(passwordPath), until it is changed (afterimage user set-password \(Users.administrator))")
+        }
         let configuration = configuration
         var quiet = logger
         quiet.logLevel = max(logger.logLevel, .warning)
@@ -105,7 +109,7 @@ public struct ApplianceService: Service {
                 let profile = ClientProfile(
                     url: "https://\(ListenAddress(host: local, port: port))", caFile: configuration.stateDirectory + "/ca/ca.pem", token: token)
                 do { try profile.write(to: profilePath) } catch { logger.error("cannot write \(profilePath): \(error)") }
-                logger.info("the API listens on \(profile.url)")
+                logger.info("the API listens on \(profile.url); the fingerprint of its CA is \(lifecycle.authority.fingerprint)")
                 await onReady(profile)
             }, logger: quiet)
         do { try await application.run() } catch let error as IOError where error.errnoCode == EADDRINUSE || error.errnoCode == EADDRNOTAVAIL || error.errnoCode == EACCES {

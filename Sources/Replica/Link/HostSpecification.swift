@@ -1,6 +1,6 @@
 /// What a protected host is, for the machine that takes its place. Read by its agent while it runs; sent with every hello.
 public struct HostSpecification: Sendable, Codable, Hashable {
-    public enum Firmware: String, Sendable, Codable { case bios, uefi }
+    public enum Firmware: String, Sendable, Codable, CaseIterable { case bios, uefi }
 
     public struct NetworkCard: Sendable, Codable, Hashable {
         public var name: String
