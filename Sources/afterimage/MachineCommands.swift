@@ -4,70 +4,69 @@ import Foundation
 
 struct MachineCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "machine", abstract: "The disks of recovery machines.", subcommands: [Hydrate.self, Promote.self])
+        commandName: "machine", abstract: "Recovery machines that run, or have stopped.", subcommands: [Console.self, VNC.self, Stop.self, Hydrate.self, Promote.self])
 
-    static func path(_ server: String, _ rest: String) -> String { "/v1/servers/\(APIClient.segment(server))/machine/\(rest)" }
-
-    struct Hydrate: ClientCommand {
+    struct Console: ClientCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Make a machine's disks independent of recovery points, while it runs.",
-            discussion: """
-                Afterwards the machine keeps what its disks show and nothing else: what recovery points alone show goes with them, by Commit Failover \
-                or before. No data is copied. After a failover it is done by itself (afterimage appliance --no-hydrate turns that off). Paced as \
-                --upkeep-rate says; afterimage task cancel ends it.
-                """)
+            abstract: "Say where a machine's serial console is kept, and show its end.",
+            discussion: "The console is a file on the appliance's host; where this command runs elsewhere, or without the right to read it, only its name is shown.")
         @OptionGroup var global: GlobalOptions
-        @OptionGroup var waiting: WaitOption
-        @Argument(help: "The server's name.") var name: String
-        @Flag(help: "The drill's machine, also when the server is failed over.") var drill = false
+        @OptionGroup var choice: MachineChoice
+        @Option(help: "Lines to show.") var lines: Int = 40
 
         func run(_ client: APIClient) async throws {
-            let task: TaskView = try await client.post(MachineCommand.path(name, "hydration"), HydrateMachine(kind: drill ? .drill : nil))
-            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+            let machine = try await choice.machine(client)
+            try show(machine) {
+                let text = FileManager.default.contents(atPath: machine.consolePath).map { String(decoding: $0.suffix(1 << 20), as: UTF8.self) }
+                let end = (text ?? "").split(omittingEmptySubsequences: false, whereSeparator: \.isNewline).suffix(max(1, lines)).map(String.init)
+                return ["\(machine.id): \(machine.consolePath)", "follow it on the appliance's host: tail -f \(machine.consolePath)"] + (text == nil ? [] : [""] + end)
+            }
         }
     }
 
-    struct Promote: ClientCommand {
-        static let configuration = CommandConfiguration(
-            abstract: "Write a failed-over machine's disk into a file or onto a device, to run it without this product.",
-            discussion: """
-                Of a machine that runs, the disk is copied as it is at one moment, and the machine runs on; with --stop it is shut down first, and \
-                the copy has all that it ever wrote. The rest is as for afterimage recovery-point export: synced, read back and compared before \
-                the task says done; NAME.afterimage-partial until then; nothing is overwritten, but a device that is confirmed with --yes.
-                """)
+    struct VNC: ClientCommand {
+        static let configuration = CommandConfiguration(commandName: "vnc", abstract: "Say how a machine's screen is reached.")
         @OptionGroup var global: GlobalOptions
-        @OptionGroup var waiting: WaitOption
-        @Argument(help: "The server's name.") var name: String
-        @Option(help: "raw (a sparse file), qcow2, or device.") var to: PointCopyFormat
-        @Option(help: ArgumentHelp("Absolute path on the appliance's host.", valueName: "path")) var output: String
-        @Option(help: "The disk; needed when the machine has several.") var disk: String?
-        @Option(help: ArgumentHelp("The device again: what is on it goes.", valueName: "device")) var yes: String?
-        @Flag(help: "Shut the machine down first.") var stop = false
-        @Option(help: ArgumentHelp("With --stop: its power is taken when it has not shut itself down by then; default 60.", valueName: "seconds")) var stopTimeout: Int?
-
-        func validate() throws {
-            guard output.hasPrefix("/") else { throw ValidationError("--output \(output): the path is one of the appliance's host, so write it from / on") }
-            if stopTimeout != nil, !stop { throw ValidationError("--stop-timeout needs --stop") }
-        }
-
-        var request: PromoteMachine {
-            PromoteMachine(copy: CopyPoint(format: to, path: output, disk: disk, confirm: yes), stop: stop ? true : nil, stopSecondsMax: stopTimeout)
-        }
+        @OptionGroup var choice: MachineChoice
 
         func run(_ client: APIClient) async throws {
-            let task: TaskView = try await client.post(MachineCommand.path(name, "copy"), request)
-            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
+            let machine = try await choice.machine(client)
+            try show(machine) {
+                [
+                    "\(machine.id): \(machine.vncSocketPath)", "on the appliance's host: vncviewer \(machine.vncSocketPath)",
+                    "from elsewhere:          ssh -N -L 5900:\(machine.vncSocketPath) root@HOST, then vncviewer localhost:5900",
+                ]
+            }
         }
     }
 
-    /// In `server show`.
-    static func words(_ hydration: HydrationView) -> String {
-        var words = hydration.isIndependent ? "independent of recovery points" : "shares layers with recovery points"
-        if let done = hydration.doneBytes, let total = hydration.totalBytes {
-            words += total == 0 ? "; hydration waits for upkeep" : "; hydration at \(Words.bytes(done)) of \(Words.bytes(total)) of index"
+    struct Stop: ClientCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Shut a failed-over machine down, by its guest agent or its power button.",
+            discussion: "Its disks stay as it left them: afterimage failover start-machine goes on from there. A drill's machine goes by afterimage drill clear --graceful.")
+        @OptionGroup var global: GlobalOptions
+        @OptionGroup var waiting: WaitOption
+        @Argument(help: "The server's name.") var name: String
+
+        func run(_ client: APIClient) async throws {
+            let task: TaskView = try await client.delete("/v1/servers/\(APIClient.segment(name))/failover/machine")
+            try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
-        return words + (hydration.problem.map { "; \($0)" } ?? "")
     }
 }
 
-extension PointCopyFormat: ExpressibleByArgument {}
+/// Which of a server's machines is meant.
+struct MachineChoice: ParsableArguments {
+    @Argument(help: "The server's name.") var name: String
+    @Flag(help: "Of its drill, when it is failed over, too.") var drill = false
+
+    func machine(_ client: APIClient) async throws -> InstanceView {
+        let server: ServerView = try await client.get("/v1/servers/\(APIClient.segment(name))")
+        let machines = server.instances.filter { !drill || $0.kind == .drill }
+        guard let machine = machines.last(where: { $0.kind == .failover }) ?? machines.last else {
+            Terminal.error("\(name) has no \(drill ? "drill's machine" : "recovery machine") now")
+            throw Exit.notFound
+        }
+        return machine
+    }
+}

@@ -5,7 +5,7 @@ import Foundation
 
 struct TaskCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "task", abstract: "What the appliance does and did.", subcommands: [List.self, Show.self, Cancel.self])
+        commandName: "task", abstract: "What the appliance does and did.", subcommands: [List.self, Show.self, Cancel.self, Screenshot.self])
 
     struct List: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "List tasks, newest first.")
@@ -38,7 +38,8 @@ struct TaskCommand: AsyncParsableCommand {
                 return
             }
             try show(task) {
-                TaskFollower.outcome(task) + (task.error.map { ["  error           \($0)"] } ?? [])
+                TaskFollower.outcome(task) + (task.hasScreenshot == true ? ["  screenshot      afterimage task screenshot \(task.id) FILE.png"] : [])
+                    + (task.error.map { ["  error           \($0)"] } ?? [])
                     + (task.log ?? []).map { "  \(Words.time($0.time))  \($0.line)" }
             }
         }
@@ -54,6 +55,24 @@ extension TaskCommand {
         func run(_ client: APIClient) async throws {
             let task: TaskView = try await client.delete("/v1/tasks/\(id)")
             try show(task) { ["task \(task.id) (\(task.operation.rawValue)) is cancelled"] }
+        }
+    }
+}
+
+extension TaskCommand {
+    struct Screenshot: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "What a task's machine showed when its boot check ended, as a PNG file.")
+        @OptionGroup var global: GlobalOptions
+        @Argument(help: "The task's number.") var id: Int64
+        @Argument(help: "The file to write; one that is there is replaced.") var file: String
+
+        func run(_ client: APIClient) async throws {
+            let image = try await client.data("/v1/tasks/\(id)/screenshot")
+            do { try image.write(to: URL(fileURLWithPath: file), options: .atomic) } catch {
+                Terminal.error("cannot write \(file): \(error.localizedDescription)")
+                throw Exit.failed
+            }
+            say("\(file): \(Words.bytes(UInt64(image.count)))")
         }
     }
 }

@@ -23,6 +23,9 @@ struct CommandLineTests {
         "drill start a --wait --network none", "drill start a --network bridge --bridge br0", "drill start a --network bridge --bridge-subnet 10.80.0.1/24 --no-dhcp", "drill clear a --wait",
         "machine hydrate a --wait", "machine hydrate a --drill", "machine promote a --to raw --output /x/a.raw --stop --stop-timeout 5", "machine promote a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
         "appliance --no-hydrate",
+        "drill start a --wait --network none", "drill start a --network bridge --bridge br0", "drill clear a --graceful", "failover start a --firmware uefi --disk-bus sata --disk-cache writethrough --nic e1000e --on-end restart --allow-overcommit",
+        "drill start a --boot-check agent --boot-check tcp:22 --ip 10.80.0.20/24 --gateway 10.80.0.1 --host-script /x --script-timeout 60", "failover start a --ip keep --script /x --forward 192.0.2.7:80:8080",
+        "machine console a --drill --lines 5", "machine vnc a --json", "machine stop a --wait", "task screenshot 7 /x.png", "appliance --ovmf /x --boots-at-once 3", "drill start a --network bridge --bridge-subnet 10.80.0.1/24 --no-dhcp", "drill clear a --wait",
         "failover start a --graceful --yes a --preview", "server remove a --preview", "failover change-recovery-point a --point p --yes a",
         "alert list --all", "alert-channel list", "alert-channel create c --webhook https://h/x --secret-file /s --severity critical", "alert-channel test c", "alert-channel delete c",
         "alert-channel create c --mail-server smtp://h --mail-from a@b --mail-to c@d --mail-user u --mail-password-file /p", "server set-alerts a --rpo-target 60s --drill-every 0s",
@@ -39,7 +42,7 @@ struct CommandLineTests {
     }
 
     @Test("wrong usage is exit code 64", arguments: [
-        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --bridge-subnet 10.80.0/24", "drill start a --bridge br0 --bridge-subnet 10.80.0.1/24", "drill start a --forward 1:2:3",
+        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network moon", "drill start a --bridge-subnet 10.80.0/24", "drill start a --bridge br0 --bridge-subnet 10.80.0.1/24", "drill start a --forward 1:2:3", "drill start a --forward moon:1:2", "drill start a --firmware coreboot", "drill start a --script a --host-script /b", "drill start a --host-script b", "appliance --boots-at-once 0", "task screenshot 7",
         "alert-channel create c", "alert-channel create c --webhook https://h/ --mail-to a@b", "alert-channel create c --mail-server smtp://h", "server set-alerts a --rpo-target soon",
         "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "agent run --disk vda=/dev/x --read-share 0", "agent run --disk vda=/dev/x --patience -1", "agent rescue", "agent rescue --disk vda", "reverse start", "failback start a --point p", "task show twelve", "fly",
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
@@ -65,7 +68,7 @@ struct CommandLineTests {
     @Test("the machine's settings reach the request")
     func machineRequest() throws {
         let start = try parse("drill start a --network user --forward 2222:22 --forward 8080:80 --cpus 1 --memory 256 --boot-timeout 9", as: DrillCommand.Start.self)
-        let request = start.machine.request(point: start.point)
+        let request = try start.machine.request(point: start.point)
         #expect(request.recoveryPoint == "latest" && request.network == .user && request.cpus == 1 && request.memoryMiB == 256 && request.bootSecondsMax == 9)
         #expect(request.forwards == [PortForward(hostPort: 2222, guestPort: 22), PortForward(hostPort: 8080, guestPort: 80)])
     }

@@ -35,15 +35,18 @@ struct API: Sendable {
             let check = route.shape.map { APIShapeCheck($0, isOpen: route.access == .open) }
             router.on(RouterPath(route.path), method: route.method) { request, context in
                 var known = context
-                if case .role(let role) = route.access { known.who = try await who(request, context, atLeast: role, at: route) }
+                if case .role(let role) = route.access {
+                    let holder = try await holder(request, context, atLeast: role, at: route)
+                    (known.who, known.role) = (holder.name, holder.role)
+                }
                 return try await route.handler(try await check?.check(request) ?? request, known)
             }
         }
         return router
     }
 
-    /// The name of who asks, if the request carries a token or a session of that role.
-    private func who(_ request: Request, _ context: APIContext, atLeast role: Role, at route: APIRoute) async throws -> String {
+    /// Whose token or session the request carries, if that is enough.
+    private func holder(_ request: Request, _ context: APIContext, atLeast role: Role, at route: APIRoute) async throws -> Holder {
         let refusal = ApplianceError.unauthorized("This needs an access token: Authorization: Bearer TOKEN (the CLI takes it from its profile, see afterimage --help).")
         guard request.headers[.authorization] != nil else { throw refusal }
         guard let holder = try await holder(request) else {
@@ -53,7 +56,7 @@ struct API: Sendable {
         guard holder.role >= role else {
             throw ApplianceError.forbidden("\(holder.session == nil ? "The token " : "")\(holder.name) has the role \(holder.role.rawValue); \(route.method.rawValue) \(route.path) needs the role \(role.rawValue).")
         }
-        return holder.name
+        return holder
     }
 
     /// Whose token or session the request carries; nil: nobody's, or no longer.
@@ -70,7 +73,7 @@ struct API: Sendable {
         try APIResponse.json(TaskView(task), status: task.status == .running ? .accepted : .ok)
     }
 
-    var routes: [APIRoute] { open + sites + servers + replication + recovery + reverse + machines + records + alerts + access + people }
+    var routes: [APIRoute] { open + sites + servers + replication + recovery + machineControl + reverse + machines + records + alerts + access + people }
 
     private var open: [APIRoute] {
         [
@@ -227,13 +230,13 @@ struct API: Sendable {
     private var recovery: [APIRoute] {
         [
             APIRoute(method: .post, path: "/v1/servers/{server}/drill", access: .role(.operator), summary: "Disaster Recovery Drill", shape: .starts.takes(StartMachine.self)) { request, context in
-                try accepted(try await lifecycle.startDrill(try name(context), try await request.decoded(StartMachine.self), who: context.who))
+                try accepted(try await lifecycle.startDrill(try name(context), try await machine(request, context), who: context.who))
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}/drill", access: .role(.operator), summary: "Clear Test Failover Environment", shape: .starts) { _, context in
-                try accepted(try await lifecycle.clearDrill(try name(context), who: context.who))
+            APIRoute(method: .delete, path: "/v1/servers/{server}/drill", access: .role(.operator), summary: "Clear Test Failover Environment", shape: .starts.takes(ClearDrill.self)) { request, context in
+                try accepted(try await lifecycle.clearDrill(try name(context), try await request.decoded(ClearDrill.self), who: context.who))
             },
             APIRoute(method: .post, path: "/v1/servers/{server}/failover", access: .role(.operator), summary: "Failover", shape: .starts.takes(StartMachine.self)) { request, context in
-                try accepted(try await lifecycle.startFailover(try name(context), try await request.decoded(StartMachine.self), who: context.who))
+                try accepted(try await lifecycle.startFailover(try name(context), try await machine(request, context), who: context.who))
             },
             APIRoute(method: .get, path: "/v1/servers/{server}/failover", access: .role(.viewer), summary: "what a Failover would stop, keep and delete (?point=ID&graceful=true)", shape: .gives(OperationPreview.self).asks(.point, .graceful)) { request, context in
                 try APIResponse.json(try await lifecycle.failoverPreview(try name(context), asked(request)))
@@ -242,7 +245,7 @@ struct API: Sendable {
                 try APIResponse.json(try await lifecycle.changePreview(try name(context), asked(request)))
             },
             APIRoute(method: .post, path: "/v1/servers/{server}/failover/recovery-point", access: .role(.operator), summary: "Change Recovery Point", shape: .starts.takes(StartMachine.self)) { request, context in
-                try accepted(try await lifecycle.changeRecoveryPoint(try name(context), try await request.decoded(StartMachine.self), who: context.who))
+                try accepted(try await lifecycle.changeRecoveryPoint(try name(context), try await machine(request, context), who: context.who))
             },
             APIRoute(method: .post, path: "/v1/servers/{server}/failover/machine", access: .role(.operator), summary: "start a failed-over machine that has stopped", shape: .starts) { _, context in
                 try accepted(try await lifecycle.startMachine(try name(context), who: context.who))
@@ -329,7 +332,7 @@ struct API: Sendable {
         ]
     }
 
-    private func taskID(_ context: APIContext) throws -> Int64 {
+    func taskID(_ context: APIContext) throws -> Int64 {
         let text = try context.parameters.require("task")
         guard let id = Int64(text) else { throw ApplianceError.notFound("There is no task \(text) (afterimage task list).") }
         return id

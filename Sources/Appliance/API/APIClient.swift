@@ -55,6 +55,9 @@ public struct APIClient: Sendable {
         try decode(try await send("GET", path, body: nil))
     }
 
+    /// An answer that is no JSON.
+    public func data(_ path: String) async throws -> Data { try await send("GET", path, body: nil) }
+
     public func post<Answer: Decodable>(_ path: String, _ body: (any Encodable & Sendable)? = nil, _ type: Answer.Type = Answer.self) async throws -> Answer {
         try decode(try await send("POST", path, body: body))
     }

@@ -9,6 +9,7 @@ struct APIContext: RequestContext {
     var coreContext: CoreRequestContextStorage
     /// Who asks, as the audit log names it.
     var who = "nobody"
+    var role = Role.viewer
     /// Where the request comes from; nil without a network.
     let remoteAddress: SocketAddress?
     let channel: any Channel

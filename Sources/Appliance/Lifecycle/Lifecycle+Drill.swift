@@ -12,7 +12,8 @@ extension Lifecycle {
             throw ApplianceError.refused(why)
         }
         let point = try point(of: found, named: request.recoveryPoint)
-        let machine = try await machineSettings(found, request)
+        let machine = try await machineSettings(found, request, kind: .drill)
+        try await checkHost(machine)
         let instance = InstanceRecord(
             id: Names.unique("drill"), server: found.id, kind: .drill, step: .planned, point: point.id,
             pointCutTimeNanoseconds: Int64(point.cutTimeNanoseconds), settings: machine, volumes: try volumeNames(found, point), accepted: Date())
@@ -32,7 +33,7 @@ extension Lifecycle {
             let result = try await bringUp(instance, task: task)
             await moved(.drillReady, instance.server)
             FaultPoint.stateMoved.reached(task.operation)
-            return result
+            return try await afterBoot(task, result)
         } catch {
             // Cancelled by a clear or by the appliance's end: not this task's failure to tell.
             if !Task.isCancelled { await moved(.drillFailed, instance.server, reason: "\(error)") }
@@ -40,8 +41,8 @@ extension Lifecycle {
         }
     }
 
-    /// Clear Test Failover Environment. While it runs, asking again gives the same task.
-    public func clearDrill(_ name: String, who: String) async throws -> TaskRecord {
+    /// Clear Test Failover Environment. While it runs, asking again gives the same task. Gracefully: the machine's system is shut down first.
+    public func clearDrill(_ name: String, _ request: ClearDrill = ClearDrill(), who: String) async throws -> TaskRecord {
         let found = try await server(name)
         let (task, drill) = try await catalogue.write { db in
             var record = try db.server(found.id)
@@ -49,7 +50,8 @@ extension Lifecycle {
             try db.apply(.clearDrill, to: &record, who: who, hasRecoveryPoint: true)
             let drill = try db.runningTask(of: record, [.drill])
             if let drill { try TaskBoard.finish(drill, error: "the drill was cleared by \(who)", in: db) }
-            return (try TaskBoard.plan(.clearDrill, server: record, who: who, in: db), drill)
+            let parameters = TaskParameters(isGraceful: request.graceful == true ? true : nil)
+            return (try TaskBoard.plan(.clearDrill, server: record, parameters: parameters, who: who, in: db), drill)
         }
         if let drill { await tasks.cancel(drill) }
         await start(task)
@@ -60,6 +62,10 @@ extension Lifecycle {
         guard let id = task.server else { throw ApplianceError.failed("the task has no server") }
         let record = try await server(id)
         for instance in try await catalogue.read({ db in try db.instances(of: record, kind: .drill) }) {
+            if task.parameters.isGraceful == true, instance.step != .removing {
+                await machines.shutDown(instance, secondsMax: Self.shutDownSeconds) { [tasks] line in await tasks.log(task, line) }
+                try Task.checkCancellation()
+            }
             try await takeDown(instance, task: task)
         }
         await moved(.drillCleared, id)
@@ -82,43 +88,17 @@ extension Lifecycle {
         return missing.isEmpty ? nil : "the machine has no disk \(missing.joined(separator: ", ")), which was added to the server after this recovery point"
     }
 
-    /// The machine to start: what was asked for, else what was recorded at Start Replication.
-    func machineSettings(_ server: ServerRecord, _ request: StartMachine) async throws -> MachineSettings {
-        let pairName = server.sitePair
-        let pair = try await catalogue.read { db in try db.sitePair(pairName) }
-        var settings = MachineSettings(
-            cpus: request.cpus ?? server.settings?.cpus ?? 2, memoryMiB: request.memoryMiB ?? server.settings?.memoryMiB ?? 1024,
-            network: request.network ?? pair.recoveryNetwork, forwards: request.forwards ?? [],
-            bootCheck: try BootCheck(text: request.bootCheck ?? "none"), bootSecondsMax: request.bootSecondsMax ?? 120)
-        settings.bridge = request.bridge
-        try checkMachine(cpus: settings.cpus, memoryMiB: settings.memoryMiB)
-        try checkNetwork(settings)
-        guard settings.forwards.isEmpty || settings.network == .user else {
-            throw ApplianceError.invalid("ports are forwarded only on the recovery network user, not \(settings.network.rawValue)")
-        }
-        guard (1...3600).contains(settings.bootSecondsMax) else {
-            throw ApplianceError.invalid("the boot check's time limit is 1 to 3600 seconds, not \(settings.bootSecondsMax)")
-        }
-        return settings
-    }
-
-    private func checkNetwork(_ settings: MachineSettings) throws {
-        guard settings.network == .bridge else {
-            guard settings.bridge == nil else { throw ApplianceError.invalid("a bridge is for the recovery network bridge, not \(settings.network.rawValue)") }
-            return
-        }
-        try (settings.bridge ?? BridgeSettings()).check()
-        throw ApplianceError.refused("Machines of this appliance cannot be connected to bridges yet: use the recovery network isolated or user.")
-    }
-
     /// Fork, disks, QEMU, boot check. Every step may be repeated; what is there already is taken over.
-    func bringUp(_ instance: InstanceRecord, task: TaskRecord) async throws -> TaskResult {
-        try await update(instance.id) { $0.step = .starting }
+    func bringUp(_ planned: InstanceRecord, task: TaskRecord) async throws -> TaskResult {
+        try await update(planned.id) { $0.step = .starting }
         let log: @Sendable (String) async -> Void = { [tasks] line in await tasks.log(task, line) }
+        let instance = try await settleFirmware(planned, log: log)
         let seconds = String(format: "%.1f", max(0, Date().timeIntervalSince1970 - Double(instance.pointCutTimeNanoseconds) / 1e9))
         await log("recovery point \(instance.point?.rawValue ?? "?"), cut \(seconds) s ago")
         if let lacking = lacking(instance) { await log("WARNING: \(lacking)") }
         if let warning = instance.point.flatMap({ damageWarning($0, of: GroupID(instance.server)) }) { await log(warning) }
+        try await turnToBoot(task)
+        defer { leaveBoot() }
         await tasks.report(task, TaskProgress(step: "fork and disks"))
         let started = try await machines.attach(instance, mayStart: true, log: log)
         try await update(instance.id) {
@@ -128,9 +108,10 @@ extension Lifecycle {
         await tasks.report(task, TaskProgress(step: "boot check"))
         FaultPoint.bootCheckBegun.reached(task.operation)
         let line: String?
-        do { line = try await machines.bootCheck(instance) } catch {
+        do { line = try await machines.bootCheck(instance, facts: await facts(instance)) } catch {
             if !Task.isCancelled {
                 let why = "\(error)"
+                await keepScreenshot(instance, task: task)
                 try await update(instance.id) {
                     $0.step = .unproven
                     $0.reason = why
@@ -164,6 +145,7 @@ extension Lifecycle {
         }
         FaultPoint.readyStored.reached(task.operation)
         await log(line.map { "boot check passed after \(String(format: "%.2f", rto)) s: \($0)" } ?? "the machine runs after \(String(format: "%.2f", rto)) s (no boot check was asked for)")
+        await keepScreenshot(instance, task: task)
         var result = TaskResult()
         result.recoveryPoint = instance.point
         result.cutTimeNanoseconds = UInt64(instance.pointCutTimeNanoseconds)
@@ -174,6 +156,16 @@ extension Lifecycle {
         result.accelerator = started.accelerator?.rawValue ?? instance.accelerator
         return result
     }
+
+    /// So many machines boot at once; the others wait here, in the order of their coming.
+    func turnToBoot(_ task: TaskRecord) async throws {
+        if await machines.boots.isFull {
+            await tasks.report(task, TaskProgress(step: "waiting for other machines to boot"))
+            await tasks.log(task, "\(machines.boots.limit) machines boot at once: waiting for one of them")
+        }
+        try await machines.boots.enter()
+    }
+    func leaveBoot() { Task { [machines] in await machines.boots.leave() } }
 
     /// Applies a happening of the appliance's own.
     func moved(_ trigger: Trigger, _ server: String, reason: String? = nil) async {

@@ -20,6 +20,7 @@ extension Lifecycle {
         let isNamed = request.recoveryPoint.map { $0 != "latest" } ?? false
         let point = try point(of: found, named: request.recoveryPoint)
         let machine = try await machineSettings(found, request)
+        try await checkHost(machine)
         try await machines.checkQEMU()
         let instance = InstanceRecord(
             id: Names.unique("failover"), server: found.id, kind: .failover, step: .planned, point: isNamed ? point.id : nil,
@@ -41,6 +42,11 @@ extension Lifecycle {
     }
 
     func performFailover(_ task: TaskRecord) async throws -> TaskResult {
+        // What fails after the machine is ready rolls nothing back.
+        try await afterBoot(task, try await failOver(task))
+    }
+
+    private func failOver(_ task: TaskRecord) async throws -> TaskResult {
         var instance = try await instance(task)
         do {
             guard instance.step != .removing else { throw ApplianceError.failed("the appliance ended while it was being rolled back") }
@@ -152,17 +158,8 @@ extension Lifecycle {
         }
         let point = try point(of: found, named: wanted)
         let old = try await catalogue.read { db in try db.instances(of: found, kind: .failover) }.last
-        var machine = try await machineSettings(found, request)
-        if let old {
-            // What is not said again stays as it was.
-            machine.cpus = request.cpus ?? old.settings.cpus
-            machine.memoryMiB = request.memoryMiB ?? old.settings.memoryMiB
-            machine.network = request.network ?? old.settings.network
-            machine.bridge = machine.network == .bridge ? request.bridge ?? old.settings.bridge : nil
-            machine.forwards = request.forwards ?? (machine.network == .user ? old.settings.forwards : [])
-            machine.bootCheck = request.bootCheck == nil ? old.settings.bootCheck : machine.bootCheck
-            machine.bootSecondsMax = request.bootSecondsMax ?? old.settings.bootSecondsMax
-        }
+        let machine = try await machineSettings(found, request, replaced: old)
+        try await checkHost(machine, replaced: old)
         try await machines.checkQEMU()
         let generation = store.group(found.group)?.generation.rawValue
         let instance = InstanceRecord(
@@ -171,7 +168,7 @@ extension Lifecycle {
             generation: generation.map(Int64.init), accepted: accepted)
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
-            if let running = try db.runningTask(of: record, [.failover, .changeRecoveryPoint, .startMachine]) {
+            if let running = try db.runningTask(of: record, [.failover, .changeRecoveryPoint, .startMachine, .stopMachine]) {
                 throw ApplianceError.refused("Task \(running.id ?? 0) (\(running.operation.rawValue)) is at work on this server: wait for it (afterimage task show \(running.id ?? 0)).")
             }
             record.reason = nil
@@ -185,6 +182,10 @@ extension Lifecycle {
     }
 
     func performChangePoint(_ task: TaskRecord) async throws -> TaskResult {
+        try await afterBoot(task, try await changePoint(task))
+    }
+
+    private func changePoint(_ task: TaskRecord) async throws -> TaskResult {
         let instance = try await instance(task)
         do {
             if let id = task.parameters.replaces, let old = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: id) }) {
@@ -207,6 +208,9 @@ extension Lifecycle {
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
             if let running = try db.runningTask(of: record, [.startMachine]) { return running }
+            if let running = try db.runningTask(of: record, [.stopMachine]) {
+                throw ApplianceError.refused("Task \(running.id ?? 0) stops this machine: wait for it (afterimage task show \(running.id ?? 0)).")
+            }
             try db.apply(.startMachine, to: &record, who: who, hasRecoveryPoint: true)
             guard let machine = try db.instances(of: record, kind: .failover).last else {
                 throw ApplianceError.refused("The failed-over machine of \(record.name) is gone: choose a point (afterimage failover change-recovery-point).")
@@ -219,13 +223,21 @@ extension Lifecycle {
 
     func performStartMachine(_ task: TaskRecord) async throws -> TaskResult {
         let instance = try await instance(task)
+        try await turnToBoot(task)
+        defer { leaveBoot() }
         let started = try await machines.attach(instance, mayStart: true, log: { [tasks] line in await tasks.log(task, line) })
         try await update(instance.id) { $0.pid = started.pid }
-        let line = try await machines.bootCheck(instance)
+        let line: String?
+        do { line = try await machines.bootCheck(instance, facts: await facts(instance)) } catch {
+            if !Task.isCancelled { await keepScreenshot(instance, task: task) }
+            throw error
+        }
         try await update(instance.id) {
             $0.step = .ready
             $0.reason = nil
         }
+        await keepScreenshot(instance, task: task)
+        if let address = instance.settings.address { await give(address, to: instance, task: task) }
         var result = TaskResult()
         result.instance = instance.id
         result.recoveryPoint = instance.point

@@ -63,7 +63,7 @@ extension Lifecycle {
             generation: instance.generation.map(UInt64.init), accelerator: instance.accelerator, pid: instance.pid, accepted: instance.accepted,
             ready: instance.ready, rtoSeconds: instance.rtoMilliseconds.map { Double($0) / 1000 }, bootLine: instance.bootLine,
             reason: instance.reason, consolePath: machines.consolePath(instance.id), nbdSocketPath: machines.nbdSocketPath(instance.id),
-            qmpSocketPath: machines.qmpSocketPath(instance.id), hydration: hydrationView(instance))
+            qmpSocketPath: machines.qmpSocketPath(instance.id), vncSocketPath: machines.vncSocketPath(instance.id), agentSocketPath: machines.agentSocketPath(instance.id), hydration: hydrationView(instance))
     }
 
     public func taskViews(server: String?, limit: Int, before: Int64? = nil) async throws -> [TaskView] {
@@ -83,7 +83,9 @@ extension Lifecycle {
             guard let record = try TaskRecord.fetchOne(db, key: id) else { throw ApplianceError.notFound("There is no task \(id) (afterimage task list).") }
             return (record, try TaskLogRecord.filter(Column("task") == id).order(Column("id")).fetchAll(db))
         }
-        return TaskView(await tasks.live(record), log: log)
+        var view = TaskView(await tasks.live(record), log: log)
+        view.hasScreenshot = FileManager.default.fileExists(atPath: machines.screenshotPath(task: id))
+        return view
     }
 
     public func events(server: String?, limit: Int, before: Int64? = nil) async throws -> [EventRecord] {

@@ -14,6 +14,7 @@ extension Lifecycle {
             )
         }
         await machines.reportUnknown(known: Set(instances.map(\.id)))
+        await machines.bridges.releaseUnknown(Set(instances.map(\.id)))
         // These happen beside their machine, which goes on; the other tasks bring theirs up, or down, themselves.
         let beside: Set<Trigger> = [.commitFailover, .startReverse, .hydrateMachine, .promoteMachine]
         let busy = Set(running.filter { !beside.contains($0.operation) }.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
@@ -53,6 +54,7 @@ extension Lifecycle {
             case .failover: result = try await performFailover(task)
             case .changeRecoveryPoint: result = try await performChangePoint(task)
             case .startMachine: result = try await performStartMachine(task)
+            case .stopMachine: result = try await performStopMachine(task)
             case .commitFailover: result = try await performCommit(task)
             case .createRecoveryPoint: result = try await performCreatePoint(task)
             case .exportRecoveryPoint: result = try await performCopy(task)
@@ -117,25 +119,6 @@ extension Lifecycle {
             } catch {
                 logger.error("cannot take down \(instance.id): \(error)")
             }
-        }
-    }
-
-    /// QEMU ended without being told to.
-    func machineEnded(_ id: String, _ why: String) async {
-        if isStopping { return }
-        do {
-            try await catalogue.write { db in
-                guard var instance = try InstanceRecord.fetchOne(db, key: id), instance.step == .ready || instance.step == .unproven else { return }
-                instance.step = .stopped
-                instance.reason = why
-                instance.pid = nil
-                try instance.update(db)
-                if let server = try ServerRecord.fetchOne(db, key: instance.server) {
-                    try db.event("appliance", "Machine ended", server: server, detail: "\(instance.kind.rawValue) machine \(id): \(why)")
-                }
-            }
-        } catch {
-            logger.error("cannot store that machine \(id) ended: \(error)")
         }
     }
 

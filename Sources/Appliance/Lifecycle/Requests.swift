@@ -231,12 +231,44 @@ public struct StartMachine: Sendable, Codable {
     public var forwards: [PortForward]?
     /// Of the network `bridge`.
     public var bridge: BridgeSettings?
-    /// `none` or `serial:REGEX`.
+    public var firmware: FirmwareChoice?
+    public var diskBus: DiskBus?
+    public var diskCache: DiskCache?
+    public var networkModel: NetworkModel?
+    /// *IP Address*: `keep`, `dhcp`, or an address with its prefix length.
+    public var address: String?
+    /// Of an address that is set, or kept.
+    public var gateway: String?
+    /// *Execute script after failover*: the text of a shell script, for the machine's guest agent to run …
+    public var guestScript: String?
+    /// … or a program of the appliance's host, by its absolute path. Administrators only.
+    public var hostScript: String?
+    public var scriptSecondsMax: Int?
+    /// Of a failover's machine that ends by itself.
+    public var onEnd: MachineEnd?
+    /// Start even if the host has not the memory.
+    public var allowOvercommit: Bool?
+    /// What makes it ready: none, serial:REGEX, agent, tcp:PORT or script:/PATH.
     public var bootCheck: String?
+    /// More of them: all must pass.
+    public var bootChecks: [String]?
     public var bootSecondsMax: Int?
     /// Of a failover: hold the source's writes, make a last recovery point, then fence: nothing is lost. Needs the source alive.
     public var graceful: Bool?
     public init() {}
+}
+
+public struct ClearDrill: Sendable, Codable {
+    /// The machine's system is shut down first.
+    public var graceful: Bool?
+    public init(graceful: Bool? = nil) { self.graceful = graceful }
+}
+
+extension StartMachine {
+    /// Programs of the appliance's host that it names.
+    var namesHostPrograms: Bool {
+        hostScript != nil || ((bootCheck.map { [$0] } ?? []) + (bootChecks ?? [])).contains { $0.hasPrefix("script:") }
+    }
 }
 
 /// Export of a recovery point's disk into a file or onto a device of the appliance's host.

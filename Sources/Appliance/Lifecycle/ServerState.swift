@@ -59,6 +59,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case changeRecoveryPoint = "Change Recovery Point"
     case commitFailover = "Commit Failover"
     case startMachine = "Start Machine"
+    case stopMachine = "Stop Machine"
     case unregister = "Unregister"
     case createRecoveryPoint = "Create Recovery Point"
     case exportRecoveryPoint = "Export Recovery Point"
@@ -92,7 +93,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
 
     public static let operations: [Trigger] = [
         .renewEnrolment, .startReplication, .stopReplication, .pauseReplication, .restartServer, .drill, .clearDrill, .failover, .changeRecoveryPoint,
-        .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .hydrateMachine, .promoteMachine, .reversedRegister, .startReverse, .stopReverse, .failback,
+        .commitFailover, .startMachine, .stopMachine, .createRecoveryPoint, .exportRecoveryPoint, .hydrateMachine, .promoteMachine, .reversedRegister, .startReverse, .stopReverse, .failback,
         .cancelFailback, .registration, .unregister,
     ]
     public static let happenings: [Trigger] = allCases.filter { !$0.isOperation }
