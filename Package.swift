@@ -102,6 +102,8 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
+        // Appliances, agents and machines that are killed while anything is asked of them, against a model of the state table.
+        .executableTarget(name: "lifecycle-model", dependencies: ["Appliance", .product(name: "ArgumentParser", package: "swift-argument-parser")]),
         // A process with nothing but a live tap in it, for tests to kill; and the check of the live tap for guests.
         .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap", "CLiveTap"]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "live-tap-holder"]),

@@ -5,7 +5,7 @@ import Foundation
 struct DrillCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "drill", abstract: "Disaster recovery drills: a machine from a recovery point, beside running replication.",
-        subcommands: [Start.self, Clear.self])
+        subcommands: [Start.self, Clear.self, Schedule.self, Report.self])
 
     struct Start: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Start a Disaster Recovery Drill.")

@@ -26,6 +26,7 @@ struct CommandLineTests {
         "drill start a --wait --network none", "drill start a --network bridge --bridge br0", "drill clear a --graceful", "failover start a --firmware uefi --disk-bus sata --disk-cache writethrough --nic e1000e --on-end restart --allow-overcommit",
         "drill start a --boot-check agent --boot-check tcp:22 --ip 10.80.0.20/24 --gateway 10.80.0.1 --host-script /x --script-timeout 60", "failover start a --ip keep --script /x --forward 192.0.2.7:80:8080",
         "machine console a --drill --lines 5", "machine vnc a --json", "machine stop a --wait", "task screenshot 7 /x.png", "appliance --ovmf /x --boots-at-once 3", "drill start a --network bridge --bridge-subnet 10.80.0.1/24 --no-dhcp", "drill clear a --wait",
+        "drill schedule set a --every 2w --at 03:00 --boot-check serial:READY", "drill schedule list", "drill schedule delete a", "drill report list --server a", "drill report show 7",
         "failover start a --graceful --yes a --preview", "server remove a --preview", "failover change-recovery-point a --point p --yes a",
         "alert list --all", "alert-channel list", "alert-channel create c --webhook https://h/x --secret-file /s --severity critical", "alert-channel test c", "alert-channel delete c",
         "alert-channel create c --mail-server smtp://h --mail-from a@b --mail-to c@d --mail-user u --mail-password-file /p", "server set-alerts a --rpo-target 60s --drill-every 0s",
@@ -49,7 +50,7 @@ struct CommandLineTests {
         "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",
         "user create u", "login https://h", "login http://h:1 --user u", "token create t", "token create t --role king", "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",
         "machine promote a --to raw", "machine promote a --to tape --output /x", "machine promote a --to raw --output a.raw", "machine promote a --to raw --output /x --stop-timeout 5",
-        "appliance --scrub-pause 1", "appliance --scrub-pause 0s", "appliance --scrub-rate fast",
+        "drill schedule set a --every 12h --at 03:00", "drill schedule set a --at 03:00", "drill report show a", "appliance --scrub-pause 1", "appliance --scrub-pause 0s", "appliance --scrub-rate fast",
     ])
     func refuses(words: String) throws {
         let error = #expect(throws: (any Error).self) { _ = try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init)) }

@@ -17,12 +17,15 @@ extension API {
         ]
     }
 
-    /// Programs of the appliance's host run with its rights, so naming one is for who has these anyway.
     func machine(_ request: Request, _ context: APIContext) async throws -> StartMachine {
         let wanted = try await request.decoded(StartMachine.self)
-        guard !wanted.namesHostPrograms || context.role >= .administrator else {
-            throw ApplianceError.forbidden("A program of the appliance's host (a script: boot check, a script after failover on the host) may be named by administrators only; the token \(context.who) has the role \(context.role.rawValue).")
-        }
+        try checkPrograms(of: wanted, context)
         return wanted
+    }
+
+    /// Programs of the appliance's host run with its rights, so naming one is for who has these anyway.
+    func checkPrograms(of wanted: StartMachine?, _ context: APIContext) throws(ApplianceError) {
+        guard let wanted, wanted.namesHostPrograms, context.role < .administrator else { return }
+        throw .forbidden("A program of the appliance's host (a script: boot check, a script after failover on the host) may be named by administrators only; \(context.who) has the role \(context.role.rawValue).")
     }
 }

@@ -73,7 +73,7 @@ struct API: Sendable {
         try APIResponse.json(TaskView(task), status: task.status == .running ? .accepted : .ok)
     }
 
-    var routes: [APIRoute] { open + sites + servers + replication + recovery + machineControl + reverse + machines + records + alerts + access + people }
+    var routes: [APIRoute] { open + sites + servers + replication + recovery + machineControl + drills + reverse + machines + records + alerts + access + people }
 
     private var open: [APIRoute] {
         [

@@ -3,6 +3,7 @@ import HTTPTypes
 import Hummingbird
 import Logging
 import NIOCore
+import Replica
 
 /// What a request carries through the router.
 struct APIContext: RequestContext {
@@ -50,6 +51,7 @@ struct ProblemMiddleware: RouterMiddleware {
             var allowed: String?
             switch error {
             case let error as ApplianceError: problem = Problem(error)
+            case let error as StoreError: problem = Problem(error)
             case let error as HTTPError where error.status == .notFound && paths.methods(at: request.uri.path) != nil:
                 allowed = paths.methods(at: request.uri.path)
                 problem = Problem(.invalid, "\(request.uri.path) takes \(allowed ?? ""), not \(request.method.rawValue).", status: .methodNotAllowed)

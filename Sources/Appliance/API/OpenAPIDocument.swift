@@ -60,6 +60,7 @@ struct OpenAPIDocument {
         for answer in shape.answers {
             var response: [String: JSONValue] = ["description": .string(answer.status.reasonPhrase)]
             if let type = answer.type { response["content"] = [answer.contentType: ["schema": try book.schema(of: type)]] }
+            if answer.type == nil, answer.status == .ok { response["content"] = [answer.contentType: [:]] }
             if !answer.headers.isEmpty {
                 response["headers"] = .object(Dictionary(uniqueKeysWithValues: answer.headers.map { ($0.name, ["description": .string($0.summary), "schema": ["type": "string"]]) }))
             }

@@ -201,9 +201,12 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     public var hold: String?
     /// A failback whose machine is stopped without being asked to shut down.
     public var isForced: Bool?
+    /// A drill that the clock asked for: it is cleared once it has passed.
+    public var isScheduled: Bool?
     public init(
-        instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil, isGraceful: Bool? = nil
+        instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil, isGraceful: Bool? = nil, isScheduled: Bool? = nil
     ) {
+        self.isScheduled = isScheduled
         self.isGraceful = isGraceful
         self.instance = instance
         self.replaces = replaces

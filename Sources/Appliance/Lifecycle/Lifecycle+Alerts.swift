@@ -71,7 +71,7 @@ extension Lifecycle {
         let ofServers = rows.flatMap { server, machines in
             AlertRules.alerts(of: server, newest: newestPoint(server).map { Date(nanoseconds: $0.cutTimeNanoseconds) }, instances: machines)
         }
-        return await storeAlerts() + ofServers + (try await alertDesk?.failing() ?? [])
+        return await storeAlerts() + ofServers + (try await drillScheduleAlerts()) + (try await alertDesk?.failing() ?? [])
     }
 
     private func storeAlerts() async -> [Alert] {

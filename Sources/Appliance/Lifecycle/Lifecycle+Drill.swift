@@ -6,6 +6,11 @@ import Replica
 /// Disaster Recovery Drill: a machine from a fork beside running replication, isolated, kept until it is cleared.
 extension Lifecycle {
     public func startDrill(_ name: String, _ request: StartMachine, who: String) async throws -> TaskRecord {
+        try await startDrill(name, request, for: nil, who: who)
+    }
+
+    /// `schedule`: the one that wants it; that it was started is stored with it.
+    func startDrill(_ name: String, _ request: StartMachine, for schedule: DrillScheduleRecord?, who: String) async throws -> TaskRecord {
         guard request.graceful == nil else { throw ApplianceError.invalid("a drill never touches the source: graceful is for a failover") }
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .drill, hasRecoveryPoint: hasRecoveryPoint(found)) {
@@ -21,7 +26,9 @@ extension Lifecycle {
             var record = try db.server(found.id)
             try db.apply(.drill, to: &record, who: who, hasRecoveryPoint: true, detail: "recovery point \(point.id)")
             try instance.insert(db)
-            return try TaskBoard.plan(.drill, server: record, parameters: TaskParameters(instance: instance.id), who: who, in: db)
+            try schedule?.advance(in: db)
+            return try TaskBoard.plan(
+                .drill, server: record, parameters: TaskParameters(instance: instance.id, isScheduled: schedule == nil ? nil : true), who: who, in: db)
         }
         await start(task)
         return task
@@ -30,13 +37,17 @@ extension Lifecycle {
     func performDrill(_ task: TaskRecord) async throws -> TaskResult {
         let instance = try await instance(task)
         do {
-            let result = try await bringUp(instance, task: task)
-            await moved(.drillReady, instance.server)
-            FaultPoint.stateMoved.reached(task.operation)
-            return try await afterBoot(task, result)
+            let result = try await afterBoot(task, try await bringUp(instance, task: task, then: .drillReady))
+            let console = machines.consoleTail(instance.id)
+            try await catalogue.write { db in try Self.endDrill(task, instance, .passed, outcome: result, console: console, in: db) }
+            return result
         } catch {
             // Cancelled by a clear or by the appliance's end: not this task's failure to tell.
-            if !Task.isCancelled { await moved(.drillFailed, instance.server, reason: "\(error)") }
+            if !Task.isCancelled {
+                let (why, console) = ("\(error)", machines.consoleTail(instance.id))
+                await moved(.drillFailed, instance.server, reason: why)
+                try await catalogue.write { db in try Self.endDrill(task, instance, .failed, error: why, console: console, in: db) }
+            }
             throw error
         }
     }
@@ -44,16 +55,21 @@ extension Lifecycle {
     /// Clear Test Failover Environment. While it runs, asking again gives the same task. Gracefully: the machine's system is shut down first.
     public func clearDrill(_ name: String, _ request: ClearDrill = ClearDrill(), who: String) async throws -> TaskRecord {
         let found = try await server(name)
-        let (task, drill) = try await catalogue.write { db in
+        let (task, drills) = try await catalogue.write { db -> (TaskRecord, [TaskRecord]?) in
             var record = try db.server(found.id)
-            if let running = try db.runningTask(of: record, [.clearDrill]) { return (running, nil as TaskRecord?) }
+            if let running = try db.runningTask(of: record, [.clearDrill]) { return (running, nil) }
             try db.apply(.clearDrill, to: &record, who: who, hasRecoveryPoint: true)
-            let drill = try db.runningTask(of: record, [.drill])
-            if let drill { try TaskBoard.finish(drill, error: "the drill was cleared by \(who)", in: db) }
+            let drills = try TaskBoard.running([.drill], of: record, in: db)
+            for drill in drills {
+                let instance = try drill.parameters.instance.flatMap { try InstanceRecord.fetchOne(db, key: $0) }
+                try Self.endDrill(drill, instance, .cleared, error: "the drill was cleared by \(who)", in: db)
+            }
             let parameters = TaskParameters(isGraceful: request.graceful == true ? true : nil)
-            return (try TaskBoard.plan(.clearDrill, server: record, parameters: parameters, who: who, in: db), drill)
+            return (try TaskBoard.plan(.clearDrill, server: record, parameters: parameters, who: who, in: db), drills)
         }
-        if let drill { await tasks.cancel(drill) }
+        // Whoever asked first starts it, once the drill's own work is over: that would bring up again what is taken down.
+        guard let drills else { return task }
+        for drill in drills { await tasks.cancel(drill) }
         await start(task)
         return task
     }
@@ -88,8 +104,9 @@ extension Lifecycle {
         return missing.isEmpty ? nil : "the machine has no disk \(missing.joined(separator: ", ")), which was added to the server after this recovery point"
     }
 
-    /// Fork, disks, QEMU, boot check. Every step may be repeated; what is there already is taken over.
-    func bringUp(_ planned: InstanceRecord, task: TaskRecord) async throws -> TaskResult {
+    /// Fork, disks, QEMU, boot check. Every step may be repeated; what is there already is taken over. `happening` moves the server's state together with the
+    /// machine's.
+    func bringUp(_ planned: InstanceRecord, task: TaskRecord, then happening: Trigger) async throws -> TaskResult {
         try await update(planned.id) { $0.step = .starting }
         let log: @Sendable (String) async -> Void = { [tasks] line in await tasks.log(task, line) }
         let instance = try await settleFirmware(planned, log: log)
@@ -129,7 +146,8 @@ extension Lifecycle {
             }
         }
         // One transaction: nothing may fail once the machine is ready.
-        try await catalogue.write { db in
+        let hydrates = settings.hydrates && happening == .failoverReady
+        let hydration = try await catalogue.write { db -> TaskRecord? in
             if var stored = try InstanceRecord.fetchOne(db, key: instance.id) {
                 stored.step = .ready
                 stored.ready = ready
@@ -138,12 +156,19 @@ extension Lifecycle {
                 stored.reason = nil
                 try stored.update(db)
             }
-            if let proven, var record = try ServerRecord.fetchOne(db, key: instance.server) {
+            guard var record = try ServerRecord.fetchOne(db, key: instance.server) else { return nil }
+            if let proven {
                 record.lastProven = proven
                 try record.update(db)
             }
+            try db.apply(happening, to: &record, who: "appliance", hasRecoveryPoint: true)
+            return hydrates ? try Self.planHydration(of: instance, record, in: db) : nil
         }
         FaultPoint.readyStored.reached(task.operation)
+        FaultPoint.stateMoved.reached(task.operation)
+        if let hydration { await start(hydration) }
+        // It may have ended before that was stored, when nobody would have been told.
+        if !(await machines.isRunning(instance.id)) { await machineEnded(instance.id, "the machine ended right after it was ready") }
         await log(line.map { "boot check passed after \(String(format: "%.2f", rto)) s: \($0)" } ?? "the machine runs after \(String(format: "%.2f", rto)) s (no boot check was asked for)")
         await keepScreenshot(instance, task: task)
         var result = TaskResult()

@@ -31,9 +31,7 @@ extension Lifecycle {
             try db.apply(
                 .failover, to: &record, who: who, hasRecoveryPoint: true,
                 detail: request.graceful == true ? "graceful" : "recovery point \(isNamed ? point.id.rawValue : "current point in time")")
-            if let running = try db.runningTask(of: record, [.startReplication]) {
-                try TaskBoard.finish(running, error: "a failover was started by \(who)", in: db)
-            }
+            try TaskBoard.finishAll([.startReplication], of: record, error: "a failover was started by \(who)", in: db)
             try instance.insert(db)
             return try TaskBoard.plan(.failover, server: record, parameters: TaskParameters(instance: instance.id, isGraceful: request.graceful), who: who, in: db)
         }
@@ -51,11 +49,11 @@ extension Lifecycle {
         do {
             guard instance.step != .removing else { throw ApplianceError.failed("the appliance ended while it was being rolled back") }
             instance = task.parameters.isGraceful == true ? try await fenceGracefully(instance, task: task) : try await fence(instance, task: task)
-            let result = try await bringUp(instance, task: task)
-            await failedOver(instance)
-            return result
+            return try await bringUp(instance, task: task, then: .failoverReady)
         } catch {
             if Task.isCancelled { throw error }
+            // Ready before the appliance was killed, and now in use: not this task's to take down.
+            guard try await server(instance.server).state == .failoverInProgress else { throw error }
             let stored = try await self.instance(task)
             if stored.step == .unproven {
                 await noteFailoverTrouble(instance.server, "\(error)")
@@ -191,11 +189,10 @@ extension Lifecycle {
             if let id = task.parameters.replaces, let old = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: id) }) {
                 try await takeDown(old, task: task)
             }
-            let result = try await bringUp(instance, task: task)
-            await failedOver(instance)
-            return result
+            return try await bringUp(instance, task: task, then: .failoverReady)
         } catch {
             if Task.isCancelled { throw error }
+            guard try await server(instance.server).state == .failoverInProgress else { throw error }
             await noteFailoverTrouble(instance.server, "\(error)")
             if let stored = try? await self.instance(task), stored.step != .unproven { try await takeDown(stored, task: task) }
             throw error
@@ -229,13 +226,21 @@ extension Lifecycle {
         try await update(instance.id) { $0.pid = started.pid }
         let line: String?
         do { line = try await machines.bootCheck(instance, facts: await facts(instance)) } catch {
-            if !Task.isCancelled { await keepScreenshot(instance, task: task) }
+            if !Task.isCancelled {
+                let why = "\(error)"
+                await keepScreenshot(instance, task: task)
+                try await update(instance.id) {
+                    $0.step = .unproven
+                    $0.reason = why
+                }
+            }
             throw error
         }
         try await update(instance.id) {
             $0.step = .ready
             $0.reason = nil
         }
+        if !(await machines.isRunning(instance.id)) { await machineEnded(instance.id, "the machine ended right after it was ready") }
         await keepScreenshot(instance, task: task)
         if let address = instance.settings.address { await give(address, to: instance, task: task) }
         var result = TaskResult()

@@ -27,21 +27,10 @@ extension Lifecycle {
         return task
     }
 
-    /// The machine of a failover is ready: the new state and the wish for its independence are one transaction.
-    func failedOver(_ instance: InstanceRecord) async {
-        let hydrates = settings.hydrates
-        do {
-            let task = try await catalogue.write { db -> TaskRecord? in
-                guard var record = try ServerRecord.fetchOne(db, key: instance.server) else { return nil }
-                try db.apply(.failoverReady, to: &record, who: "appliance", hasRecoveryPoint: true)
-                guard hydrates, try db.hydration(of: instance) == nil else { return nil }
-                return try TaskBoard.plan(.hydrateMachine, server: record, parameters: TaskParameters(instance: instance.id), who: "appliance", in: db)
-            }
-            FaultPoint.stateMoved.reached()
-            if let task { await start(task) }
-        } catch {
-            logger.error("cannot store that \(Trigger.failoverReady.rawValue): \(error)", metadata: ["server": "\(instance.server)"])
-        }
+    /// Part of the transaction in which the machine of a failover becomes ready: the new state and the wish for its independence. Nil: it is wished already.
+    static func planHydration(of instance: InstanceRecord, _ record: ServerRecord, in db: Database) throws -> TaskRecord? {
+        if try db.hydration(of: instance) != nil { return nil }
+        return try TaskBoard.plan(.hydrateMachine, server: record, parameters: TaskParameters(instance: instance.id), who: "appliance", in: db)
     }
 
     func performHydration(_ task: TaskRecord) async throws -> TaskResult {

@@ -118,9 +118,9 @@ extension Lifecycle {
         let found = try await server(name)
         let pointCount = store.group(found.group)?.recoveryPointCount ?? 0
         let held = store.recoveryPoints(found.group).filter { $0.hold != nil }
-        let task = try await catalogue.write { db in
+        let (task, others) = try await catalogue.write { db -> (TaskRecord, [TaskRecord]?) in
             let record = try db.server(found.id)
-            if let running = try db.runningTask(of: record, [.unregister]) { return running }
+            if let running = try db.runningTask(of: record, [.unregister]) { return (running, nil) }
             try ifMatch.check(try record.tag, "server \(record.name)")
             if case .refused(let why) = StateTable.verdict(record.lifecycle, .unregister, hasRecoveryPoint: pointCount > 0) {
                 throw ApplianceError.refused(why)
@@ -135,8 +135,12 @@ extension Lifecycle {
                 throw ApplianceError.refused("\(record.name) has \(pointCount) recovery points, which would be deleted: say so with --delete-points.")
             }
             try db.event(who, Trigger.unregister.rawValue, server: record, before: record.lifecycle.text, detail: "deletes \(pointCount) recovery points")
-            return try TaskBoard.plan(.unregister, server: record, who: who, in: db)
+            let others = try TaskBoard.finishAll(of: record, error: "the server was unregistered by \(who)", in: db)
+            return (try TaskBoard.plan(.unregister, server: record, who: who, in: db), others)
         }
+        // Whoever asked first starts it, once nobody works on the server any more.
+        guard let others else { return task }
+        for other in others { await tasks.cancel(other) }
         await start(task)
         return task
     }
@@ -170,6 +174,8 @@ extension Lifecycle {
         }
         FaultPoint.serverRemoved.reached(task.operation)
         agents[record.serverID] = nil
+        // Of a Start Replication that met the removal half-way.
+        if store.group(group) != nil { try await blocking { [store] in try store.deleteGroup(group) } }
         return result
     }
 }

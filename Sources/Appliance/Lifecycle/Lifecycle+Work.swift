@@ -47,6 +47,8 @@ extension Lifecycle {
 
     private func perform(_ task: TaskRecord) async {
         do {
+            // Ended before its work began: what ended it found no work to cancel.
+            guard try await catalogue.read({ db in try TaskRecord.fetchOne(db, key: task.id)?.status }) == .running else { return }
             let result: TaskResult
             switch task.operation {
             case .drill: result = try await performDrill(task)

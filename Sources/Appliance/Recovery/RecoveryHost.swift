@@ -80,8 +80,15 @@ actor RecoveryHost {
 
     /// Brings fork, disks and QEMU of an instance to life, taking over what is there. With `mayStart` false a missing QEMU is an error.
     func attach(_ instance: InstanceRecord, mayStart: Bool, log: @Sendable (String) async -> Void) async throws -> Started {
-        if let machine = machines[instance.id], machine.process.isAlive { return Started(pid: machine.process.pid) }
         let id = instance.id
+        if let machine = machines[id] {
+            if machine.process.isAlive { return Started(pid: machine.process.pid) }
+            // It has just ended, and its end is not told yet: its disks are wanted again.
+            machines[id] = nil
+            machine.watch.cancel()
+            await machine.qmp.close()
+            await machine.disks.stop()
+        }
         let running = QEMUProcess.find(name: machineName(id))
         if running == nil && !mayStart { throw ApplianceError.failed("the machine is no longer running") }
         guard let point = instance.point else { throw ApplianceError.failed("machine \(id) has no recovery point") }
@@ -93,7 +100,7 @@ actor RecoveryHost {
         // Not one that is taken over, or started again, when the appliance starts.
         let isNew = instance.step == .planned || instance.step == .starting
         let disks = try await blocking { [store] in
-            if !store.forks().contains(where: { $0.id == instance.forkID }) {
+            if !store.hasFork(instance.forkID) {
                 try store.fork(instance.forkID, of: GroupID(instance.server), at: point, purpose: instance.kind.rawValue)
             }
             if isNew { FaultPoint.forkMade.reached() }
@@ -179,13 +186,14 @@ actor RecoveryHost {
                 logger.error("machine \(id) lives, but closed its control socket")
                 return
             }
-            await self.ended(id, last)
+            await self.ended(id, process, last)
         }
     }
 
-    private func ended(_ id: String, _ why: String) async {
+    private func ended(_ id: String, _ process: QEMUProcess, _ why: String) async {
         if stopping.contains(id) { return }
-        guard let machine = machines.removeValue(forKey: id) else { return }
+        guard let machine = machines[id], machine.process == process else { return }
+        machines[id] = nil
         promised[id] = nil
         await machine.disks.stop()
         await onEnded(id, why)
@@ -233,6 +241,17 @@ actor RecoveryHost {
         promised[instance.id] = nil
     }
 
+    /// The console's last lines, as people read them.
+    nonisolated func consoleTail(_ id: String) -> String? {
+        guard let file = FileHandle(forReadingAtPath: consolePath(id)), let size = try? file.seekToEnd() else { return nil }
+        defer { try? file.close() }
+        try? file.seek(toOffset: size > 4096 ? size - 4096 : 0)
+        guard let data = try? file.readToEnd() else { return nil }
+        return data.split(separator: UInt8(ascii: "\n")).suffix(20).map { SerialFollower.plain(Data($0)) }.joined(separator: "\n")
+    }
+
+    func isRunning(_ id: String) -> Bool { machines[id]?.process.isAlive ?? false }
+
     /// Ends QEMU, the block server, the fork and the instance's files.
     func takeDown(_ instance: InstanceRecord) async throws {
         let id = instance.id
@@ -248,7 +267,7 @@ actor RecoveryHost {
         try await bridges.release(instance)
         FaultPoint.machineGone.reached()
         try await blocking { [store] in
-            if store.forks().contains(where: { $0.id == instance.forkID }) { try store.dropFork(instance.forkID) }
+            if store.hasFork(instance.forkID) { try store.dropFork(instance.forkID) }
         }
         FaultPoint.forkDropped.reached()
         for directory in ["\(runtimeDirectory)/\(id)", "\(instancesDirectory)/\(id)"] {

@@ -18,6 +18,8 @@ public struct ApplianceConfiguration: Sendable {
     public var hydrates = true
     /// How often is looked for what is wrong.
     public var alertsEverySeconds = 5.0
+    /// How often is looked for drills that are due.
+    public var drillSchedulesEverySeconds = 5.0
 
     public init(
         stateDirectory: String, storeDirectory: String, runtimeDirectory: String = "/run/afterimage",

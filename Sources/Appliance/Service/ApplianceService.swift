@@ -74,6 +74,7 @@ public struct ApplianceService: Service {
             await lifecycle.startConfigurationCopies()
             await lifecycle.startAlerts(AlertDesk(catalogue: catalogue, logger: logger), everySeconds: configuration.alertsEverySeconds)
             let linkPort = try await link.start()
+            await lifecycle.startDrillSchedules(everySeconds: configuration.drillSchedulesEverySeconds)
             try await serveAPI(catalogue: catalogue, lifecycle: lifecycle, authority: authority, identity: identity, linkPort: linkPort)
         } catch {
             await lifecycle.stop()

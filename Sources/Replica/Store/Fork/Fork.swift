@@ -47,6 +47,8 @@ extension ReplicaStore {
         return (data, log)
     }
 
+    public func hasFork(_ id: ForkID) -> Bool { read { $0.forks[id] != nil } }
+
     public func forks() -> [ForkInfo] {
         let records = read { state -> [(ForkRecord, UInt64)] in
             var shared: Set<UInt64> = []

@@ -168,18 +168,6 @@ extension StoreState {
         }
     }
 
-    /// Bytes of data that are named more than once, at least: by the layers of a hydrated fork and by those of recovery points.
-    var repeatedBytes: UInt64 {
-        var uses: [UInt32: (blocks: UInt64, end: UInt64)] = [:]
-        for layer in layers.values {
-            for use in layer.segments {
-                uses[use.segment, default: (0, 0)].blocks += UInt64(use.blocks)
-                uses[use.segment]!.end = max(uses[use.segment]!.end, UInt64(use.endBlock))
-            }
-        }
-        return uses.values.reduce(0) { $0 + ($1.blocks > $1.end ? ($1.blocks - $1.end) * UInt64(pageBytes) : 0) }
-    }
-
     /// The chain of a fork's disk, oldest first, up to the lowest layer on which another fork stands that was made of it: what lies between two such marks
     /// is what was written between them, and stays apart.
     func chainBelowMarks(_ fork: ForkRecord, _ volume: Int) -> [LayerRecord] {
