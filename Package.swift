@@ -66,6 +66,7 @@ let package = Package(
                 .product(name: "NIOSSL", package: "swift-nio-ssl"),
                 .product(name: "X509", package: "swift-certificates"),
                 .product(name: "Crypto", package: "swift-crypto"),
+                .product(name: "CryptoExtras", package: "swift-crypto"),
             ],
             swiftSettings: settings),
         .executableTarget(
@@ -102,6 +103,8 @@ let package = Package(
                 .product(name: "ArgumentParser", package: "swift-argument-parser"),
                 .product(name: "Logging", package: "swift-log"),
             ]),
+        // Appliances, agents and machines that are killed while anything is asked of them, against a model of the state table.
+        .executableTarget(name: "lifecycle-model", dependencies: ["Appliance", .product(name: "ArgumentParser", package: "swift-argument-parser")]),
         // A process with nothing but a live tap in it, for tests to kill; and the check of the live tap for guests.
         .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap", "CLiveTap"]),
         .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "live-tap-holder"]),
@@ -110,7 +113,9 @@ let package = Package(
             name: "ApplianceTests",
             dependencies: [
                 "Appliance", "BlockTap", "Replica", "afterimage",
+                .product(name: "AsyncHTTPClient", package: "async-http-client"),
                 .product(name: "HummingbirdTesting", package: "hummingbird"),
+                .product(name: "NIOEmbedded", package: "swift-nio"),
             ]),
     ]
 )

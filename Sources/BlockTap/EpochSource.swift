@@ -5,7 +5,7 @@
 /// epoch, or a drained-but-unacknowledged epoch; abandoning gives its blocks back to the running one.
 
 /// What an epoch is good for once the replica has applied it.
-public enum EpochKind: UInt8, Sendable, Codable {
+public enum EpochKind: UInt8, Sendable, Codable, CaseIterable {
     /// Part of an initial full sync: read without copy-before-write, never a recovery point.
     case fuzzy = 0
     /// Copy-before-write: the replica equals the disks at the cut.
@@ -32,7 +32,7 @@ public struct Cut: Sendable, Codable, Hashable {
 }
 
 /// What an exact epoch is asked to be.
-public enum CutConsistency: UInt8, Sendable, Codable {
+public enum CutConsistency: UInt8, Sendable, Codable, CaseIterable {
     /// What a power cut at that instant would have left.
     case crash = 0
     /// The mounted file systems of the group are frozen at the cut: nothing of theirs is only in memory.
@@ -43,7 +43,7 @@ public enum CutConsistency: UInt8, Sendable, Codable {
 
 /// How it is known that an exact epoch is the disks at one instant.
 public struct CutProof: Sendable, Codable, Hashable {
-    public enum Method: String, Sendable, Codable {
+    public enum Method: String, Sendable, Codable, CaseIterable {
         /// The tap stands in the way of every write: copied before it was overwritten.
         case copyBeforeWrite
         /// Read again until nothing was written meanwhile.

@@ -42,6 +42,6 @@ public struct Generation: RawRepresentable, Hashable, Comparable, Sendable, Coda
 }
 
 /// How a recovery point relates to what ran on the disks.
-public enum Consistency: String, Sendable, Codable {
+public enum Consistency: String, Sendable, Codable, CaseIterable {
     case crash, filesystem, application
 }

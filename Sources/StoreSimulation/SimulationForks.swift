@@ -85,6 +85,15 @@ extension Simulation {
         group.images.count >= fork.volumes.count && zip(group.images, fork.volumes).allSatisfy { $0.count >= $1.flushed.count }
     }
 
+    /// Asks for a fork to become independent, or no longer to; upkeep does it, some time. What it shows stays.
+    func hydrateFork() throws {
+        guard !state.forks.isEmpty else { return }
+        try drain()
+        let name = state.forks.keys.sorted()[random.below(state.forks.count)]
+        if random.oneIn(8) { return store.endHydration(ForkID(name)) }
+        _ = try attempt("hydrate fork \(name)") { () throws(StoreError) in try store.beginHydration(ForkID(name)) }
+    }
+
     func dropFork() throws {
         guard !state.forks.isEmpty else { return }
         try drain()

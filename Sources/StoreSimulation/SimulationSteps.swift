@@ -91,6 +91,7 @@ extension Simulation {
         case 100 where random.oneIn(2): try commitFork()
         case 101: try grow(name)
         case 102: try raise(name)
+        case 107 where random.oneIn(2): try hydrateFork()
         case 103 where random.oneIn(3): try delete(name)
         case 104, 105: try checkReaders()
         case 106...108: try forkUpkeep()

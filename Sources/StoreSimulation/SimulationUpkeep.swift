@@ -13,6 +13,7 @@ extension Simulation {
         public var removals = 0
         public var rewrites = 0
         public var indexes = 0
+        public var hydrations = 0
 
         public static func += (left: inout UpkeepCounts, right: UpkeepCounts) {
             left.expiredPoints += right.expiredPoints
@@ -22,6 +23,7 @@ extension Simulation {
             left.removals += right.removals
             left.rewrites += right.rewrites
             left.indexes += right.indexes
+            left.hydrations += right.hydrations
         }
 
         mutating func count(_ action: UpkeepAction) {
@@ -33,6 +35,7 @@ extension Simulation {
             case .removed: removals += 1
             case .rewroteManifest: rewrites += 1
             case .wroteIndex: indexes += 1
+            case .hydrated: hydrations += 1
             }
         }
     }

@@ -15,7 +15,9 @@ struct Afterimage: AsyncParsableCommand {
         version: ProgramVersion.text,
         subcommands: [
             StatusCommand.self, SitePairCommand.self, NetworkCommand.self, ServerCommand.self, ReplicationCommand.self, RecoveryPointCommand.self,
-            DrillCommand.self, FailoverCommand.self, ReverseCommand.self, FailbackCommand.self, RegistrationCommand.self, PlanCommand.self, TaskCommand.self, EventCommand.self, AlertCommand.self, AlertChannelCommand.self, TokenCommand.self, CatalogueCommand.self, SupportBundleCommand.self, ApplianceCommand.self, AgentCommand.self,
+            DrillCommand.self, FailoverCommand.self, PlanCommand.self, MachineCommand.self, ReverseCommand.self, FailbackCommand.self, RegistrationCommand.self,
+            TaskCommand.self, EventCommand.self, AlertCommand.self, AlertChannelCommand.self, TokenCommand.self, UserCommand.self, LoginCommand.self, CatalogueCommand.self,
+            SupportBundleCommand.self, ApplianceCommand.self, AgentCommand.self,
             TapCommand.self, StoreCommand.self,
         ])
 }

@@ -47,7 +47,7 @@ extension ClientCommand {
                 throw switch problem.status {
                 case 401, 403: Exit.forbidden
                 case 404: Exit.notFound
-                case 409: Exit.refused
+                case 409, 412: Exit.refused
                 case 400, 422: Exit.usage
                 default: Exit.failed
                 }
@@ -103,7 +103,7 @@ enum Terminal {
         let all = [headings] + rows
         var widths = headings.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
         if let columns {
-            let last = widths[widths.count - 1], room = columns - (last <= shortColumn ? last : headings[headings.count - 1].count)
+            let last = widths[widths.count - 1], room = columns - (last <= shortColumn ? last : 0)
             while widths.dropLast().reduce(0, { $0 + $1 + 2 }) > room, let widest = widths.dropLast().indices.max(by: { widths[$0] < widths[$1] }), widths[widest] > columnMin { widths[widest] -= 1 }
         }
         let indent = widths.dropLast().reduce(0) { $0 + $1 + 2 }

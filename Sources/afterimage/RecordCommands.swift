@@ -5,7 +5,7 @@ import Foundation
 
 struct TaskCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "task", abstract: "What the appliance does and did.", subcommands: [List.self, Show.self, Cancel.self])
+        commandName: "task", abstract: "What the appliance does and did.", subcommands: [List.self, Show.self, Cancel.self, Screenshot.self])
 
     struct List: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "List tasks, newest first.")
@@ -38,7 +38,8 @@ struct TaskCommand: AsyncParsableCommand {
                 return
             }
             try show(task) {
-                TaskFollower.outcome(task) + (task.error.map { ["  error           \($0)"] } ?? [])
+                TaskFollower.outcome(task) + (task.hasScreenshot == true ? ["  screenshot      afterimage task screenshot \(task.id) FILE.png"] : [])
+                    + (task.error.map { ["  error           \($0)"] } ?? [])
                     + (task.log ?? []).map { "  \(Words.time($0.time))  \($0.line)" }
             }
         }
@@ -47,7 +48,7 @@ struct TaskCommand: AsyncParsableCommand {
 
 extension TaskCommand {
     struct Cancel: ClientCommand {
-        static let configuration = CommandConfiguration(abstract: "End an export, or the making of a recovery point; what is half made is removed.")
+        static let configuration = CommandConfiguration(abstract: "End an export, a promotion, a hydration, or the making of a recovery point; what is half made is removed.")
         @OptionGroup var global: GlobalOptions
         @Argument(help: "The task's number.") var id: Int64
 
@@ -58,8 +59,26 @@ extension TaskCommand {
     }
 }
 
+extension TaskCommand {
+    struct Screenshot: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "What a task's machine showed when its boot check ended, as a PNG file.")
+        @OptionGroup var global: GlobalOptions
+        @Argument(help: "The task's number.") var id: Int64
+        @Argument(help: "The file to write; one that is there is replaced.") var file: String
+
+        func run(_ client: APIClient) async throws {
+            let image = try await client.data("/v1/tasks/\(id)/screenshot")
+            do { try image.write(to: URL(fileURLWithPath: file), options: .atomic) } catch {
+                Terminal.error("cannot write \(file): \(error.localizedDescription)")
+                throw Exit.failed
+            }
+            say("\(file): \(Words.bytes(UInt64(image.count)))")
+        }
+    }
+}
+
 struct EventCommand: AsyncParsableCommand {
-    static let configuration = CommandConfiguration(commandName: "event", abstract: "The audit log.", subcommands: [List.self])
+    static let configuration = CommandConfiguration(commandName: "event", abstract: "The audit log, and what happens.", subcommands: [List.self, Follow.self])
 
     struct List: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "List events, newest first.")
@@ -76,17 +95,55 @@ struct EventCommand: AsyncParsableCommand {
             }
         }
 
-        /// `Replicating → Initialized: why`
-        private func detail(_ event: EventRecord) -> String {
-            let change: String? =
-                switch (event.before, event.after) {
-                case (let before?, let after?): before == after ? before : "\(before) → \(after)"
-                case (let before?, nil): before
-                case (nil, let after?): after
-                case (nil, nil): nil
-                }
-            return [change, event.detail].compactMap { $0 }.joined(separator: ": ")
+        private func detail(_ event: EventRecord) -> String { EventCommand.detail(event) }
+    }
+
+    struct Follow: ClientCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Show what happens while it does: audit log, tasks and alerts.",
+            discussion: "Goes on when the appliance is restarted, without missing anything, until it is interrupted. With --json: one object a line.")
+        @OptionGroup var global: GlobalOptions
+
+        func run(_ client: APIClient) async throws {
+            try await client.follow(
+                { message in
+                    if global.json {
+                        print("{\"event\":\"\(message.kind)\",\"data\":\(String(decoding: message.data, as: UTF8.self))}")
+                    } else if let line = try? Self.line(message) {
+                        print(line)
+                    }
+                    fflush(nil)
+                }, onLost: { Terminal.error("\($0); trying again") })
         }
+
+        /// nil: a task's progress, and what a later version tells.
+        static func line(_ message: APIClient.StreamMessage) throws -> String? {
+            let decoder = APIJSON.decoder()
+            switch message.kind {
+            case "audit":
+                let event = try decoder.decode(EventRecord.self, from: message.data), detail = EventCommand.detail(event)
+                return "\(Words.timeToSecond(event.time))  \(event.who)  \(event.server.map { "\($0): " } ?? "")\(event.what)" + (detail.isEmpty ? "" : "  \(detail)")
+            case "task-log":
+                let line = try decoder.decode(TaskLine.self, from: message.data)
+                return "\(Words.timeToSecond(line.time))  task \(line.task)  \(line.line)"
+            case "alert":
+                let alert = try decoder.decode(AlertRecord.self, from: message.data)
+                return "\(Words.timeToSecond(alert.cleared ?? alert.raised))  ALERT  \(alert.cleared == nil ? "" : "over: ")\(alert.text)"
+            default: return nil
+            }
+        }
+    }
+
+    /// `Replicating → Initialized: why`
+    private static func detail(_ event: EventRecord) -> String {
+        let change: String? =
+            switch (event.before, event.after) {
+            case (let before?, let after?): before == after ? before : "\(before) → \(after)"
+            case (let before?, nil): before
+            case (nil, let after?): after
+            case (nil, nil): nil
+            }
+        return [change, event.detail].compactMap { $0 }.joined(separator: ": ")
     }
 }
 

@@ -2,43 +2,10 @@ import Appliance
 import ArgumentParser
 import Foundation
 
-/// Settings of the machine that a drill or a failover starts.
-struct MachineOptions: ParsableArguments {
-    @Option(help: "CPUs; default: as recorded at Start Replication.") var cpus: Int?
-    @Option(name: .customLong("memory"), help: "Memory in MiB; default: as recorded at Start Replication.") var memoryMiB: Int?
-    @Option(help: "Recovery network: isolated, user, bridge or none, or a network's name; default: the server's, then the site pair's.") var network: NetworkChoice?
-    @Option(help: ArgumentHelp("With network bridge: a bridge of this host that is there already.", valueName: "name")) var bridge: String?
-    @Option(help: ArgumentHelp("With network bridge: an own one with this network; the address is this host's in it.", valueName: "10.80.0.1/24"))
-    var bridgeSubnet: IPv4Interface?
-    @Flag(inversion: .prefixedNo, help: "Give out addresses of --bridge-subnet.") var dhcp = true
-    @Option(help: ArgumentHelp("With network user: a port of this host's 127.0.0.1 that leads to the machine; repeat it.", valueName: "hostport:port"))
-    var forward: [PortForward] = []
-    @Option(help: "What makes the machine ready: none (QEMU runs it) or serial:REGEX (a line of its serial console).") var bootCheck: String?
-    @Option(help: ArgumentHelp("Time limit of the boot check in seconds; default 120.", valueName: "seconds")) var bootTimeout: Int?
-
-    func validate() throws {
-        guard bridge == nil || bridgeSubnet == nil else { throw ValidationError("--bridge is one that is there already, --bridge-subnet makes one: give one of them") }
-    }
-
-    func request(point: String?) -> Appliance.StartMachine {
-        var request = Appliance.StartMachine()
-        request.recoveryPoint = point
-        request.cpus = cpus
-        request.memoryMiB = memoryMiB
-        request.network = network?.mode
-        request.networkName = network?.name
-        request.forwards = forward.isEmpty ? nil : forward
-        request.bridge = bridge.map { BridgeSettings(name: $0) } ?? bridgeSubnet.map { BridgeSettings(subnet: $0, dhcp: dhcp) }
-        request.bootCheck = bootCheck
-        request.bootSecondsMax = bootTimeout
-        return request
-    }
-}
-
 struct DrillCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "drill", abstract: "Disaster recovery drills: a machine from a recovery point, beside running replication.",
-        subcommands: [Start.self, Clear.self])
+        subcommands: [Start.self, Clear.self, Schedule.self, Report.self])
 
     struct Start: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Start a Disaster Recovery Drill.")
@@ -49,7 +16,7 @@ struct DrillCommand: AsyncParsableCommand {
         @Option(help: "A recovery point's ID, or latest.") var point: String = "latest"
 
         func run(_ client: APIClient) async throws {
-            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/drill", machine.request(point: point))
+            let task: TaskView = try await client.post("/v1/servers/\(APIClient.segment(name))/drill", try machine.request(point: point))
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
     }
@@ -59,9 +26,10 @@ struct DrillCommand: AsyncParsableCommand {
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
         @Argument(help: "The server's name.") var name: String
+        @Flag(help: "Shut the machine's system down first, by its guest agent or power button.") var graceful = false
 
         func run(_ client: APIClient) async throws {
-            let task: TaskView = try await client.delete("/v1/servers/\(APIClient.segment(name))/drill")
+            let task: TaskView = try await client.delete("/v1/servers/\(APIClient.segment(name))/drill", ClearDrill(graceful: graceful ? true : nil))
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
     }
@@ -96,7 +64,7 @@ struct FailoverCommand: AsyncParsableCommand {
                 return
             }
             try confirmation.agree(to: plan, quietly: global.json)
-            var request = machine.request(point: point)
+            var request = try machine.request(point: point)
             request.graceful = graceful ? true : nil
             let task: TaskView = try await client.post(path, request)
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
@@ -124,7 +92,7 @@ struct FailoverCommand: AsyncParsableCommand {
                 return
             }
             try confirmation.agree(to: plan, quietly: global.json)
-            let task: TaskView = try await client.post(path, machine.request(point: point))
+            let task: TaskView = try await client.post(path, try machine.request(point: point))
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
     }

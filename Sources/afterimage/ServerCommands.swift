@@ -91,6 +91,7 @@ struct ServerCommand: AsyncParsableCommand {
             lines.append("  machine \(machine.id)  \(machine.kind.rawValue), \(machine.step.rawValue)" + (machine.reason.map { ": \($0)" } ?? ""))
             lines.append("    console     \(machine.consolePath)")
             lines.append("    disks       \(machine.nbdSocketPath)")
+            if let hydration = machine.hydration { lines += Terminal.field("  hydration", MachineCommand.words(hydration)) }
         }
         if let reverse = server.reverse { lines += reverse.lines }
         return lines
@@ -106,8 +107,14 @@ struct ServerCommand: AsyncParsableCommand {
         func validate() throws { try PolicyHelp.check(policy) }
 
         func run(_ client: APIClient) async throws {
-            let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/policy", Appliance.SetPolicy(policy: policy))
-            try show(server) { ["Recovery Point Policy of \(server.name): \(PolicyHelp.words(server.policy))"] }
+            var before = ""
+            let server: ServerView = try await client.change("/v1/servers/\(APIClient.segment(name))/policy") { (now: Appliance.SetPolicy) in
+                before = now.policy
+                return Appliance.SetPolicy(policy: policy)
+            }
+            try show(server) {
+                ["Recovery Point Policy of \(server.name): \(PolicyHelp.words(server.policy))"] + (before == server.policy ? [] : ["  before: \(PolicyHelp.words(before))"])
+            }
         }
     }
 
@@ -120,8 +127,12 @@ struct ServerCommand: AsyncParsableCommand {
 
         func run(_ client: APIClient) async throws {
             let request = Appliance.SetAlerts(rpoTargetSeconds: rpoTarget?.seconds, drillEverySeconds: drillEvery?.seconds)
-            let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/alerts", request)
-            try show(server) { ["alerts of \(server.name): \(server.alertSettings.text)"] }
+            var before = AlertSettings.standard
+            let server: ServerView = try await client.change("/v1/servers/\(APIClient.segment(name))/alerts") { (now: AlertSettings) in
+                before = now
+                return request
+            }
+            try show(server) { ["alerts of \(server.name): \(server.alertSettings.text)"] + (before == server.alertSettings ? [] : ["  before: \(before.text)"]) }
         }
     }
 

@@ -87,11 +87,13 @@ struct TimeSpan: ExpressibleByArgument, Hashable {
 }
 
 extension PortForward: ExpressibleByArgument {
-    /// HOSTPORT:GUESTPORT
+    /// [ADDRESS:]HOSTPORT:GUESTPORT
     public init?(argument: String) {
         let parts = argument.split(separator: ":", omittingEmptySubsequences: false)
-        guard parts.count == 2, let host = UInt16(parts[0]), let guest = UInt16(parts[1]), host > 0, guest > 0 else { return nil }
-        self.init(hostPort: host, guestPort: guest)
+        let ports = parts.suffix(2)
+        guard (2...3).contains(parts.count), let host = ports.first.flatMap({ UInt16($0) }), let guest = ports.last.flatMap({ UInt16($0) }), host > 0, guest > 0 else { return nil }
+        guard parts.count == 2 || IPv4Interface("\(parts[0])/32") != nil else { return nil }
+        self.init(address: parts.count == 3 ? String(parts[0]) : nil, hostPort: host, guestPort: guest)
     }
 }
 
@@ -99,6 +101,11 @@ extension SitePairType: ExpressibleByArgument {}
 extension Consistency: ExpressibleByArgument {}
 extension Role: ExpressibleByArgument {}
 extension RecoveryNetwork: ExpressibleByArgument {}
+extension FirmwareChoice: ExpressibleByArgument {}
+extension DiskBus: ExpressibleByArgument {}
+extension DiskCache: ExpressibleByArgument {}
+extension NetworkModel: ExpressibleByArgument {}
+extension MachineEnd: ExpressibleByArgument {}
 extension AcceleratorChoice: ExpressibleByArgument {}
 
 extension IPv4Interface: ExpressibleByArgument {

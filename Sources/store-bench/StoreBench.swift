@@ -10,7 +10,7 @@ import Logging
 struct StoreBench: ParsableCommand {
     static let configuration = CommandConfiguration(
         commandName: "store-bench", abstract: "Measures the store.",
-        subcommands: [Apply.self, Seal.self, MakeChain.self, Read.self, ReadFile.self, Serve.self, MakeSynthetic.self, ForkOpen.self, Large.self])
+        subcommands: [Apply.self, Seal.self, MakeChain.self, Read.self, ReadFile.self, Serve.self, MakeSynthetic.self, ForkOpen.self, Large.self, MakeServers.self])
 }
 
 let benchGroup = GroupID("bench")

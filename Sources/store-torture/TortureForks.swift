@@ -41,7 +41,9 @@ final class TortureForks: @unchecked Sendable {
         case 60..<70: try seal(id)
         case 70..<76: try forkFork(id)
         case 76..<84: try close(id, number)
-        case 84..<90: try read(id, number)
+        case 84..<88: try read(id, number)
+        // Done by upkeep, on its own thread, while everything goes on.
+        case 88, 89: try store.beginHydration(name(id))
         case 90..<98: if forks.count > 1 { try drop(id) }
         default: try commit(id)
         }

@@ -21,13 +21,19 @@ struct CommandLineTests {
         "recovery-point export a p1 --to raw --output /x/a.raw --wait", "recovery-point export a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
         "recovery-point mount a p1 /mnt --disk vda --partition 2", "recovery-point unmount /mnt", "recovery-point mounts", "task cancel 7",
         "drill start a --wait --network none", "drill start a --network bridge --bridge br0", "drill start a --network bridge --bridge-subnet 10.80.0.1/24 --no-dhcp", "drill clear a --wait",
+        "machine hydrate a --wait", "machine hydrate a --drill", "machine promote a --to raw --output /x/a.raw --stop --stop-timeout 5", "machine promote a --to device --output /dev/sdx --yes /dev/sdx --disk vda",
+        "appliance --no-hydrate",
+        "drill start a --wait --network none", "drill start a --network bridge --bridge br0", "drill clear a --graceful", "failover start a --firmware uefi --disk-bus sata --disk-cache writethrough --nic e1000e --on-end restart --allow-overcommit",
+        "drill start a --boot-check agent --boot-check tcp:22 --ip 10.80.0.20/24 --gateway 10.80.0.1 --host-script /x --script-timeout 60", "failover start a --ip keep --script /x --forward 192.0.2.7:80:8080",
+        "machine console a --drill --lines 5", "machine vnc a --json", "machine stop a --wait", "task screenshot 7 /x.png", "appliance --ovmf /x --boots-at-once 3", "drill start a --network bridge --bridge-subnet 10.80.0.1/24 --no-dhcp", "drill clear a --wait",
+        "drill schedule set a --every 2w --at 03:00 --boot-check serial:READY", "drill schedule list", "drill schedule delete a", "drill report list --server a", "drill report show 7",
         "failover start a --graceful --yes a --preview", "server remove a --preview", "failover change-recovery-point a --point p --yes a",
         "alert list --all", "alert-channel list", "alert-channel create c --webhook https://h/x --secret-file /s --severity critical", "alert-channel test c", "alert-channel delete c",
         "alert-channel create c --mail-server smtp://h --mail-from a@b --mail-to c@d --mail-user u --mail-password-file /p", "server set-alerts a --rpo-target 60s --drill-every 0s",
         "failover start a --point p1 --boot-check serial:READY --boot-timeout 30", "failover change-recovery-point a --point p0", "failover start-machine a --wait", "failover commit a", "failover commit a --yes a", "failover commit a --preview --json",
         "server set-policy a all:10m,1h:24h", "replication start a --policy keep-all", "replication start a --consistent-every 0s", "recovery-point create a --note why --wait", "recovery-point hold a p1 --name n",
         "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low --scrub-rate 0 --scrub-pause 7d",
-        "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "catalogue backup /x/c.sqlite", "catalogue import /x/c.json", "agent configuration --state /x", "task list --server a --limit 5", "task show 12 --wait", "event list", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
+        "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "user create u --role viewer --password-file /p", "user list --json", "user set-password u", "user delete u", "login https://h:8443 --user u --ca-fingerprint ab --password-file /p --profile /x/y.json", "catalogue backup /x/c.sqlite", "catalogue import /x/c.json", "agent configuration --state /x", "task list --server a --limit 5", "task show 12 --wait", "event list", "event follow --json", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T", "agent rescue --disk vda=/dev/loop0 --state /x",
         "reverse register a", "reverse start a --original-machine --confirm S1 --confirm S2 --discard-original --throttle 10MiB --wait", "reverse start a --preview", "reverse stop a",
         "failback start a --forced --yes a --wait", "failback start a --preview", "failback cancel a", "registration a",
@@ -37,13 +43,14 @@ struct CommandLineTests {
     }
 
     @Test("wrong usage is exit code 64", arguments: [
-        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network Moon", "drill start a --bridge-subnet 10.80.0/24", "drill start a --bridge br0 --bridge-subnet 10.80.0.1/24", "drill start a --forward 1:2:3",
+        "server add a", "replication start", "replication start a --throttle fast", "drill start a --network Moon", "drill start a --bridge-subnet 10.80.0/24", "drill start a --bridge br0 --bridge-subnet 10.80.0.1/24", "drill start a --forward 1:2:3", "drill start a --forward moon:1:2", "drill start a --firmware coreboot", "drill start a --script a --host-script /b", "drill start a --host-script b", "appliance --boots-at-once 0", "task screenshot 7",
         "alert-channel create c", "alert-channel create c --webhook https://h/ --mail-to a@b", "alert-channel create c --mail-server smtp://h", "server set-alerts a --rpo-target soon",
         "failover change-recovery-point a", "appliance --listen nowhere", "agent run", "agent run --disk vda", "agent run --disk vda=/dev/x --read-share 0", "agent run --disk vda=/dev/x --patience -1", "agent rescue", "agent rescue --disk vda", "reverse start", "failback start a --point p", "task show twelve", "fly",
         "recovery-point export a p1 --to raw", "recovery-point export a p1 --to raw --output a.raw", "recovery-point export a p1 --output /x",
         "recovery-point export a p1 --to tape --output /x", "recovery-point export a p1 --point p1", "recovery-point mount a p1 mnt", "recovery-point list a --limit 0",
-        "token create t", "token create t --role king", "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",
-        "appliance --scrub-pause 1", "appliance --scrub-pause 0s", "appliance --scrub-rate fast",
+        "user create u", "login https://h", "login http://h:1 --user u", "token create t", "token create t --role king", "server set-policy a", "server set-policy a all", "server set-policy a 2h:1h", "replication start a --policy 10m", "recovery-point hold a p1",
+        "machine promote a --to raw", "machine promote a --to tape --output /x", "machine promote a --to raw --output a.raw", "machine promote a --to raw --output /x --stop-timeout 5",
+        "drill schedule set a --every 12h --at 03:00", "drill schedule set a --at 03:00", "drill report show a", "appliance --scrub-pause 1", "appliance --scrub-pause 0s", "appliance --scrub-rate fast",
     ])
     func refuses(words: String) throws {
         let error = #expect(throws: (any Error).self) { _ = try Afterimage.parseAsRoot(words.split(separator: " ").map(String.init)) }
@@ -62,7 +69,7 @@ struct CommandLineTests {
     @Test("the machine's settings reach the request")
     func machineRequest() throws {
         let start = try parse("drill start a --network user --forward 2222:22 --forward 8080:80 --cpus 1 --memory 256 --boot-timeout 9", as: DrillCommand.Start.self)
-        let request = start.machine.request(point: start.point)
+        let request = try start.machine.request(point: start.point)
         #expect(request.recoveryPoint == "latest" && request.network == .user && request.networkName == nil && request.cpus == 1 && request.memoryMiB == 256 && request.bootSecondsMax == 9)
         #expect(request.forwards == [PortForward(hostPort: 2222, guestPort: 22), PortForward(hostPort: 8080, guestPort: 80)])
     }

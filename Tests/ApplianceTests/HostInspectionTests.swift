@@ -33,12 +33,33 @@ struct HostInspectionTests {
         let host = await specification()
         #expect(host.cpus == 4 && host.memoryMiB == 2048 && host.firmware == .bios && host.kernel == "6.1.0-50-amd64")
         #expect(host.networkCards.map(\.name) == ["eth0"] && host.networkCards[0].mac == "52:54:00:12:34:56")
-        #expect(host.warnings == [])
+        #expect(host.warnings == [] && host.missingDrivers == [])
     }
 
     @Test func firmware() async throws {
         try file("sys/firmware/efi/fw_platform_size", "64")
-        #expect(await specification().firmware == .uefi)
+        let host = await specification()
+        #expect(host.firmware == .uefi && host.warnings == [])
+    }
+
+    @Test func aBootLoaderThatOnlyTheOldFirmwareKnows() async throws {
+        try file("sys/firmware/efi/fw_platform_size", "64")
+        try file("boot/efi/EFI/debian/shimx64.efi", "")
+        let warnings = await specification().warnings
+        #expect(warnings.count == 1 && warnings[0].contains("BOOTX64.EFI") && warnings[0].contains("grub-install"))
+        try file("boot/efi/EFI/Boot/bootx64.efi", "")
+        try FileManager.default.moveItem(atPath: root + "/boot/efi/EFI/Boot", toPath: root + "/boot/efi/EFI/BOOT")
+        #expect(await specification().warnings == [])
+    }
+
+    @Test func wherePacketsLeave() async throws {
+        try file("proc/net/route", "Iface\tDestination\tGateway\tFlags\neth0\t0000000A\t00000000\t0001\neth0\t00000000\t0101500A\t0003\n")
+        #expect(await specification().networkCards[0].gateway == "10.80.1.1")
+    }
+
+    @Test func aKernelWithoutACardsDriver() async throws {
+        try file("lib/modules/6.1.0-50-amd64/modules.dep", "kernel/drivers/net/ethernet/intel/e1000e/e1000e.ko.xz:\n")
+        #expect(await specification().missingDrivers == ["virtio_net"])
     }
 
     @Test func fileSystemsThatAreMountedByAHardwaresName() async throws {

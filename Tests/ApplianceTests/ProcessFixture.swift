@@ -54,13 +54,14 @@ final class Daemon: @unchecked Sendable {
     let process = Process()
     let logPath: String
 
-    init(_ arguments: [String], logPath: String) throws {
+    init(_ arguments: [String], environment: [String: String] = [:], logPath: String) throws {
         self.logPath = logPath
         if !FileManager.default.fileExists(atPath: logPath) { _ = FileManager.default.createFile(atPath: logPath, contents: nil) }
         let log = try #require(FileHandle(forWritingAtPath: logPath))
         try log.seekToEnd()
         process.executableURL = URL(fileURLWithPath: Program.path)
         process.arguments = arguments
+        process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
         process.standardOutput = log
         process.standardError = log
         process.standardInput = FileHandle.nullDevice
@@ -145,8 +146,8 @@ final class TwoSites {
     }
     private var linkPort: UInt16 { apiPort + 1 }
 
-    func startAppliance(qemu: String? = TestQEMU.path) async throws {
-        let daemon = try Daemon(applianceArguments(qemu: qemu), logPath: directory.path + "/appliance.log")
+    func startAppliance(qemu: String? = TestQEMU.path, environment: [String: String] = [:]) async throws {
+        let daemon = try Daemon(applianceArguments(qemu: qemu), environment: environment, logPath: directory.path + "/appliance.log")
         appliance = daemon
         try await until("the appliance to answer") {
             try #require(daemon.process.isRunning, "the appliance ended: \(daemon.log.suffix(2000))")

@@ -97,7 +97,7 @@ struct QEMUTests {
         let command = QEMUCommand(
             name: "afterimage-drill-1", machine: MachineSettings(cpus: 3, memoryMiB: 256, network: .isolated, forwards: [], bootCheck: .running, bootSecondsMax: 1),
             accelerator: .tcg, dataDirectories: ["/d"], nbdSocketPath: "/r/a,b/nbd.sock", exports: ["vda", "vdb"], qmpSocketPath: "/r/a,b/q",
-            consolePath: "/c")
+            consolePath: "/c", vncSocketPath: "/v", agentSocketPath: "/a")
         let words = command.arguments
         #expect(words.contains("user,id=net0,restrict=on") && words.contains("qemu64,+rdrand") && words.contains("unix:/r/a,,b/q,server=on,wait=off"))
         #expect(words.filter { $0.hasPrefix("virtio-blk-pci") }.count == 2 && words.contains { $0.contains(#""export":"vdb""#) && $0.contains("/r/a,b/nbd.sock") })
@@ -105,6 +105,8 @@ struct QEMUTests {
         forwarding.machine.network = .user
         forwarding.machine.forwards = [PortForward(hostPort: 2222, guestPort: 22)]
         #expect(forwarding.arguments.contains("user,id=net0,hostfwd=tcp:127.0.0.1:2222-:22"))
+        forwarding.machine.forwards = [PortForward(address: "192.0.2.7", hostPort: 80, guestPort: 8080)]
+        #expect(forwarding.arguments.contains("user,id=net0,hostfwd=tcp:192.0.2.7:80-:8080"))
         forwarding.machine.network = .none
         #expect(!forwarding.arguments.contains("-netdev"))
     }
@@ -130,7 +132,7 @@ struct BootCheckTests {
         #expect(try prompt.poll() == "host login:")
     }
 
-    @Test("boot checks in words", arguments: [("none", true), ("serial:x", true), ("serial:", false), ("serial:(", false), ("ping", false)])
+    @Test("boot checks in words", arguments: [("none", true), ("serial:x", true), ("serial:", false), ("serial:(", false), ("ping", false), ("agent", true), ("tcp:22", true), ("tcp:0", false), ("tcp:65536", false), ("script:/x", true), ("script:x", false)])
     func words(text: String, isGood: Bool) throws {
         if isGood { #expect(try BootCheck(text: text).text == text) } else { #expect(throws: ApplianceError.self) { try BootCheck(text: text) } }
     }

@@ -12,7 +12,7 @@ import Testing
         #expect(total.forkSealCount > 300 && total.forkForkCount > 30 && total.commitCount > 30 && total.forkTaskCount > 50, "\(total.words)")
         // Each of them many times, or what is found out about them is luck.
         let upkeep = total.upkeep
-        #expect(upkeep.expiredPoints > 100 && upkeep.merges > 100 && upkeep.holes > 300 && upkeep.evacuations > 30 && upkeep.removals > 100 && upkeep.rewrites > 30, "\(upkeep)")
+        #expect(upkeep.expiredPoints > 100 && upkeep.merges > 100 && upkeep.holes > 300 && upkeep.evacuations > 30 && upkeep.removals > 100 && upkeep.rewrites > 30 && upkeep.hydrations > 30, "\(upkeep)")
         #expect(total.indexesMade > 500 && total.indexesOpened > 500 && total.indexRotCount > 100, "\(total.words)")
         #expect(total.repairCount > 8 && total.repairRefusedCount > 3 && total.refusedForSpace > 15, "\(total.words)")
     }

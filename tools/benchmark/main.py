@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 
+import api
 import live
 import measure
 import recovery
@@ -103,7 +104,7 @@ def rows(quick):
                     prepare=lambda: measure.fill(f"{measure.RUN}/sync.img", megabytes), rounds=3))
     made.append(Row("rto", "s", lambda: measure.script("failover.sh"), {"plain QEMU boot": lambda: measure.script("plain-boot.sh")},
                     bigger=False, limit=lambda peer: peer + 2.0, rounds=3))
-    return made + live.rows(Row, quick) + recovery.rows(Row, quick) + store.rows(Row, quick)
+    return made + live.rows(Row, quick) + recovery.rows(Row, quick) + store.rows(Row, quick) + api.rows(Row, quick)
 
 
 def main():

@@ -1,26 +1,30 @@
 # The disk of a whole Debian of the release that runs here: systemd, udev, Debian's cloud kernel with the initramfs that Debian makes for it, an ext4
-# root file system, GRUB for a BIOS. Needs root, as installing packages does. What is the same for all comes out of the cache; each run opens
-# a copy of its own and puts its files in.
+# root file system, GRUB, the guest agent; for a BIOS, and for UEFI. Needs root, as installing packages does. What is the same for all comes out of the
+# cache; each run opens a copy of its own and puts its files in.
 #
 # On disk: MBR with GRUB's boot sector | GRUB's core image in the gap | ext4, all of Debian
+#      or: GPT | EFI system partition with GRUB where every firmware looks for it | ext4, all of Debian
 
-debian_disk_packages=(mmdebstrap grub-common grub-pc-bin e2fsprogs fdisk util-linux)
+debian_disk_packages=(mmdebstrap grub-common grub-pc-bin grub-efi-amd64-bin e2fsprogs fdisk util-linux dosfstools mtools)
 debian_disk_mib=1536
+debian_efi_mib=64
 debian_disk_offset=$((1 << 20)) # of the root file system
 debian_root_uuid=41464954-0000-4000-8000-000000000011
 
-# fetch_debian_disk: sets $debian_disk, an image nobody writes to.
+# fetch_debian_disk [bios|uefi]: sets $debian_disk, an image nobody writes to.
 fetch_debian_disk() {
-    local name
+    local name firmware=${1:-bios}
+    debian_disk_offset=$((1 << 20))
     require_debian "a Debian of its own, by mmdebstrap"
-    name=debian-$(os_release VERSION_CODENAME)-$({ declare -f build_debian_disk; declare -p ${!debian_*}; mke2fs -V 2>&1; grub-mkimage --version; } | sha256sum | cut -c1-16).img
+    name=debian-$(os_release VERSION_CODENAME)-$({ declare -f build_debian_disk make_debian_root; declare -p debian_disk_mib debian_efi_mib debian_root_uuid; mke2fs -V 2>&1; grub-mkimage --version; } | sha256sum | cut -c1-16)
     with_cache_lock debian-disk build_debian_disk "$name"
-    debian_disk=$cache_dir/$name
+    debian_disk=$cache_dir/$name-$firmware.img
+    [ "$firmware" = bios ] || debian_disk_offset=$(((debian_efi_mib + 1) << 20))
 }
 
 # The program's libraries that are Debian's own come as packages, as on any server. apt's timers stay away from the network.
 build_debian_disk() {
-    [ ! -f "$cache_dir/$1" ] || return 0
+    [ ! -f "$cache_dir/$1-bios.img" ] || [ ! -f "$cache_dir/$1-uefi.img" ] || return 0
     local suite mirror log image root started
     suite=$(os_release VERSION_CODENAME)
     mirror=$(debian_mirror)
@@ -30,7 +34,7 @@ build_debian_disk() {
     log=$staged/log image=$staged/image root=$staged/root
     foreground mmdebstrap --quiet --mode=root --variant=minbase --aptopt='Acquire::Languages "none"' --aptopt='Acquire::Retries "3"' \
         --include=systemd-sysv,udev,dbus,kmod,iproute2,e2fsprogs,initramfs-tools,zstd,linux-image-cloud-amd64 \
-        --include=libbpf1,liburing2,liblz4-1,libzstd1,libxxhash0,libsqlite3-0,libstdc++6 \
+        --include=libbpf1,liburing2,liblz4-1,libzstd1,libxxhash0,libsqlite3-0,libstdc++6,qemu-guest-agent,python3 \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --customize-hook='echo primary >"$1/etc/hostname"' \
         --customize-hook="echo 'UUID=$debian_root_uuid / ext4 errors=remount-ro 0 1' >\"\$1/etc/fstab\"" \
@@ -57,13 +61,32 @@ GRUB
     sfdisk -q "$image" >>"$log" 2>&1 <<<$'label: dos\nlabel-id: 0x41464955\nstart=2048, type=83, bootable' || { tail -n 5 "$log" >&2; die "cannot partition the image"; }
     dd if=/usr/lib/grub/i386-pc/boot.img of="$image" bs=440 count=1 conv=notrunc status=none
     dd if="$staged/core.img" of="$image" bs=512 seek=1 conv=notrunc status=none
-    mke2fs -q -t ext4 -d "$root" -U "$debian_root_uuid" -E "offset=$debian_disk_offset,lazy_itable_init=0,lazy_journal_init=0" "$image" "$((debian_disk_mib - 1))M" \
-        >>"$log" 2>&1 || { tail -n 5 "$log" >&2; die "cannot make the root file system"; }
+    make_debian_root "$image" "$((1 << 20))"
     chmod 444 "$image"
-    publish "$image" "$1"
+    publish "$image" "$1-bios.img"
+
+    # What is embedded finds the root file system and its menu by itself.
+    printf '%s\n' "search --no-floppy --fs-uuid --set=root $debian_root_uuid" 'configfile /boot/grub/grub.cfg' >"$staged/efi.cfg"
+    grub-mkimage -O x86_64-efi -c "$staged/efi.cfg" -p /boot/grub -o "$staged/BOOTX64.EFI" part_gpt ext2 search search_fs_uuid configfile linux boot
+    truncate -s "${debian_efi_mib}M" "$staged/efi"
+    mkfs.vfat -F 32 -s 1 "$staged/efi" >>"$log" 2>&1 && mmd -i "$staged/efi" ::EFI ::EFI/BOOT && mcopy -i "$staged/efi" "$staged/BOOTX64.EFI" ::EFI/BOOT/ ||
+        { tail -n 5 "$log" >&2; die "cannot make the EFI system partition"; }
+    truncate -s "$((debian_disk_mib + debian_efi_mib + 1))M" "$image"
+    sfdisk -q "$image" >>"$log" 2>&1 <<<"label: gpt
+start=2048, size=${debian_efi_mib}MiB, type=U
+start=$((debian_efi_mib + 1))MiB, size=$((debian_disk_mib - 1))MiB, type=L" || { tail -n 5 "$log" >&2; die "cannot partition the image"; }
+    dd if="$staged/efi" of="$image" bs=1M seek=1 conv=notrunc,sparse status=none
+    make_debian_root "$image" "$(((debian_efi_mib + 1) << 20))"
+    chmod 444 "$image"
+    publish "$image" "$1-uefi.img"
     find "$cache_dir" -maxdepth 1 -name 'debian-*.img' -mtime +7 -delete # of earlier inputs
     rm -rf "$staged"
-    say "built in $(since "$started") s: $cache_dir/$1"
+    say "built in $(since "$started") s: $cache_dir/$1-bios.img, $1-uefi.img"
+}
+# make_debian_root IMAGE OFFSET: $root as an ext4 file system in IMAGE
+make_debian_root() {
+    mke2fs -q -t ext4 -d "$root" -U "$debian_root_uuid" -E "offset=$2,lazy_itable_init=0,lazy_journal_init=0" "$1" "$((debian_disk_mib - 1))M" \
+        >>"$log" 2>&1 || { tail -n 5 "$log" >&2; die "cannot make the root file system"; }
 }
 
 # open_debian_disk IMAGE: mounts its root file system on $debian_root. Close it before it is booted.

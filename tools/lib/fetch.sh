@@ -123,7 +123,7 @@ build_busybox() {
     private_apt "$staged/apt" "$(os_release VERSION_CODENAME)"
     (cd "$staged/apt" && apt-get "${private[@]}" download busybox-static >log 2>&1) || { tail -n 5 "$staged/apt/log" >&2; die "cannot download busybox-static"; }
     unpack_downloads "$staged/apt" "$staged/root"
-    mv "$(find "$staged/root" -type f -path '*/bin/busybox' | head -n 1)" "$staged/busybox"
+    mv "$(find "$staged/root" -type f -name busybox | head -n 1)" "$staged/busybox"
     rm -rf "$staged/apt" "$staged/root"
     publish "$staged" busybox
 }

@@ -4,30 +4,28 @@ import Hummingbird
 extension API {
     var reverse: [APIRoute] {
         [
-            APIRoute(method: .post, path: "/v1/servers/{server}/reverse/registration", access: .role(.administrator), summary: "Reversed Register: a token for the agent that holds the original disks") { _, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/reverse/registration", access: .role(.administrator), summary: "Reversed Register: a token for the agent that holds the original disks", shape: .gives(Enrolment.self, .created)) { _, context in
                 try APIResponse.json(try await lifecycle.reversedRegister(try name(context), who: context.who), status: .created)
             },
-            APIRoute(method: .get, path: "/v1/servers/{server}/reverse", access: .role(.viewer), summary: "what Initiate Reverse Replication would overwrite and keep") { _, context in
+            APIRoute(method: .get, path: "/v1/servers/{server}/reverse", access: .role(.viewer), summary: "what Initiate Reverse Replication would overwrite and keep", shape: .gives(OperationPreview.self)) { _, context in
                 try APIResponse.json(try await lifecycle.reversePreview(try name(context)))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/reverse", access: .role(.operator), summary: "Initiate Reverse Replication; confirmed by the disks' serials") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/reverse", access: .role(.operator), summary: "Initiate Reverse Replication; confirmed by the disks' serials", shape: .starts.takes(StartReverse.self)) { request, context in
                 try accepted(try await lifecycle.startReverse(try name(context), try await request.decoded(StartReverse.self), who: context.who))
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}/reverse", access: .role(.operator), summary: "stop reverse replication, or take its registration back") { _, context in
+            APIRoute(method: .delete, path: "/v1/servers/{server}/reverse", access: .role(.operator), summary: "stop reverse replication, or take its registration back", shape: .gives(ServerView.self)) { _, context in
                 try APIResponse.json(try await lifecycle.stopReverse(try name(context), who: context.who))
             },
-            APIRoute(method: .get, path: "/v1/servers/{server}/failback", access: .role(.viewer), summary: "what a Failback would stop and delete (?forced=true)") { request, context in
-                let forced = request.uri.queryParameters["forced"]
-                guard forced == nil || forced == "true" || forced == "false" else { throw ApplianceError.invalid("forced is true or false, not \(forced ?? "")") }
-                return try APIResponse.json(try await lifecycle.failbackPreview(try name(context), forced: forced == "true"))
+            APIRoute(method: .get, path: "/v1/servers/{server}/failback", access: .role(.viewer), summary: "what a Failback would stop and delete (?forced=true)", shape: .gives(OperationPreview.self).asks(.forced)) { request, context in
+                try APIResponse.json(try await lifecycle.failbackPreview(try name(context), forced: request.text("forced") == "true"))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/failback", access: .role(.operator), summary: "Failback; confirmed by the server's name") { request, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/failback", access: .role(.operator), summary: "Failback; confirmed by the server's name", shape: .starts.takes(StartFailback.self)) { request, context in
                 try accepted(try await lifecycle.startFailback(try name(context), try await request.decoded(StartFailback.self), who: context.who))
             },
-            APIRoute(method: .delete, path: "/v1/servers/{server}/failback", access: .role(.operator), summary: "cancel a Failback: the machine starts here again") { _, context in
+            APIRoute(method: .delete, path: "/v1/servers/{server}/failback", access: .role(.operator), summary: "cancel a Failback: the machine starts here again", shape: .gives(ServerView.self)) { _, context in
                 try APIResponse.json(try await lifecycle.cancelFailback(try name(context), who: context.who))
             },
-            APIRoute(method: .post, path: "/v1/servers/{server}/registration", access: .role(.administrator), summary: "Registration: a token for the agent of a server that has failed back") { _, context in
+            APIRoute(method: .post, path: "/v1/servers/{server}/registration", access: .role(.administrator), summary: "Registration: a token for the agent of a server that has failed back", shape: .gives(Enrolment.self, .created)) { _, context in
                 try APIResponse.json(try await lifecycle.registration(try name(context), who: context.who), status: .created)
             },
         ]

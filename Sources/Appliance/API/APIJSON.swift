@@ -1,4 +1,6 @@
 import Foundation
+import HTTPTypes
+import Synchronization
 
 /// JSON as the API speaks it: dates in ISO 8601, UTC, with milliseconds.
 public enum APIJSON {
@@ -15,8 +17,11 @@ public enum APIJSON {
     public static func decoder() -> JSONDecoder {
         let decoder = JSONDecoder()
         decoder.dateDecodingStrategy = .custom { decoder in
-            let text = try decoder.singleValueContainer().decode(String.self)
-            return try Date(text, strategy: Date.ISO8601FormatStyle(includingFractionalSeconds: true))
+            let container = try decoder.singleValueContainer(), text = try container.decode(String.self)
+            for fraction in [true, false] {
+                if let date = try? Date(text, strategy: Date.ISO8601FormatStyle(includingFractionalSeconds: fraction)) { return date }
+            }
+            throw DecodingError.dataCorruptedError(in: container, debugDescription: "\(text) is not a time like 2026-01-31T12:00:00Z")
         }
         return decoder
     }
@@ -39,6 +44,7 @@ public struct Problem: Sendable, Codable, Hashable {
         case invalid = "problem:invalid"
         case notFound = "problem:not-found"
         case refused = "problem:refused"
+        case changed = "problem:changed"
         case unauthorized = "problem:unauthorized"
         case forbidden = "problem:forbidden"
         case tooMany = "problem:too-many"
@@ -49,6 +55,7 @@ public struct Problem: Sendable, Codable, Hashable {
             case .invalid: 422
             case .notFound: 404
             case .refused: 409
+            case .changed: 412
             case .unauthorized: 401
             case .forbidden: 403
             case .tooMany: 429
@@ -61,6 +68,7 @@ public struct Problem: Sendable, Codable, Hashable {
             case .invalid: "The request makes no sense"
             case .notFound: "There is no such thing"
             case .refused: "Not possible in this state"
+            case .changed: "Changed meanwhile"
             case .unauthorized: "Not let in"
             case .forbidden: "Not with this role"
             case .tooMany: "Too often"
@@ -76,15 +84,37 @@ public struct Problem: Sendable, Codable, Hashable {
         self.detail = detail
     }
 
+    /// What HTTP has a status of its own for.
+    init(_ kind: Kind, _ detail: String, status: HTTPResponse.Status) {
+        self.init(kind, detail)
+        self.status = status.code
+        if status.code != kind.status { title = status.reasonPhrase }
+    }
+
     public init(_ error: ApplianceError) {
         switch error {
         case .invalid(let s): self.init(.invalid, s)
         case .notFound(let s): self.init(.notFound, s)
         case .refused(let s): self.init(.refused, s)
+        case .changed(let s): self.init(.changed, s)
         case .unauthorized(let s): self.init(.unauthorized, s)
         case .forbidden(let s): self.init(.forbidden, s)
         case .tooMany: self.init(.tooMany, error.description)
         case .failed(let s), .catalogue(let s): self.init(.failed, s)
+        }
+    }
+}
+
+/// A value that is made when it is first wanted.
+final class OnceMade<Value: Sendable>: Sendable {
+    private let made = Mutex<Value?>(nil)
+
+    func value(_ make: () throws -> Value) throws -> Value {
+        try made.withLock { made in
+            if let value = made { return value }
+            let value = try make()
+            made = value
+            return value
         }
     }
 }

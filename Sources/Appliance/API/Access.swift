@@ -93,10 +93,23 @@ final class AuthenticationLimiter: Sendable {
     static let secondsEach = 6.0
     private static let accountsMax = 4096
     private let accounts = Mutex<[String: Account]>([:])
+    /// For people.
+    private let what: String
     private let now: @Sendable () -> Double
 
     /// `now`: seconds of a clock that only goes forward.
-    init(now: @escaping @Sendable () -> Double = { Double(DispatchTime.now().uptimeNanoseconds) / 1e9 }) { self.now = now }
+    init(what: String = "tokens", now: @escaping @Sendable () -> Double = { Double(DispatchTime.now().uptimeNanoseconds) / 1e9 }) {
+        self.what = what
+        self.now = now
+    }
+
+    /// Whether there were too many already: for what can be guessed, and is then not looked at.
+    func check(_ address: SocketAddress?) throws(ApplianceError) {
+        guard let key = Self.key(address) else { return }
+        let now = now(), failures = accounts.withLock { $0[key].map { Self.left($0, now) } ?? 0 }
+        guard failures > Self.failuresMax - 1 else { return }
+        throw tooMany(key, failures)
+    }
 
     /// One more from there. Throws when there were too many.
     func failed(_ address: SocketAddress?) throws(ApplianceError) {
@@ -115,7 +128,11 @@ final class AuthenticationLimiter: Sendable {
             return failures
         }
         guard failures + 1 > Self.failuresMax else { return }
-        throw .tooMany("Too many wrong tokens came from \(key).", seconds: max(1, Int(((failures + 1 - Self.failuresMax) * Self.secondsEach).rounded(.up))))
+        throw tooMany(key, failures)
+    }
+
+    private func tooMany(_ key: String, _ failures: Double) -> ApplianceError {
+        .tooMany("Too many wrong \(what) came from \(key).", seconds: max(1, Int(((failures + 1 - Self.failuresMax) * Self.secondsEach).rounded(.up))))
     }
 
     private static func left(_ account: Account, _ now: Double) -> Double { max(0, account.failures - (now - account.at) / secondsEach) }

@@ -6,15 +6,18 @@ import Subprocess
 /// file systems that are mounted by a name which only this hardware gives them. `root` is `/`, but for tests.
 struct HostInspection {
     var root = "/"
-    /// Recovery machines have their disks on virtio.
-    static let drivers = ["virtio_pci", "virtio_blk"]
+    /// Recovery machines have their disks on virtio, or else on SATA, and virtio network cards, or else Intel's.
+    static let virtioDrivers = ["virtio_pci", "virtio_blk"]
+    static let sataDriver = "ahci"
+    static let networkDriver = "virtio_net"
 
     func specification() async -> HostSpecification {
         let kernel = text("proc/sys/kernel/osrelease") ?? ""
         let isUEFI = FileManager.default.fileExists(atPath: path("sys/firmware/efi"))
+        let drivers = await drivers(kernel)
         return HostSpecification(
             cpus: cpus, memoryMiB: memoryMiB, firmware: isUEFI ? .uefi : .bios, kernel: kernel, networkCards: networkCards(),
-            warnings: await driverWarnings(kernel) + fstabWarnings())
+            warnings: drivers.warnings + (isUEFI ? loaderWarnings() : []) + fstabWarnings(), missingDrivers: drivers.missing)
     }
 
     private var cpus: Int {
@@ -38,8 +41,18 @@ struct HostInspection {
         return ((try? FileManager.default.contentsOfDirectory(atPath: net)) ?? []).sorted().compactMap { name in
             // Virtual ones (bridges, tunnels, lo) have no device.
             guard FileManager.default.fileExists(atPath: "\(net)/\(name)/device"), let mac = text("sys/class/net/\(name)/address") else { return nil }
-            return HostSpecification.NetworkCard(name: name, mac: mac, addresses: root == "/" ? Self.addresses(name) : [])
+            return HostSpecification.NetworkCard(name: name, mac: mac, addresses: root == "/" ? Self.addresses(name) : [], gateway: gateway(name))
         }
+    }
+
+    /// linux, net/ipv4/fib_trie.c: card, destination and gateway, the latter two in hexadecimal of this processor's byte order.
+    private func gateway(_ card: String) -> String? {
+        for line in (text("proc/net/route") ?? "").split(separator: "\n") {
+            let fields = line.split(whereSeparator: \.isWhitespace)
+            guard fields.count > 2, fields[0] == card, fields[1] == "00000000", let gateway = UInt32(fields[2], radix: 16), gateway != 0 else { continue }
+            return IPv4Interface.text(UInt32(bigEndian: gateway))
+        }
+        return nil
     }
 
     private static func addresses(_ card: String) -> [String] {
@@ -64,22 +77,39 @@ struct HostInspection {
 
     // MARK: Drivers
 
-    private func driverWarnings(_ kernel: String) async -> [String] {
+    private func drivers(_ kernel: String) async -> (missing: [String]?, warnings: [String]) {
         let builtin = text("lib/modules/\(kernel)/modules.builtin") ?? ""
-        let wanted = Self.drivers.filter { !builtin.contains("/\($0).ko") }
-        if wanted.isEmpty { return [] }
+        func isBuiltIn(_ driver: String) -> Bool { builtin.contains("/\(driver).ko") }
+        let modules = text("lib/modules/\(kernel)/modules.dep")
+        var missing = !isBuiltIn(Self.networkDriver) && modules.map { !$0.contains("/\(Self.networkDriver).ko") } ?? false ? [Self.networkDriver] : []
+        let wanted = Self.virtioDrivers.filter { !isBuiltIn($0) }
+        if wanted.isEmpty { return (missing, []) }
         guard let image = ["boot/initrd.img-\(kernel)", "boot/initramfs-\(kernel).img"].map(path).first(where: FileManager.default.fileExists) else {
-            return ["no initramfs of kernel \(kernel) was found in /boot, and \(wanted.joined(separator: " and ")) are not built into it: check that it boots from a virtio disk"]
+            return (nil, ["no initramfs of kernel \(kernel) was found in /boot, and \(wanted.joined(separator: " and ")) are not built into it: check that it boots from a virtio disk"])
         }
         guard let listed = await list(image) else {
-            return ["cannot read \(image) (lsinitramfs or lsinitrd): check that it has \(wanted.joined(separator: " and "))"]
+            return (nil, ["cannot read \(image) (lsinitramfs or lsinitrd): check that it has \(wanted.joined(separator: " and "))"])
         }
-        let missing = wanted.filter { !listed.contains("/\($0).ko") }
-        if missing.isEmpty { return [] }
-        return [
-            "the initramfs of kernel \(kernel) lacks \(missing.joined(separator: " and ")): a recovery machine would not find its disk; add them to "
-                + "/etc/initramfs-tools/modules, then update-initramfs -u"
-        ]
+        let lacking = wanted.filter { !listed.contains("/\($0).ko") }
+        if lacking.isEmpty { return (missing, []) }
+        missing += lacking
+        let mend = "add them to /etc/initramfs-tools/modules, then update-initramfs -u"
+        if isBuiltIn(Self.sataDriver) || listed.contains("/\(Self.sataDriver).ko") {
+            return (missing, ["the initramfs of kernel \(kernel) lacks \(lacking.joined(separator: " and ")): its recovery machine gets slower disks, on SATA; \(mend)"])
+        }
+        missing.append(Self.sataDriver)
+        return (missing, ["the initramfs of kernel \(kernel) lacks \(lacking.joined(separator: " and ")), and \(Self.sataDriver), too: a recovery machine would not find its disk; \(mend)"])
+    }
+
+    // MARK: Boot loader
+
+    /// A recovery machine's firmware knows no boot entries: it starts what every firmware looks for (UEFI specification 2.10, 3.5.1.1).
+    private func loaderWarnings() -> [String] {
+        let partitions = ["boot/efi", "efi", "boot"].filter { FileManager.default.fileExists(atPath: path("\($0)/EFI")) }
+        guard let partition = partitions.first else { return [] }
+        let loaders = (try? FileManager.default.contentsOfDirectory(atPath: path("\(partition)/EFI/BOOT"))) ?? []
+        if loaders.contains(where: { $0.uppercased() == "BOOTX64.EFI" }) { return [] }
+        return ["/\(partition) has no EFI/BOOT/BOOTX64.EFI, and the firmware of a recovery machine knows no other boot loader: put one there (grub-install --force-extra-removable)"]
     }
 
     private func list(_ image: String) async -> String? {

@@ -60,9 +60,10 @@ struct AlertDesk: Sendable {
         for alert in fresh { logger.warning("alert: \(alert.text)") }
     }
 
-    func list(all: Bool, limit: Int) async throws -> [AlertRecord] {
+    func list(all: Bool, limit: Int, before: Int64? = nil) async throws -> [AlertRecord] {
         try await catalogue.read { db in
-            let request = AlertRecord.order(Column("id").desc).limit(limit)
+            var request = AlertRecord.order(Column("id").desc).limit(limit)
+            if let before { request = request.filter(Column("id") < before) }
             return try (all ? request : request.filter(Column("cleared") == nil)).fetchAll(db)
         }
     }

@@ -172,6 +172,68 @@ extension Catalogue {
             }
             try db.create(index: "alertDeliveryByChannel", on: "alertDelivery", columns: ["channel", "ended"])
         }
+        migrator.registerMigration("8: users and their sessions") { db in
+            try db.create(table: "user") { t in
+                t.primaryKey("name", .text)
+                t.column("role", .text).notNull()
+                t.column("password", .text).notNull()
+                t.column("created", .datetime).notNull()
+                t.column("changed", .datetime).notNull()
+            }
+            try db.create(table: "session") { t in
+                t.primaryKey("hash", .text)
+                t.column("user", .text).notNull().references("user", column: "name", onDelete: .cascade).indexed()
+                t.column("created", .datetime).notNull()
+                t.column("expires", .datetime).notNull()
+            }
+        }
+        migrator.registerMigration("10: scheduled drills, reports of drills") { db in
+            try db.create(table: "drillSchedule") { t in
+                t.primaryKey("server", .text).references("server", column: "id", onDelete: .cascade)
+                t.column("everyDays", .integer).notNull()
+                t.column("minuteOfDay", .integer).notNull()
+                t.column("machine", .text).notNull()
+                t.column("next", .datetime).notNull()
+                t.column("waitsFor", .text)
+                t.column("created", .datetime).notNull()
+                t.column("who", .text).notNull()
+            }
+            try db.create(table: "drillReport") { t in
+                // Its task's number. Kept after the server is gone.
+                t.primaryKey("id", .integer)
+                t.column("server", .text).notNull()
+                t.column("serverName", .text).notNull()
+                t.column("isScheduled", .boolean).notNull()
+                t.column("who", .text).notNull()
+                t.column("recoveryPoint", .text)
+                t.column("recoveryPointTime", .datetime)
+                t.column("recoveryPointAgeSeconds", .double)
+                t.column("machine", .text).notNull()
+                t.column("started", .datetime).notNull()
+                t.column("ended", .datetime).notNull()
+                t.column("result", .text).notNull()
+                t.column("readySeconds", .double)
+                t.column("bootLine", .text)
+                t.column("accelerator", .text)
+                t.column("error", .text)
+                t.column("console", .text)
+            }
+            try db.create(index: "drillReportByServer", on: "drillReport", columns: ["serverName"])
+        }
+        migrator.registerMigration("12: reverse replication and failback") { db in
+            try db.create(table: "reverse") { t in
+                t.primaryKey("server", .text).references("server", column: "id", onDelete: .cascade)
+                t.column("instance", .text).notNull()
+                t.column("source", .text).notNull()
+                t.column("step", .text).notNull()
+                t.column("keepsOriginal", .boolean).notNull()
+                t.column("disks", .text).notNull()
+                t.column("confirmed", .text).notNull()
+                t.column("originalPoint", .text)
+                t.column("throttleBytesPerSecond", .integer).notNull()
+                t.column("created", .datetime).notNull()
+            }
+        }
         migrator.registerMigration("9: recovery plans") { db in
             try db.create(table: "plan") { t in
                 t.primaryKey("name", .text)
@@ -218,20 +280,6 @@ extension Catalogue {
                 t.column("created", .datetime).notNull()
             }
             try db.alter(table: "sitePair") { t in t.add(column: "recoveryNetworkName", .text) }
-        }
-        migrator.registerMigration("12: reverse replication and failback") { db in
-            try db.create(table: "reverse") { t in
-                t.primaryKey("server", .text).references("server", column: "id", onDelete: .cascade)
-                t.column("instance", .text).notNull()
-                t.column("source", .text).notNull()
-                t.column("step", .text).notNull()
-                t.column("keepsOriginal", .boolean).notNull()
-                t.column("disks", .text).notNull()
-                t.column("confirmed", .text).notNull()
-                t.column("originalPoint", .text)
-                t.column("throttleBytesPerSecond", .integer).notNull()
-                t.column("created", .datetime).notNull()
-            }
         }
         return migrator
     }

@@ -83,10 +83,10 @@ public struct ProvenRecovery: Codable, Sendable, Hashable {
     public var bootLine: String
 }
 
-public enum InstanceKind: String, Sendable, Codable { case drill, failover }
+public enum InstanceKind: String, Sendable, Codable, CaseIterable { case drill, failover }
 
 /// How far a recovery instance has come. Written before the step's work starts.
-public enum InstanceStep: String, Sendable, Codable {
+public enum InstanceStep: String, Sendable, Codable, CaseIterable {
     /// Intent only.
     case planned
     /// Fork, disks, QEMU, boot check; in this order, each harmless when repeated.
@@ -133,7 +133,7 @@ public struct InstanceRecord: Codable, Sendable, Hashable, FetchableRecord, Pers
     public var forkID: ForkID { ForkID(id) }
 }
 
-public enum TaskStatus: String, Sendable, Codable { case running, succeeded, failed }
+public enum TaskStatus: String, Sendable, Codable, CaseIterable { case running, succeeded, failed }
 
 /// Bytes for a bar, or just words.
 public struct TaskProgress: Sendable, Codable, Hashable {
@@ -201,15 +201,18 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     public var isGraceful: Bool?
     /// Of the source's writes, while the last recovery point is made.
     public var hold: String?
+    /// A failback whose machine is stopped without being asked to shut down.
+    public var isForced: Bool?
+    /// A drill that the clock asked for: it is cleared once it has passed.
+    public var isScheduled: Bool?
     /// The run of a recovery plan, and whether it is to be cleared.
     public var planRun: Int64?
     public var clearsPlan: Bool?
-    /// A failback whose machine is stopped without being asked to shut down.
-    public var isForced: Bool?
     public init(
         instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil, isGraceful: Bool? = nil,
-        planRun: Int64? = nil, clearsPlan: Bool? = nil
+        isScheduled: Bool? = nil, planRun: Int64? = nil, clearsPlan: Bool? = nil
     ) {
+        self.isScheduled = isScheduled
         self.planRun = planRun
         self.clearsPlan = clearsPlan
         self.isGraceful = isGraceful
@@ -221,8 +224,9 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     }
 }
 
-/// One disk of a recovery point, to be copied out of the store.
+/// One disk of a recovery point, or of a machine, to be copied out of the store.
 public struct PointCopyOrder: Sendable, Codable, Hashable {
+    /// Of a machine the one that it was started from.
     public var point: RecoveryPointID
     public var disk: String
     /// The disk's place in the group.
@@ -230,6 +234,10 @@ public struct PointCopyOrder: Sendable, Codable, Hashable {
     public var format: PointCopyFormat
     /// Absolute, on the appliance's host.
     public var path: String
+    /// Of a machine: it is shut down before its disk is copied, and has so long to do it itself.
+    public var stopSecondsMax: Int?
+    /// The file that was read back and only lacks its name: a machine's disk is another by the next start.
+    public var comparedInode: UInt64?
 }
 
 public enum PointCopyFormat: String, Sendable, Codable, CaseIterable {

@@ -3,7 +3,7 @@ import GRDB
 import Replica
 
 /// How far reverse replication of a server has come. Written before the step's work starts.
-public enum ReverseStep: String, Sendable, Codable {
+public enum ReverseStep: String, Sendable, Codable, CaseIterable {
     /// The disks that it goes back to are awaited, or there.
     case registered
     /// What the disks hold is taken into a recovery point, before anything of it is overwritten.

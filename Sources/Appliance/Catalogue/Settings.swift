@@ -59,44 +59,20 @@ public enum RecoveryNetwork: String, Sendable, Codable, CaseIterable {
     case bridge
 }
 
-/// A port of the appliance's host, on 127.0.0.1, that leads to a port of the machine.
+/// A port of the appliance's host that leads to a port of the machine.
 public struct PortForward: Sendable, Codable, Hashable {
+    /// One of the host's own IPv4 addresses: the *elastic public IP*; nil: 127.0.0.1.
+    public var address: String?
     public var hostPort: UInt16
     public var guestPort: UInt16
-    public init(hostPort: UInt16, guestPort: UInt16) {
+    public init(address: String? = nil, hostPort: UInt16, guestPort: UInt16) {
+        self.address = address
         self.hostPort = hostPort
         self.guestPort = guestPort
     }
-}
-
-/// What decides that a recovery machine is ready.
-public enum BootCheck: Sendable, Codable, Hashable {
-    /// QEMU runs the machine (QMP says `running`).
-    case running
-    /// A line of the serial console matches the regular expression.
-    case serial(String)
-
-    /// `none` or `serial:REGEX`.
-    public init(text: String) throws(ApplianceError) {
-        if text == "none" {
-            self = .running
-        } else if text.hasPrefix("serial:"), text.count > "serial:".count {
-            let pattern = String(text.dropFirst("serial:".count))
-            do { _ = try Regex(pattern) } catch {
-                throw .invalid("cannot use the boot check \(text): not a regular expression (\(error))")
-            }
-            self = .serial(pattern)
-        } else {
-            throw .invalid("cannot use the boot check \(text): write none or serial:REGEX")
-        }
-    }
-
-    public var text: String {
-        switch self {
-        case .running: "none"
-        case .serial(let pattern): "serial:" + pattern
-        }
-    }
+    var hostAddress: String { address ?? "127.0.0.1" }
+    /// As people write it.
+    var text: String { (address.map { "\($0):" } ?? "") + "\(hostPort):\(guestPort)" }
 }
 
 /// The machine that a drill or a failover starts.
@@ -112,4 +88,21 @@ public struct MachineSettings: Sendable, Codable, Hashable {
     public var bridge: BridgeSettings?
     /// Of a network that has one.
     public var networkName: String?
+    /// nil: bios.
+    public var firmware: FirmwareChoice?
+    /// nil: virtio.
+    public var diskBus: DiskBus?
+    /// nil: writeback.
+    public var diskCache: DiskCache?
+    /// nil: virtio.
+    public var networkModel: NetworkModel?
+    /// MAC addresses of its network cards; nil: one card, with QEMU's.
+    public var cards: [String]?
+    /// nil: by DHCP.
+    public var address: MachineAddress?
+    public var script: MachineScript?
+    /// nil: report.
+    public var onEnd: MachineEnd?
+    /// Start even if this host has not the memory.
+    public var allowsOvercommit: Bool?
 }

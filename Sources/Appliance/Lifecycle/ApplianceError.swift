@@ -7,6 +7,8 @@ public enum ApplianceError: Error, Sendable, Equatable, CustomStringConvertible 
     case notFound(String)
     /// 409: the state table, or what is there already, says no.
     case refused(String)
+    /// 412: it is not any more as the one who asks has seen it.
+    case changed(String)
     /// 401
     case unauthorized(String)
     /// 403: known, but not with this role.
@@ -19,7 +21,7 @@ public enum ApplianceError: Error, Sendable, Equatable, CustomStringConvertible 
 
     public var description: String {
         switch self {
-        case .invalid(let s), .notFound(let s), .refused(let s), .unauthorized(let s), .forbidden(let s), .failed(let s), .catalogue(let s): s
+        case .invalid(let s), .notFound(let s), .refused(let s), .changed(let s), .unauthorized(let s), .forbidden(let s), .failed(let s), .catalogue(let s): s
         case .tooMany(let s, let seconds): "\(s) Try again in \(seconds) s."
         }
     }

@@ -175,7 +175,9 @@ extension Lifecycle: LinkServerDelegate {
         do {
             try await catalogue.write { db in
                 guard var record = try ServerRecord.fetchOne(db, key: server.rawValue) else { return }
-                guard (record.state.phase == .forward && record.settings?.isPaused != true) || trigger != .linkLost else { return }
+                // What an agent said before it was told to pause, or the table has moved on, says nothing of now.
+                let isOfReplication = [.fullSyncStarted, .pointsFollow, .linkLost].contains(trigger)
+                guard (record.state.phase == .forward && record.settings?.isPaused != true) || !isOfReplication else { return }
                 try db.apply(trigger, to: &record, who: "agent of \(record.name)", hasRecoveryPoint: true, reason: reason)
             }
         } catch {

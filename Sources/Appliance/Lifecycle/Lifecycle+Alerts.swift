@@ -36,13 +36,14 @@ extension Lifecycle {
         alertTasks = []
     }
 
-    public func setAlerts(_ name: String, _ request: SetAlerts, who: String) async throws -> ServerView {
+    public func setAlerts(_ name: String, _ request: SetAlerts, ifMatch: Precondition = .none, who: String) async throws -> ServerView {
         for seconds in [request.rpoTargetSeconds, request.drillEverySeconds].compactMap({ $0 }) where !(0...AlertSettings.secondsMax).contains(seconds) {
             throw ApplianceError.invalid("the time is 0 (never) to \(AlertSettings.secondsMax) seconds, not \(seconds)")
         }
         let record = try await catalogue.write { db in
             var record = try db.server(name)
-            let before = record.alertSettings ?? .standard
+            try ifMatch.check(try record.alertsTag, "from when on alerts of \(record.name) are raised")
+            let before = record.alertsInForce
             var after = before
             if let seconds = request.rpoTargetSeconds { after.rpoTargetSeconds = seconds }
             if let seconds = request.drillEverySeconds { after.drillEverySeconds = seconds }
@@ -70,7 +71,7 @@ extension Lifecycle {
         let ofServers = rows.flatMap { server, machines in
             AlertRules.alerts(of: server, newest: newestPoint(server).map { Date(nanoseconds: $0.cutTimeNanoseconds) }, instances: machines)
         }
-        return await storeAlerts() + ofServers + (try await alertDesk?.failing() ?? [])
+        return await storeAlerts() + ofServers + (try await drillScheduleAlerts()) + (try await alertDesk?.failing() ?? [])
     }
 
     private func storeAlerts() async -> [Alert] {

@@ -18,10 +18,7 @@ extension Lifecycle {
         let order = try await copyOrder(found, chosen, request)
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
-            for running in try TaskRecord.filter(Column("status") == TaskStatus.running && Column("operation") == Trigger.exportRecoveryPoint).fetchAll(db)
-            where running.parameters.copy?.path == order.path {
-                throw ApplianceError.refused("Task \(running.id ?? 0) writes to \(order.path): wait for it, or end it (afterimage task cancel \(running.id ?? 0)).")
-            }
+            try db.refuseWhileWritten(order.path)
             try db.apply(
                 .exportRecoveryPoint, to: &record, who: who, hasRecoveryPoint: true,
                 detail: "recovery point \(chosen.id), disk \(order.disk), \(order.format.rawValue) \(order.path)")
@@ -33,6 +30,11 @@ extension Lifecycle {
 
     private func copyOrder(_ server: ServerRecord, _ point: RecoveryPoint, _ request: CopyPoint) async throws -> PointCopyOrder {
         let volume = try volume(of: server, at: point.id, named: request.disk)
+        return try await copyOrder(of: volume, point: point.id, request)
+    }
+
+    /// Refuses a target that must not be touched.
+    func copyOrder(of volume: (index: Int, spec: VolumeSpec), point: RecoveryPointID, _ request: CopyPoint) async throws -> PointCopyOrder {
         let path = request.path
         guard path.hasPrefix("/"), !path.hasSuffix("/"), !path.utf8.contains(0) else {
             throw ApplianceError.invalid("name the target by its absolute path on the appliance's host, not \(path)")
@@ -48,12 +50,15 @@ extension Lifecycle {
                 try Lifecycle.checkFile(path, notBelow: ownDirectories)
             }
         }
-        return PointCopyOrder(point: point.id, disk: volume.spec.name, volume: volume.index, format: request.format, path: path)
+        return PointCopyOrder(point: point, disk: volume.spec.name, volume: volume.index, format: request.format, path: path)
     }
 
     /// nil: the only disk.
     func volume(of server: ServerRecord, at point: RecoveryPointID, named name: String?) throws -> (index: Int, spec: VolumeSpec) {
-        let volumes = try store.volumes(of: point, in: server.group)
+        try Self.volume(try store.volumes(of: point, in: server.group), of: server, named: name)
+    }
+
+    static func volume(_ volumes: [VolumeSpec], of server: ServerRecord, named name: String?) throws -> (index: Int, spec: VolumeSpec) {
         let names = volumes.map(\.name).joined(separator: ", ")
         guard let name else {
             guard volumes.count == 1 else { throw ApplianceError.invalid("server \(server.name) has \(volumes.count) disks (\(names)): name one with --disk") }
@@ -107,16 +112,7 @@ extension Lifecycle {
         await tasks.log(task, "disk \(order.disk) of recovery point \(order.point) to \(order.path) on the appliance's host (\(Lifecycle.hostName))")
         if let warning = damageWarning(order.point, of: group) { await tasks.log(task, warning) }
         let reader = try await blocking { [store] in try store.openRecoveryPoint(group, order.point, volume: order.volume) }
-        let written: UInt64
-        switch order.format {
-        case .raw: written = try await copyRaw(task, order, reader)
-        case .qcow2: written = try await copyQcow2(task, order, reader, group)
-        case .device:
-            written = try await copying(task, reader) { copy in
-                let device = try Lifecycle.openDevice(order.path)
-                try copy.writeDevice(device)
-            }
-        }
+        let written = try await copy(task, order, reader)
         var result = TaskResult()
         result.recoveryPoint = order.point
         result.path = order.path
@@ -125,19 +121,35 @@ extension Lifecycle {
         return result
     }
 
-    private func copyRaw(_ task: TaskRecord, _ order: PointCopyOrder, _ reader: VolumeReader) async throws -> UInt64 {
+    /// Writes the order's target, syncs it, reads it back and compares. Returns how many bytes were written. `last`, when that is done: ends
+    /// what still writes to the disk and gives its last state; what differs follows, and is compared too. Not for qcow2.
+    func copy(_ task: TaskRecord, _ order: PointCopyOrder, _ reader: VolumeReader, last: (() async throws -> VolumeReader)? = nil) async throws -> UInt64 {
+        switch order.format {
+        case .raw: return try await copyRaw(task, order, reader, last)
+        case .qcow2: return try await copyQcow2(task, order, reader)
+        case .device:
+            let written = try await copying(task, reader) { copy in try copy.writeDevice(Lifecycle.openDevice(order.path)) }
+            guard let last else { return written }
+            return written + (try await copying(task, last()) { copy in try copy.update(Lifecycle.openDevice(order.path), since: reader) })
+        }
+    }
+
+    private func copyRaw(_ task: TaskRecord, _ order: PointCopyOrder, _ reader: VolumeReader, _ last: (() async throws -> VolumeReader)?) async throws -> UInt64 {
         let (path, partial) = (order.path, order.path + Lifecycle.partialSuffix)
-        return try await copying(task, reader) { copy in
-            // Cut off between the last two steps of an earlier run: it has its name, and its task does not know.
-            if Lifecycle.isPublished(partial, as: path) { return try copy.verifyFile(path) }
-            unlink(partial)
-            do {
-                try copy.writeFile(partial)
-                try Lifecycle.publish(partial, as: path)
-            } catch {
+        // Cut off between the last two steps of an earlier run: it has its name, and its task does not know.
+        if Lifecycle.isPublished(partial, as: path) { return try await copying(task, reader) { copy in try copy.verifyFile(path) } }
+        do {
+            var written = try await copying(task, reader) { copy in
                 unlink(partial)
-                throw error
+                try copy.writeFile(partial)
             }
+            if let last { written += try await copying(task, last()) { copy in try copy.update(partial, since: reader) } }
+            try await noteCompared(task, partial)
+            try await blocking { try Lifecycle.publish(partial, as: path) }
+            return written
+        } catch {
+            unlink(partial)
+            throw error
         }
     }
 
@@ -168,14 +180,12 @@ extension Lifecycle {
         }
     }
 
-    /// qemu-img writes, from the point's NBD export; another run of it compares.
-    private func copyQcow2(_ task: TaskRecord, _ order: PointCopyOrder, _ reader: VolumeReader, _ group: GroupID) async throws -> UInt64 {
+    /// qemu-img writes, from an NBD export; another run of it compares.
+    private func copyQcow2(_ task: TaskRecord, _ order: PointCopyOrder, _ reader: VolumeReader) async throws -> UInt64 {
         let qemuImg = try HostProgram.find("qemu-img", package: "qemu-utils")
         let (path, partial) = (order.path, order.path + Lifecycle.partialSuffix)
         let socket = exports.path("copy-\(task.id ?? 0)")
-        let disks = try await blocking { [store] in
-            try ServedDisks.point(group, order.point, store: store, socketPath: socket)
-        }
+        let disks = try await blocking { try ServedDisks.readers([reader], name: "copy-\(task.id ?? 0)", socketPath: socket) }
         let source = "nbd+unix:///\(order.disk)?socket=\(socket)"
         do {
             let isThere = Lifecycle.isPublished(partial, as: path)
@@ -189,8 +199,9 @@ extension Lifecycle {
             }
             try await blocking { try Lifecycle.settle(target) }
             await tasks.report(task, TaskProgress(step: "reading back"))
-            try await qemuImg.run(["compare", "-f", "raw", "-F", "qcow2", source, target], doing: "find \(target) equal to the recovery point")
+            try await qemuImg.run(["compare", "-f", "raw", "-F", "qcow2", source, target], doing: "find \(target) equal to the disk in the store")
             let writtenBytes = Lifecycle.allocatedBytes(target)
+            if !isThere { try await noteCompared(task, partial) }
             if !isThere { try await blocking { try Lifecycle.publish(partial, as: path) } }
             await disks.stop()
             return writtenBytes
@@ -234,12 +245,35 @@ extension Lifecycle {
         return true
     }
 
+    /// Before a machine's file gets its name: whoever comes after a kill cannot compare it again, since the machine has gone on.
+    private func noteCompared(_ task: TaskRecord, _ path: String) async throws {
+        if task.operation == .promoteMachine { try await store(task, comparedInode: Lifecycle.inode(path)) }
+    }
+
+    /// Before a file is written anew: it may get the number of one that has gone.
+    func forgetCompared(_ task: TaskRecord) async throws { try await store(task, comparedInode: nil) }
+
+    private func store(_ task: TaskRecord, comparedInode inode: UInt64?) async throws {
+        guard let id = task.id else { return }
+        try await catalogue.write { db in
+            guard var stored = try TaskRecord.fetchOne(db, key: id) else { return }
+            stored.parameters.copy?.comparedInode = inode
+            try stored.update(db)
+        }
+    }
+
+    /// Nil: there is no such file.
+    static func inode(_ path: String) -> UInt64? {
+        var facts = stat()
+        return lstat(path, &facts) == 0 ? UInt64(facts.st_ino) : nil
+    }
+
     private static func exists(_ path: String) -> Bool {
         var facts = stat()
         return lstat(path, &facts) == 0
     }
 
-    private static func allocatedBytes(_ path: String) -> UInt64 {
+    static func allocatedBytes(_ path: String) -> UInt64 {
         var facts = stat()
         return stat(path, &facts) == 0 ? UInt64(facts.st_blocks) * 512 : 0
     }
@@ -253,7 +287,7 @@ extension Lifecycle {
     }
 
     /// Gives a finished file its name, unless somebody has taken that meanwhile, and makes the name durable.
-    private static func publish(_ partial: String, as path: String) throws {
+    static func publish(_ partial: String, as path: String) throws {
         if Glibc.link(partial, path) == 0 {
             unlink(partial)
         } else {
@@ -266,5 +300,16 @@ extension Lifecycle {
         let directory = open((path as NSString).deletingLastPathComponent, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
         guard directory >= 0, fsync(directory) == 0 else { throw ApplianceError.failed("cannot make the name \(path) durable: \(SystemError.text(of: errno))") }
         close(directory)
+    }
+}
+
+extension Database {
+    /// One task at a time writes to a target.
+    func refuseWhileWritten(_ path: String) throws {
+        let copies = [Trigger.exportRecoveryPoint, .promoteMachine]
+        for running in try TaskRecord.filter(Column("status") == TaskStatus.running && copies.contains(Column("operation"))).fetchAll(self)
+        where running.parameters.copy?.path == path {
+            throw ApplianceError.refused("Task \(running.id ?? 0) writes to \(path): wait for it, or end it (afterimage task cancel \(running.id ?? 0)).")
+        }
     }
 }

@@ -21,6 +21,7 @@ extension Lifecycle {
         let isNamed = request.recoveryPoint.map { $0 != "latest" } ?? false
         let point = try point(of: found, named: request.recoveryPoint)
         let machine = try await machineSettings(found, request)
+        try await checkHost(machine)
         try await machines.checkQEMU()
         let instance = InstanceRecord(
             id: Names.unique("failover"), server: found.id, kind: .failover, step: .planned, point: isNamed ? point.id : nil,
@@ -31,9 +32,7 @@ extension Lifecycle {
             try db.apply(
                 .failover, to: &record, who: who, hasRecoveryPoint: true,
                 detail: request.graceful == true ? "graceful" : "recovery point \(isNamed ? point.id.rawValue : "current point in time")")
-            if let running = try db.runningTask(of: record, [.startReplication]) {
-                try TaskBoard.finish(running, error: "a failover was started by \(who)", in: db)
-            }
+            try TaskBoard.finishAll([.startReplication], of: record, error: "a failover was started by \(who)", in: db)
             try instance.insert(db)
             let task = try TaskBoard.plan(.failover, server: record, parameters: TaskParameters(instance: instance.id, isGraceful: request.graceful), who: who, in: db)
             try note?(task, db)
@@ -44,15 +43,20 @@ extension Lifecycle {
     }
 
     func performFailover(_ task: TaskRecord) async throws -> TaskResult {
+        // What fails after the machine is ready rolls nothing back.
+        try await afterBoot(task, try await failOver(task))
+    }
+
+    private func failOver(_ task: TaskRecord) async throws -> TaskResult {
         var instance = try await instance(task)
         do {
             guard instance.step != .removing else { throw ApplianceError.failed("the appliance ended while it was being rolled back") }
             instance = task.parameters.isGraceful == true ? try await fenceGracefully(instance, task: task) : try await fence(instance, task: task)
-            let result = try await bringUp(instance, task: task)
-            await moved(.failoverReady, instance.server)
-            return result
+            return try await bringUp(instance, task: task, then: .failoverReady)
         } catch {
             if Task.isCancelled { throw error }
+            // Ready before the appliance was killed, and now in use: not this task's to take down.
+            guard try await server(instance.server).state == .failoverInProgress else { throw error }
             let stored = try await self.instance(task)
             if stored.step == .unproven {
                 await noteFailoverTrouble(instance.server, "\(error)")
@@ -70,6 +74,7 @@ extension Lifecycle {
     /// earlier one's end.
     func rollBack(_ instance: InstanceRecord, task: TaskRecord, reason: String) async throws {
         try await update(instance.id) { $0.step = .removing }
+        FaultPoint.removalStored.reached(task.operation)
         try await machines.takeDown(instance)
         await tasks.log(task, "rolled back: replication may go on")
         try await catalogue.write { db in
@@ -79,6 +84,7 @@ extension Lifecycle {
             }
             try TaskBoard.finish(task, error: reason, in: db)
         }
+        FaultPoint.stateMoved.reached(task.operation)
         await offerReplication(instance.server)
     }
 
@@ -89,6 +95,7 @@ extension Lifecycle {
         if instance.generation == nil {
             let generation = try await blocking { [store] in try store.raiseGeneration(group) }
             fenced.generation = Int64(generation.rawValue)
+            FaultPoint.fenced.reached(task.operation)
             await tasks.log(task, "\(generation): the source is fenced, replication is stopped")
         }
         if instance.point == nil {
@@ -105,6 +112,7 @@ extension Lifecycle {
             $0.pointCutTimeNanoseconds = settled.pointCutTimeNanoseconds
             $0.volumes = settled.volumes
         }
+        FaultPoint.generationStored.reached(task.operation)
         if let generation = settled.generation { await tell(ServerID(instance.server), .fenced(Generation(UInt64(generation)))) }
         return settled
     }
@@ -151,20 +159,8 @@ extension Lifecycle {
         }
         let point = try point(of: found, named: wanted)
         let old = try await catalogue.read { db in try db.instances(of: found, kind: .failover) }.last
-        var machine = try await machineSettings(found, request)
-        if let old {
-            // What is not said again stays as it was.
-            machine.cpus = request.cpus ?? old.settings.cpus
-            machine.memoryMiB = request.memoryMiB ?? old.settings.memoryMiB
-            if request.networkName == nil {
-                machine.networkName = request.network == nil ? old.settings.networkName : nil
-                machine.network = request.network ?? old.settings.network
-                machine.bridge = machine.network == .bridge ? request.bridge ?? old.settings.bridge : nil
-            }
-            machine.forwards = request.forwards ?? (machine.network == .user ? old.settings.forwards : [])
-            machine.bootCheck = request.bootCheck == nil ? old.settings.bootCheck : machine.bootCheck
-            machine.bootSecondsMax = request.bootSecondsMax ?? old.settings.bootSecondsMax
-        }
+        let machine = try await machineSettings(found, request, replaced: old)
+        try await checkHost(machine, replaced: old)
         try await machines.checkQEMU()
         let generation = store.group(found.group)?.generation.rawValue
         let instance = InstanceRecord(
@@ -173,7 +169,7 @@ extension Lifecycle {
             generation: generation.map(Int64.init), accepted: accepted)
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
-            if let running = try db.runningTask(of: record, [.failover, .changeRecoveryPoint, .startMachine]) {
+            if let running = try db.runningTask(of: record, [.failover, .changeRecoveryPoint, .startMachine, .stopMachine]) {
                 throw ApplianceError.refused("Task \(running.id ?? 0) (\(running.operation.rawValue)) is at work on this server: wait for it (afterimage task show \(running.id ?? 0)).")
             }
             record.reason = nil
@@ -187,16 +183,19 @@ extension Lifecycle {
     }
 
     func performChangePoint(_ task: TaskRecord) async throws -> TaskResult {
+        try await afterBoot(task, try await changePoint(task))
+    }
+
+    private func changePoint(_ task: TaskRecord) async throws -> TaskResult {
         let instance = try await instance(task)
         do {
             if let id = task.parameters.replaces, let old = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: id) }) {
                 try await takeDown(old, task: task)
             }
-            let result = try await bringUp(instance, task: task)
-            await moved(.failoverReady, instance.server)
-            return result
+            return try await bringUp(instance, task: task, then: .failoverReady)
         } catch {
             if Task.isCancelled { throw error }
+            guard try await server(instance.server).state == .failoverInProgress else { throw error }
             await noteFailoverTrouble(instance.server, "\(error)")
             if let stored = try? await self.instance(task), stored.step != .unproven { try await takeDown(stored, task: task) }
             throw error
@@ -209,6 +208,9 @@ extension Lifecycle {
         let task = try await catalogue.write { db in
             var record = try db.server(found.id)
             if let running = try db.runningTask(of: record, [.startMachine]) { return running }
+            if let running = try db.runningTask(of: record, [.stopMachine]) {
+                throw ApplianceError.refused("Task \(running.id ?? 0) stops this machine: wait for it (afterimage task show \(running.id ?? 0)).")
+            }
             try db.apply(.startMachine, to: &record, who: who, hasRecoveryPoint: true)
             guard let machine = try db.instances(of: record, kind: .failover).last else {
                 throw ApplianceError.refused("The failed-over machine of \(record.name) is gone: choose a point (afterimage failover change-recovery-point).")
@@ -221,13 +223,29 @@ extension Lifecycle {
 
     func performStartMachine(_ task: TaskRecord) async throws -> TaskResult {
         let instance = try await instance(task)
+        try await turnToBoot(task)
+        defer { leaveBoot() }
         let started = try await machines.attach(instance, mayStart: true, log: { [tasks] line in await tasks.log(task, line) })
         try await update(instance.id) { $0.pid = started.pid }
-        let line = try await machines.bootCheck(instance)
+        let line: String?
+        do { line = try await machines.bootCheck(instance, facts: await facts(instance)) } catch {
+            if !Task.isCancelled {
+                let why = "\(error)"
+                await keepScreenshot(instance, task: task)
+                try await update(instance.id) {
+                    $0.step = .unproven
+                    $0.reason = why
+                }
+            }
+            throw error
+        }
         try await update(instance.id) {
             $0.step = .ready
             $0.reason = nil
         }
+        if !(await machines.isRunning(instance.id)) { await machineEnded(instance.id, "the machine ended right after it was ready") }
+        await keepScreenshot(instance, task: task)
+        if let address = instance.settings.address { await give(address, to: instance, task: task) }
         var result = TaskResult()
         result.instance = instance.id
         result.recoveryPoint = instance.point
@@ -289,12 +307,14 @@ extension Lifecycle {
         let group = GroupID(machine.server)
         let before = store.recoveryPoints(group).count
         try await blocking { [store] in try store.commitFork(machine.forkID) }
+        FaultPoint.forkCommitted.reached(task.operation)
         let points = store.recoveryPoints(group)
         if before > points.count {
             await tasks.log(task, "\(before - points.count) recovery points are gone, \(points.count) held ones stay; what nothing refers to any more is given back in the background")
         }
         let generation = store.group(group)?.generation
         try await update(machine.id) { $0.generation = generation.map { Int64($0.rawValue) } ?? $0.generation }
+        FaultPoint.commitStored.reached(task.operation)
         // A source that connects again is told the newest.
         if let generation { await tell(ServerID(machine.server), .fenced(generation)) }
         var result = TaskResult()

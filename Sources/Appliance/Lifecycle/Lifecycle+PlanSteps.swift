@@ -133,7 +133,7 @@ extension Lifecycle {
             await tasks.log(task, "\(step.title): the drill of before is cleared")
             if let id = try await clearDrill(planned.server, who: Self.who(run)).id { _ = try await taskEnd(id) }
         }
-        return try await startDrill(planned.server, planned.machine ?? StartMachine(), who: Self.who(run), noting: started(step, task)).id
+        return try await startDrill(planned.server, planned.machine ?? StartMachine(), for: nil, who: Self.who(run), noting: started(step, task)).id
     }
 
     /// nil: the server is failed over already.

@@ -54,10 +54,12 @@ extension Lifecycle {
     }
 
     /// Newest first.
-    public func planRuns(_ name: String, limit: Int) async throws -> [PlanRunView] {
+    public func planRuns(_ name: String, limit: Int, before: Int64? = nil) async throws -> [PlanRunView] {
         try await catalogue.read { db in
             _ = try db.plan(name)
-            return try PlanRunRecord.filter(Column("plan") == name).order(Column("id").desc).limit(limit).fetchAll(db).map { PlanRunView($0, try db.planSteps($0.id ?? 0)) }
+            var request = PlanRunRecord.filter(Column("plan") == name).order(Column("id").desc).limit(limit)
+            if let before { request = request.filter(Column("id") < before) }
+            return try request.fetchAll(db).map { PlanRunView($0, try db.planSteps($0.id ?? 0)) }
         }
     }
 

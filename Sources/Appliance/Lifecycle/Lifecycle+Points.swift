@@ -7,10 +7,11 @@ import Replica
 extension Lifecycle {
     // MARK: Recovery Point Policy
 
-    public func setPolicy(_ name: String, _ request: SetPolicy, who: String) async throws -> ServerView {
+    public func setPolicy(_ name: String, _ request: SetPolicy, ifMatch: Precondition = .none, who: String) async throws -> ServerView {
         let policy = try PolicyText(request.policy)
         let record = try await catalogue.write { db in
             var record = try db.server(name)
+            try ifMatch.check(try record.policyTag, "the Recovery Point Policy of \(record.name)")
             let before = record.policy
             record.policy = policy.description
             try record.update(db)

@@ -32,7 +32,21 @@ extension Lifecycle {
             throw ApplianceError.refused("\(error)")
         }
         let connected = agents[found.serverID]?.connected == true
-        let task = try await catalogue.write { db in
+        let task: TaskRecord
+        do { task = try await planReplication(found, settings, policy, isConnected: connected, who: who) } catch {
+            // Unregistered meanwhile: a group without a server would stay for good.
+            if (try? await server(found.id)) == nil { try? await blocking { [store] in try store.deleteGroup(group) } }
+            throw error
+        }
+        // Accepted: whatever happens to the server meanwhile, the answer is the task.
+        if let record = try? await server(found.id) { giveRetention(record) }
+        await tasks.log(task, "disks \(settings.disks.joined(separator: ", ")), an epoch every \(settings.epochMilliseconds) ms, Recovery Point Policy \(policy)")
+        if connected, let order = try? order(found.id, settings) { await tell(found.serverID, .startReplication(order)) }
+        return task
+    }
+
+    private func planReplication(_ found: ServerRecord, _ settings: ReplicationSettings, _ policy: String, isConnected connected: Bool, who: String) async throws -> TaskRecord {
+        try await catalogue.write { db in
             var record = try db.server(found.id)
             record.settings = settings
             record.policy = policy
@@ -40,12 +54,10 @@ extension Lifecycle {
             try db.apply(
                 .startReplication, to: &record, who: who, hasRecoveryPoint: true,
                 reason: connected ? nil : "waiting for the agent to connect", detail: "disks \(settings.disks.joined(separator: ", ")), Recovery Point Policy \(policy)")
+            // Asked for again after an interruption: one task waits for the first point.
+            try TaskBoard.finishAll([.startReplication], of: record, error: "replication was started again by \(who)", in: db)
             return try TaskBoard.plan(.startReplication, server: record, who: who, in: db)
         }
-        giveRetention(try await server(found.id))
-        await tasks.log(task, "disks \(settings.disks.joined(separator: ", ")), an epoch every \(settings.epochMilliseconds) ms, Recovery Point Policy \(policy)")
-        if connected { await tell(found.serverID, .startReplication(try order(found.id, settings))) }
-        return task
     }
 
     private func replicationSettings(_ server: ServerRecord, _ request: StartReplication, _ type: SitePairType) throws -> ReplicationSettings {
@@ -97,9 +109,7 @@ extension Lifecycle {
             record.resumes = false
             record.settings?.isPaused = nil
             try db.apply(.stopReplication, to: &record, who: who, hasRecoveryPoint: true)
-            if let running = try db.runningTask(of: record, [.startReplication]) {
-                try TaskBoard.finish(running, error: "replication was stopped by \(who)", in: db)
-            }
+            try TaskBoard.finishAll([.startReplication], of: record, error: "replication was stopped by \(who)", in: db)
             let task = try TaskBoard.plan(.stopReplication, server: record, who: who, in: db)
             var result = TaskResult()
             result.message = "replication is stopped; the recovery points stay"
@@ -117,9 +127,7 @@ extension Lifecycle {
             var record = try db.server(found.id)
             record.settings?.isPaused = true
             try db.apply(.pauseReplication, to: &record, who: who, hasRecoveryPoint: true, reason: "paused by \(who)")
-            if let running = try db.runningTask(of: record, [.startReplication]) {
-                try TaskBoard.finish(running, error: "replication was paused by \(who)", in: db)
-            }
+            try TaskBoard.finishAll([.startReplication], of: record, error: "replication was paused by \(who)", in: db)
         }
         await tell(found.serverID, .stopReplication)
         return try await view(found.id)
@@ -188,10 +196,16 @@ extension Lifecycle {
             try db.event(who, "Export recovery point", server: record, detail: chosen.id.rawValue)
             return export
         }
-        do { return try await exports.begin(record, serverName: found.name) } catch {
+        let view: PointExport
+        do { view = try await exports.begin(record, serverName: found.name) } catch {
             try await catalogue.write { db in _ = try PointExportRecord.deleteOne(db, key: record.id) }
             throw error
         }
+        guard try await catalogue.read({ db in try PointExportRecord.fetchOne(db, key: record.id) }) != nil else {
+            try await exports.end(record.id)
+            throw ApplianceError.refused("The export of recovery point \(chosen.id) was ended while it was being made.")
+        }
+        return view
     }
 
     public func unexport(_ name: String, point: String, who: String) async throws {

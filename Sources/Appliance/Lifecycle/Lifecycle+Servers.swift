@@ -123,13 +123,14 @@ extension Lifecycle {
     }
 
     /// Unregisters a server: certificate, exports, machine, recovery points; a task.
-    public func removeServer(_ name: String, _ request: RemoveServer, who: String) async throws -> TaskRecord {
+    public func removeServer(_ name: String, _ request: RemoveServer, ifMatch: Precondition = .none, who: String) async throws -> TaskRecord {
         let found = try await server(name)
         let pointCount = store.group(found.group)?.recoveryPointCount ?? 0
         let held = store.recoveryPoints(found.group).filter { $0.hold != nil }
-        let task = try await catalogue.write { db in
+        let (task, others) = try await catalogue.write { db -> (TaskRecord, [TaskRecord]?) in
             let record = try db.server(found.id)
-            if let running = try db.runningTask(of: record, [.unregister]) { return running }
+            if let running = try db.runningTask(of: record, [.unregister]) { return (running, nil) }
+            try ifMatch.check(try record.tag, "server \(record.name)")
             if case .refused(let why) = StateTable.verdict(record.lifecycle, .unregister, hasRecoveryPoint: pointCount > 0) {
                 throw ApplianceError.refused(why)
             }
@@ -143,8 +144,12 @@ extension Lifecycle {
                 throw ApplianceError.refused("\(record.name) has \(pointCount) recovery points, which would be deleted: say so with --delete-points.")
             }
             try db.event(who, Trigger.unregister.rawValue, server: record, before: record.lifecycle.text, detail: "deletes \(pointCount) recovery points")
-            return try TaskBoard.plan(.unregister, server: record, who: who, in: db)
+            let others = try TaskBoard.finishAll(of: record, error: "the server was unregistered by \(who)", in: db)
+            return (try TaskBoard.plan(.unregister, server: record, who: who, in: db), others)
         }
+        // Whoever asked first starts it, once nobody works on the server any more.
+        guard let others else { return task }
+        for other in others { await tasks.cancel(other) }
         await start(task)
         return task
     }
@@ -160,6 +165,7 @@ extension Lifecycle {
             record.enrolmentHash = nil
             try record.update(db)
         }
+        FaultPoint.accessRevoked.reached(task.operation)
         await tell(record.serverID, .stopReplication)
         await link?.disconnect(record.serverID)
         let instances = try await catalogue.read { db in try db.instances(of: record) }
@@ -170,11 +176,15 @@ extension Lifecycle {
         try await endMounts(of: id)
         let group = record.group
         if store.group(group) != nil { try await blocking { [store] in try store.deleteGroup(group) } }
+        FaultPoint.groupDeleted.reached(task.operation)
         try await catalogue.write { db in
             try PointExportRecord.filter(Column("server") == id).deleteAll(db)
             try ServerRecord.deleteOne(db, key: id)
         }
+        FaultPoint.serverRemoved.reached(task.operation)
         agents[record.serverID] = nil
+        // Of a Start Replication that met the removal half-way.
+        if store.group(group) != nil { try await blocking { [store] in try store.deleteGroup(group) } }
         return result
     }
 }

@@ -14,7 +14,8 @@ extension Lifecycle {
 
     public func views() async throws -> [ServerView] {
         let rows = try await catalogue.read { db in
-            try ServerRecord.order(Column("name")).fetchAll(db).map { ($0, try db.instances(of: $0)) }
+            let machines = Dictionary(grouping: try InstanceRecord.order(Column("accepted")).fetchAll(db), by: \.server)
+            return try ServerRecord.order(Column("name")).fetchAll(db).map { ($0, machines[$0.id] ?? []) }
         }
         var views: [ServerView] = []
         for (record, instances) in rows {
@@ -46,7 +47,7 @@ extension Lifecycle {
             drill: record.drill, drillReason: record.drillReason, agentConnected: connected, hostName: record.hostName,
             agentVersion: record.agentVersion, lastSeen: connected ? Date() : record.lastSeen, disks: record.disks, specification: record.specification, settings: record.settings,
             agent: connected ? live?.status : nil, policy: record.policy, recoveryPointCount: group?.recoveryPointCount ?? 0,
-            heldPointCount: group == nil ? 0 : store.recoveryPoints(record.group).count { $0.hold != nil }, lastRecoveryPoint: newest?.id,
+            heldPointCount: group?.heldPointCount ?? 0, lastRecoveryPoint: newest?.id,
             lastRecoveryPointTime: newest.map { Date(nanoseconds: $0.cutTimeNanoseconds) },
             rpoSeconds: followed ? newest.map { max(0, Date().timeIntervalSince(Date(nanoseconds: $0.cutTimeNanoseconds))) } : nil,
             behindBytes: connected && followed ? live?.status.map { $0.source.behindBytes &+ $0.source.unsyncedBytes } : nil,
@@ -63,18 +64,17 @@ extension Lifecycle {
             generation: instance.generation.map(UInt64.init), accelerator: instance.accelerator, pid: instance.pid, accepted: instance.accepted,
             ready: instance.ready, rtoSeconds: instance.rtoMilliseconds.map { Double($0) / 1000 }, bootLine: instance.bootLine,
             reason: instance.reason, consolePath: machines.consolePath(instance.id), nbdSocketPath: machines.nbdSocketPath(instance.id),
-            qmpSocketPath: machines.qmpSocketPath(instance.id))
+            qmpSocketPath: machines.qmpSocketPath(instance.id), vncSocketPath: machines.vncSocketPath(instance.id), agentSocketPath: machines.agentSocketPath(instance.id), hydration: hydrationView(instance))
     }
 
-    public func taskViews(server: String?, limit: Int) async throws -> [TaskView] {
+    public func taskViews(server: String?, limit: Int, before: Int64? = nil) async throws -> [TaskView] {
         let records = try await catalogue.read { db in
             var request = TaskRecord.order(Column("id").desc).limit(limit)
             if let server { request = request.filter(Column("serverName") == server) }
+            if let before { request = request.filter(Column("id") < before) }
             return try request.fetchAll(db)
         }
-        var views: [TaskView] = []
-        for record in records { views.append(TaskView(await tasks.live(record))) }
-        return views
+        return await tasks.live(records).map { TaskView($0) }
     }
 
     public func taskView(_ id: Int64) async throws -> TaskView {
@@ -82,13 +82,16 @@ extension Lifecycle {
             guard let record = try TaskRecord.fetchOne(db, key: id) else { throw ApplianceError.notFound("There is no task \(id) (afterimage task list).") }
             return (record, try TaskLogRecord.filter(Column("task") == id).order(Column("id")).fetchAll(db))
         }
-        return TaskView(await tasks.live(record), log: log)
+        var view = TaskView(await tasks.live(record), log: log)
+        view.hasScreenshot = FileManager.default.fileExists(atPath: machines.screenshotPath(task: id))
+        return view
     }
 
-    public func events(server: String?, limit: Int) async throws -> [EventRecord] {
+    public func events(server: String?, limit: Int, before: Int64? = nil) async throws -> [EventRecord] {
         try await catalogue.read { db in
             var request = EventRecord.order(Column("id").desc).limit(limit)
             if let server { request = request.filter(Column("server") == server) }
+            if let before { request = request.filter(Column("id") < before) }
             return try request.fetchAll(db)
         }
     }

@@ -14,8 +14,10 @@ extension Lifecycle {
             )
         }
         await machines.reportUnknown(known: Set(instances.map(\.id)))
-        // A commit happens beside its machine, which goes on; the other tasks bring theirs up, or down, themselves.
-        let busy = Set(running.filter { $0.operation != .commitFailover && $0.operation != .startReverse }.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
+        await machines.bridges.releaseUnknown(Set(instances.map(\.id)))
+        // These happen beside their machine, which goes on; the other tasks bring theirs up, or down, themselves.
+        let beside: Set<Trigger> = [.commitFailover, .startReverse, .hydrateMachine, .promoteMachine]
+        let busy = Set(running.filter { !beside.contains($0.operation) }.flatMap { [$0.parameters.instance, $0.parameters.replaces] }.compactMap { $0 })
         for instance in instances where !busy.contains(instance.id) { await revive(instance) }
         for export in exported {
             guard let server = servers.first(where: { $0.id == export.server }) else { continue }
@@ -39,11 +41,14 @@ extension Lifecycle {
     func start(_ task: TaskRecord) async {
         // Start Replication is the agent's work; its statuses end the task.
         if task.operation == .startReplication { return }
+        FaultPoint.intentStored.reached(task.operation)
         await tasks.run(task) { await self.perform(task) }
     }
 
     private func perform(_ task: TaskRecord) async {
         do {
+            // Ended before its work began: what ended it found no work to cancel.
+            guard try await catalogue.read({ db in try TaskRecord.fetchOne(db, key: task.id)?.status }) == .running else { return }
             let result: TaskResult
             switch task.operation {
             case .drill: result = try await performDrill(task)
@@ -51,13 +56,16 @@ extension Lifecycle {
             case .failover: result = try await performFailover(task)
             case .changeRecoveryPoint: result = try await performChangePoint(task)
             case .startMachine: result = try await performStartMachine(task)
+            case .stopMachine: result = try await performStopMachine(task)
             case .commitFailover: result = try await performCommit(task)
             case .createRecoveryPoint: result = try await performCreatePoint(task)
             case .exportRecoveryPoint: result = try await performCopy(task)
+            case .hydrateMachine: result = try await performHydration(task)
+            case .promoteMachine: result = try await performPromotion(task)
             case .unregister: result = try await performUnregister(task)
-            case .recoveryPlan: result = try await performPlan(task)
             case .startReverse: result = try await performStartReverse(task)
             case .failback: result = try await performFailback(task)
+            case .recoveryPlan: result = try await performPlan(task)
             default: throw ApplianceError.failed("task \(task.id ?? 0) has no work")
             }
             try await tasks.finish(task, result: result)
@@ -77,7 +85,7 @@ extension Lifecycle {
             guard let task = try TaskRecord.fetchOne(db, key: id) else { throw ApplianceError.notFound("There is no task \(id) (afterimage task list).") }
             guard task.status == .running else { throw ApplianceError.refused("Task \(id) has ended already.") }
             guard task.operation != .recoveryPlan else { throw ApplianceError.refused("The run of a recovery plan is ended by its name (afterimage plan stop).") }
-            guard [.exportRecoveryPoint, .createRecoveryPoint].contains(task.operation) else {
+            guard [.exportRecoveryPoint, .createRecoveryPoint, .hydrateMachine, .promoteMachine].contains(task.operation) else {
                 throw ApplianceError.refused("\(task.operation.rawValue) is not ended by cancelling its task; the state of the server decides what can be done (afterimage server show \(task.serverName ?? "")).")
             }
             try TaskBoard.finish(task, error: "cancelled by \(who)", in: db)
@@ -118,25 +126,6 @@ extension Lifecycle {
         }
     }
 
-    /// QEMU ended without being told to.
-    func machineEnded(_ id: String, _ why: String) async {
-        if isStopping { return }
-        do {
-            try await catalogue.write { db in
-                guard var instance = try InstanceRecord.fetchOne(db, key: id), instance.step == .ready || instance.step == .unproven else { return }
-                instance.step = .stopped
-                instance.reason = why
-                instance.pid = nil
-                try instance.update(db)
-                if let server = try ServerRecord.fetchOne(db, key: instance.server) {
-                    try db.event("appliance", "Machine ended", server: server, detail: "\(instance.kind.rawValue) machine \(id): \(why)")
-                }
-            }
-        } catch {
-            logger.error("cannot store that machine \(id) ended: \(error)")
-        }
-    }
-
     func update(_ id: String, _ change: @escaping @Sendable (inout InstanceRecord) -> Void) async throws {
         try await catalogue.write { db in
             guard var instance = try InstanceRecord.fetchOne(db, key: id) else { return }
@@ -155,8 +144,10 @@ extension Lifecycle {
     /// Everything of an instance goes: QEMU, sockets, fork, files, record. May be repeated.
     func takeDown(_ instance: InstanceRecord, task: TaskRecord?) async throws {
         try await update(instance.id) { $0.step = .removing }
+        FaultPoint.removalStored.reached(task?.operation)
         try await machines.takeDown(instance)
         try await catalogue.write { db in _ = try InstanceRecord.deleteOne(db, key: instance.id) }
+        FaultPoint.recordRemoved.reached(task?.operation)
         if let task { await tasks.log(task, "machine \(instance.id) and its fork are gone") }
     }
 }

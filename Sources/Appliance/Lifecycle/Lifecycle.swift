@@ -36,6 +36,7 @@ public actor Lifecycle {
     var alertTasks: [Task<Void, Never>] = []
     /// What is sent back, by server.
     var offers: [String: ReverseOffer] = [:]
+    var drillScheduleTask: Task<Void, Never>?
 
     init(
         catalogue: Catalogue, store: ReplicaStore, machines: RecoveryHost, exports: PointExporter, mounts: PointMounter, authority: CertificateAuthority,
@@ -61,6 +62,7 @@ public actor Lifecycle {
         scrubTask?.cancel()
         configurationTask?.cancel()
         await stopAlerts()
+        await stopDrillSchedules()
         await tasks.stop()
         await endOffers()
         await endMounts()
@@ -81,15 +83,14 @@ public actor Lifecycle {
 
     func newestPoint(_ server: ServerRecord) -> RecoveryPoint? {
         guard server.settings != nil else { return nil }
-        return store.recoveryPoints(server.group).last
+        return store.newestRecoveryPoint(server.group)
     }
 
     /// nil and "latest" are the newest point.
     func point(of server: ServerRecord, named name: String?) throws -> RecoveryPoint {
-        let points = server.settings == nil ? [] : store.recoveryPoints(server.group)
-        guard let newest = points.last else { throw ApplianceError.refused(StateTable.noRecoveryPoint) }
+        guard let newest = newestPoint(server) else { throw ApplianceError.refused(StateTable.noRecoveryPoint) }
         guard let name, name != "latest" else { return newest }
-        guard let point = points.last(where: { $0.id.rawValue == name }) else {
+        guard let point = store.recoveryPoints(server.group).last(where: { $0.id.rawValue == name }) else {
             throw ApplianceError.notFound("Server \(server.name) has no recovery point \(name) (afterimage recovery-point list \(server.name)).")
         }
         return point
@@ -108,9 +109,14 @@ public struct LifecycleSettings: Sendable {
     public var linkPort: Int
     public var storeDirectory: String
     public var enrolmentSeconds: Double
+    /// After a failover the machine's disks become independent of recovery points.
+    public var hydrates: Bool
     /// Names and addresses that the link's certificate has, beside those of networks.
     public var certificateHosts: [String]
-    public init(apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, enrolmentSeconds: Double = 15 * 60, certificateHosts: [String] = []) {
+    public init(
+        apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, enrolmentSeconds: Double = 15 * 60, hydrates: Bool = true, certificateHosts: [String] = []
+    ) {
+        self.hydrates = hydrates
         self.certificateHosts = certificateHosts
         self.apiURL = apiURL
         self.linkHost = linkHost

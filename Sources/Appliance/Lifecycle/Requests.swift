@@ -254,12 +254,44 @@ public struct StartMachine: Sendable, Codable {
     public var bridge: BridgeSettings?
     /// A network's name, instead of `network`.
     public var networkName: String?
-    /// `none` or `serial:REGEX`.
+    public var firmware: FirmwareChoice?
+    public var diskBus: DiskBus?
+    public var diskCache: DiskCache?
+    public var networkModel: NetworkModel?
+    /// *IP Address*: `keep`, `dhcp`, or an address with its prefix length.
+    public var address: String?
+    /// Of an address that is set, or kept.
+    public var gateway: String?
+    /// *Execute script after failover*: the text of a shell script, for the machine's guest agent to run …
+    public var guestScript: String?
+    /// … or a program of the appliance's host, by its absolute path. Administrators only.
+    public var hostScript: String?
+    public var scriptSecondsMax: Int?
+    /// Of a failover's machine that ends by itself.
+    public var onEnd: MachineEnd?
+    /// Start even if the host has not the memory.
+    public var allowOvercommit: Bool?
+    /// What makes it ready: none, serial:REGEX, agent, tcp:PORT or script:/PATH.
     public var bootCheck: String?
+    /// More of them: all must pass.
+    public var bootChecks: [String]?
     public var bootSecondsMax: Int?
     /// Of a failover: hold the source's writes, make a last recovery point, then fence: nothing is lost. Needs the source alive.
     public var graceful: Bool?
     public init() {}
+}
+
+public struct ClearDrill: Sendable, Codable {
+    /// The machine's system is shut down first.
+    public var graceful: Bool?
+    public init(graceful: Bool? = nil) { self.graceful = graceful }
+}
+
+extension StartMachine {
+    /// Programs of the appliance's host that it names.
+    var namesHostPrograms: Bool {
+        hostScript != nil || ((bootCheck.map { [$0] } ?? []) + (bootChecks ?? [])).contains { $0.hasPrefix("script:") }
+    }
 }
 
 /// Export of a recovery point's disk into a file or onto a device of the appliance's host.
@@ -277,6 +309,27 @@ public struct CopyPoint: Sendable, Codable {
         self.disk = disk
         self.confirm = confirm
     }
+}
+
+/// A failed-over machine's disk, to be copied out of the store.
+public struct PromoteMachine: Sendable, Codable {
+    public var copy: CopyPoint
+    /// Shut it down first; else the copy is of one moment of a machine that runs on.
+    public var stop: Bool?
+    /// With `stop`: its power is taken when it has not shut itself down by then; 60 by default.
+    public var stopSecondsMax: Int?
+    public init(copy: CopyPoint, stop: Bool? = nil, stopSecondsMax: Int? = nil) {
+        self.copy = copy
+        self.stop = stop
+        self.stopSecondsMax = stopSecondsMax
+    }
+}
+
+/// Which machine is to become independent of recovery points.
+public struct HydrateMachine: Sendable, Codable {
+    /// nil: the failed-over one, or the drill's when there is no other.
+    public var kind: InstanceKind?
+    public init(kind: InstanceKind? = nil) { self.kind = kind }
 }
 
 public struct MountPoint: Sendable, Codable {

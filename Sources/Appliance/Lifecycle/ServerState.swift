@@ -59,9 +59,12 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case changeRecoveryPoint = "Change Recovery Point"
     case commitFailover = "Commit Failover"
     case startMachine = "Start Machine"
+    case stopMachine = "Stop Machine"
     case unregister = "Unregister"
     case createRecoveryPoint = "Create Recovery Point"
     case exportRecoveryPoint = "Export Recovery Point"
+    case hydrateMachine = "Hydrate Machine"
+    case promoteMachine = "Promote Machine"
     case reversedRegister = "Reversed Register"
     case startReverse = "Initiate Reverse Replication"
     case stopReverse = "Stop Reverse Replication"
@@ -92,7 +95,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
 
     public static let operations: [Trigger] = [
         .renewEnrolment, .startReplication, .stopReplication, .pauseReplication, .restartServer, .drill, .clearDrill, .failover, .changeRecoveryPoint,
-        .commitFailover, .startMachine, .createRecoveryPoint, .exportRecoveryPoint, .reversedRegister, .startReverse, .stopReverse, .failback,
+        .commitFailover, .startMachine, .stopMachine, .createRecoveryPoint, .exportRecoveryPoint, .hydrateMachine, .promoteMachine, .reversedRegister, .startReverse, .stopReverse, .failback,
         .cancelFailback, .registration, .unregister,
     ]
     public static let happenings: [Trigger] = allCases.filter { !$0.isOperation && $0 != .recoveryPlan }

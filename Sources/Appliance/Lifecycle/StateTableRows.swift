@@ -2,8 +2,8 @@
 extension StateTable {
     static func cell(_ state: ServerState, _ trigger: Trigger) -> StateOutcome {
         if let named = named[state]?[trigger] { return named }
-        // Reads what is there, and disturbs nothing.
-        if trigger == .exportRecoveryPoint { return .stays }
+        // Read what is there, and disturb nothing.
+        if [.exportRecoveryPoint, .hydrateMachine, .promoteMachine].contains(trigger) { return .stays }
         // What happens outside is never refused: it may simply come too late to mean anything.
         return trigger.isOperation ? .refused(sentence(state, trigger)) : .stays
     }
@@ -45,17 +45,17 @@ extension StateTable {
         .testFailoverInProgress: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays, .pauseReplication: .stays, .restartServer: .stays,
             .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
-            .startMachine: .stays, .createRecoveryPoint: .stays, .drillReady: .to(.testFailoverReady), .drillFailed: .stays,
+            .startMachine: .stays, .stopMachine: .stays, .createRecoveryPoint: .stays, .drillReady: .to(.testFailoverReady), .drillFailed: .stays,
         ],
         .testFailoverReady: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays, .pauseReplication: .stays, .restartServer: .stays,
             .clearDrill: .to(.clearTestFailoverEnvironment), .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
-            .startMachine: .stays, .createRecoveryPoint: .stays,
+            .startMachine: .stays, .stopMachine: .stays, .createRecoveryPoint: .stays,
         ],
         .clearTestFailoverEnvironment: [
             .renewEnrolment: .stays, .startReplication: .stays, .stopReplication: .stays, .pauseReplication: .stays, .restartServer: .stays,
             .clearDrill: .stays, .failover: .stays, .changeRecoveryPoint: .stays, .commitFailover: .stays,
-            .startMachine: .stays, .createRecoveryPoint: .stays, .drillCleared: .endsDrill,
+            .startMachine: .stays, .stopMachine: .stays, .createRecoveryPoint: .stays, .drillCleared: .endsDrill,
         ],
 
         .failoverInProgress: [
@@ -63,10 +63,10 @@ extension StateTable {
             .failoverFailed: .to(.replicationInterrupted),
         ],
         .failedOver: [
-            .changeRecoveryPoint: .to(.failoverInProgress), .commitFailover: .to(.failoverCommitted), .startMachine: .stays,
+            .changeRecoveryPoint: .to(.failoverInProgress), .commitFailover: .to(.failoverCommitted), .startMachine: .stays, .stopMachine: .stays,
         ],
         .failoverCommitted: [
-            .startMachine: .stays, .unregister: .removes, .reversedRegister: .to(.reversedRegistering),
+            .startMachine: .stays, .stopMachine: .stays, .unregister: .removes, .reversedRegister: .to(.reversedRegistering),
         ],
 
         .reversedRegistering: [
@@ -136,7 +136,7 @@ extension StateTable {
         case (.failback, .startReplication) where state != .failbackInProgress:
             return "The source is not registered again yet (afterimage registration)."
         case (.setUp, .changeRecoveryPoint), (.forward, .changeRecoveryPoint), (.setUp, .commitFailover), (.forward, .commitFailover),
-            (.setUp, .startMachine), (.forward, .startMachine):
+            (.setUp, .startMachine), (.forward, .startMachine), (.setUp, .stopMachine), (.forward, .stopMachine):
             return "This server is not failed over: start a failover first (afterimage failover start)."
         case (.setUp, .drill):
             return "A drill needs replication to be running: start it first (afterimage replication start)."
@@ -150,6 +150,8 @@ extension StateTable {
             return "The agent of this server is enrolled and in use."
         case (.failover, .startMachine):
             return "The failover has not succeeded: there is no machine to start again."
+        case (.failover, .stopMachine):
+            return "The failover has not succeeded: choose another point, which ends its machine (afterimage failover change-recovery-point)."
         case (.failover, .commitFailover) where state == .failoverInProgress:
             return "The failover has not succeeded: wait for it, or change the recovery point (afterimage failover change-recovery-point)."
         case (.failover, .failover):

@@ -42,6 +42,18 @@ actor TaskBoard {
         try log(stored, error ?? result?.message ?? "done", in: db)
     }
 
+    static func running(_ operations: [Trigger], of server: ServerRecord, in db: Database) throws -> [TaskRecord] {
+        try TaskRecord.filter(Column("server") == server.id && Column("status") == TaskStatus.running && operations.contains(Column("operation"))).fetchAll(db)
+    }
+
+    /// Ends all tasks of a server that run; part of the caller's transaction. Their work is to be cancelled after it.
+    @discardableResult
+    static func finishAll(_ operations: [Trigger] = Trigger.operations, of server: ServerRecord, error: String, in db: Database) throws -> [TaskRecord] {
+        let running = try running(operations, of: server, in: db)
+        for task in running { try finish(task, error: error, in: db) }
+        return running
+    }
+
     func log(_ task: TaskRecord, _ line: String) async {
         logger.info("\(line)", metadata: ["task": "\(task.id ?? 0)", "server": "\(task.serverName ?? "")"])
         do { try await catalogue.write { db in try TaskBoard.log(task, line, in: db) } } catch {
@@ -64,6 +76,8 @@ actor TaskBoard {
         if task.status == .running, let id = task.id, let p = progress[id] { task.progress = p }
         return task
     }
+
+    func live(_ tasks: [TaskRecord]) -> [TaskRecord] { tasks.map { live($0) } }
 
     /// Runs a task's work, at most once at a time.
     func run(_ task: TaskRecord, _ body: @escaping @Sendable () async -> Void) {

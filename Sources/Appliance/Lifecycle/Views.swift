@@ -67,6 +67,23 @@ public struct InstanceView: Sendable, Codable {
     /// For `qemu-img` and friends while the machine is stopped.
     public var nbdSocketPath: String
     public var qmpSocketPath: String
+    /// The machine's screen, keyboard and mouse.
+    public var vncSocketPath: String
+    /// Of its guest agent.
+    public var agentSocketPath: String
+    /// nil: its disks do not exist yet.
+    public var hydration: HydrationView?
+}
+
+/// Whether a machine's disks need recovery points, and how far it is with changing that.
+public struct HydrationView: Sendable, Codable {
+    /// No recovery point shares a layer with them.
+    public var isIndependent: Bool
+    /// Bytes of index, while it is at work.
+    public var doneBytes: UInt64?
+    public var totalBytes: UInt64?
+    /// Why it does not go on, or cannot.
+    public var problem: String?
 }
 
 public struct StatusView: Sendable, Codable {
@@ -195,6 +212,8 @@ public struct TaskView: Sendable, Codable {
     public var finished: Date?
     /// Only when one task is asked for.
     public var log: [Line]?
+    /// Also only then: what its machine showed when the boot check ended (afterimage task screenshot).
+    public var hasScreenshot: Bool?
 
     init(_ record: TaskRecord, log: [TaskLogRecord]? = nil) {
         id = record.id ?? 0

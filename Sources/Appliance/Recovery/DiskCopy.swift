@@ -172,6 +172,50 @@ final class DiskCopy: Sendable {
         }
     }
 
+    // MARK: The rest
+
+    /// Brings a target, which holds what `earlier` shows and was compared, to what this reader shows: what differs is written, synced, read back and compared.
+    func update(_ path: String, since earlier: VolumeReader) throws {
+        let fd = open(path, O_RDWR | O_CLOEXEC)
+        guard fd >= 0 else { throw failure("open \(path)") }
+        defer { close(fd) }
+        try update(fd, path, unit: 1, since: earlier)
+    }
+
+    func update(_ device: BlockDevice, since earlier: VolumeReader) throws {
+        try update(device.fd, device.path, unit: UInt64(device.geometry.logicalBlockBytes), since: earlier)
+    }
+
+    private func update(_ fd: Int32, _ path: String, unit: UInt64, since earlier: VolumeReader) throws {
+        func eachChange(_ body: (Range<UInt64>) throws -> Void) throws {
+            var next: UInt64 = 0
+            while let run = reader.nextChange(from: next, bytesMax: Self.chunkBytes, since: earlier) {
+                try body(run)
+                next = run.upperBound
+            }
+        }
+        var changedBytes: UInt64 = 0
+        try eachChange { changedBytes += $0.upperBound - $0.lowerBound }
+        let total = 2 * changedBytes
+        state.withLock { $0 = Progress(step: "writing the rest", totalBytes: total, writtenBytes: $0.writtenBytes) }
+        try withBuffers { source, _ in
+            try eachChange { run in
+                let bytes = try read(run, into: source)
+                // Zeroes too: something else may be there.
+                let length = Int((UInt64(bytes.count) + unit - 1) / unit * unit)
+                if length > bytes.count { memset(source.baseAddress! + bytes.count, 0, length - bytes.count) }
+                try write(UnsafeRawBufferPointer(start: source.baseAddress!, count: length), fd, run.lowerBound, path)
+                advance(run)
+            }
+        }
+        try sync(fd, path)
+        state.withLock { $0.step = "reading the rest back" }
+        posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED)
+        try withBuffers { source, target in
+            try eachChange { run in try compare(run, read(run, into: source), target, fd, path) }
+        }
+    }
+
     // MARK: Both
 
     private func withBuffers(_ body: (UnsafeMutableRawBufferPointer, UnsafeMutableRawBufferPointer) throws -> Void) throws {

@@ -10,7 +10,8 @@ public struct QEMUProcess: Sendable, Hashable {
 
     /// Starts `executable`; both output streams are appended to `logPath`. Nothing of the appliance's is inherited: an inherited
     /// lock would keep the next appliance out.
-    public static func spawn(executable: String, arguments: [String], logPath: String) throws(ApplianceError) -> QEMUProcess {
+    /// `environment` is added to what the appliance has.
+    public static func spawn(executable: String, arguments: [String], logPath: String, environment: [String: String] = [:]) throws(ApplianceError) -> QEMUProcess {
         var actions = posix_spawn_file_actions_t()
         posix_spawn_file_actions_init(&actions)
         defer { posix_spawn_file_actions_destroy(&actions) }
@@ -32,7 +33,7 @@ public struct QEMUProcess: Sendable, Hashable {
         posix_spawnattr_setflags(&attributes, setSession | Int16(POSIX_SPAWN_SETSIGMASK) | Int16(POSIX_SPAWN_SETSIGDEF))
 
         var argv: [UnsafeMutablePointer<CChar>?] = ([executable] + arguments).map { strdup($0) } + [nil]
-        var envp: [UnsafeMutablePointer<CChar>?] = ProcessInfo.processInfo.environment.map { strdup("\($0.key)=\($0.value)") } + [nil]
+        var envp: [UnsafeMutablePointer<CChar>?] = ProcessInfo.processInfo.environment.merging(environment) { $1 }.map { strdup("\($0.key)=\($0.value)") } + [nil]
         defer {
             for p in argv { free(p) }
             for p in envp { free(p) }

@@ -15,21 +15,27 @@ actor RecoveryHost {
         var accelerator: Accelerator?
     }
 
-    private struct Machine {
+    struct Machine {
         var disks: ServedDisks
         var process: QEMUProcess
         var qmp: QMPClient
         var watch: Task<Void, Never>
     }
 
-    private let store: ReplicaStore
-    private let qemu: QEMUConfiguration
+    let store: ReplicaStore
+    let qemu: QEMUConfiguration
     private let runtimeDirectory: String
     private let instancesDirectory: String
-    private let logger: Logger
-    private var machines: [String: Machine] = [:]
+    let logger: Logger
+    var machines: [String: Machine] = [:]
     /// Being stopped by `stop`, which lets their disks go.
     private var stopping: Set<String> = []
+    /// QEMUs that run, with the memory that they were promised.
+    private var promised: [String: (process: QEMUProcess, memoryMiB: Int)] = [:]
+    /// Machines between their start and their boot check's end.
+    nonisolated let boots: Gate
+    nonisolated let bridges: HostBridges
+    private let screenshotsDirectory: String
     private var knownVersion: (modified: Date, version: QEMUVersion)?
     private var onEnded: @Sendable (_ instance: String, _ why: String) async -> Void = { _, _ in }
 
@@ -38,6 +44,9 @@ actor RecoveryHost {
         self.qemu = qemu
         self.runtimeDirectory = runtimeDirectory
         instancesDirectory = stateDirectory + "/instances"
+        screenshotsDirectory = stateDirectory + "/screenshots"
+        boots = Gate(limit: max(1, qemu.bootsAtOnce))
+        bridges = HostBridges(stateDirectory: stateDirectory, logger: logger)
         self.logger = logger
     }
 
@@ -46,6 +55,12 @@ actor RecoveryHost {
     nonisolated func consolePath(_ id: String) -> String { "\(instancesDirectory)/\(id)/console.log" }
     nonisolated func nbdSocketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id)/nbd.sock" }
     nonisolated func qmpSocketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id)/qmp.sock" }
+    nonisolated func vncSocketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id)/vnc.sock" }
+    nonisolated func agentSocketPath(_ id: String) -> String { "\(runtimeDirectory)/\(id)/agent.sock" }
+    /// What a task's machine showed when its boot check ended; PNG.
+    nonisolated func screenshotPath(task: Int64) -> String { "\(screenshotsDirectory)/task-\(task).png" }
+    private nonisolated func firmwareVariablesPath(_ id: String) -> String { "\(instancesDirectory)/\(id)/firmware-variables.fd" }
+    nonisolated func agent(_ id: String) -> GuestAgent { GuestAgent(socketPath: agentSocketPath(id)) }
     /// What machines and QEMU wrote, of those that are there: a name and the file.
     func logs() -> [(name: String, path: String)] {
         ((try? FileManager.default.contentsOfDirectory(atPath: instancesDirectory)) ?? []).sorted().flatMap { id in
@@ -71,8 +86,15 @@ actor RecoveryHost {
 
     /// Brings fork, disks and QEMU of an instance to life, taking over what is there. With `mayStart` false a missing QEMU is an error.
     func attach(_ instance: InstanceRecord, mayStart: Bool, log: @Sendable (String) async -> Void) async throws -> Started {
-        if let machine = machines[instance.id], machine.process.isAlive { return Started(pid: machine.process.pid) }
         let id = instance.id
+        if let machine = machines[id] {
+            if machine.process.isAlive { return Started(pid: machine.process.pid) }
+            // It has just ended, and its end is not told yet: its disks are wanted again.
+            machines[id] = nil
+            machine.watch.cancel()
+            await machine.qmp.close()
+            await machine.disks.stop()
+        }
         let running = QEMUProcess.find(name: machineName(id))
         if running == nil && !mayStart { throw ApplianceError.failed("the machine is no longer running") }
         guard let point = instance.point else { throw ApplianceError.failed("machine \(id) has no recovery point") }
@@ -81,12 +103,16 @@ actor RecoveryHost {
             try FileManager.default.createDirectory(atPath: directory, withIntermediateDirectories: true, attributes: [.posixPermissions: 0o700])
         }
         let socketPath = nbdSocketPath(id)
+        // Not one that is taken over, or started again, when the appliance starts.
+        let isNew = instance.step == .planned || instance.step == .starting
         let disks = try await blocking { [store] in
-            if !store.forks().contains(where: { $0.id == instance.forkID }) {
+            if !store.hasFork(instance.forkID) {
                 try store.fork(instance.forkID, of: GroupID(instance.server), at: point, purpose: instance.kind.rawValue)
             }
+            if isNew { FaultPoint.forkMade.reached() }
             return try ServedDisks.fork(instance.forkID, names: instance.volumes, store: store, socketPath: socketPath)
         }
+        if isNew { FaultPoint.disksServed.reached() }
         var process = running
         do {
             var accelerator: Accelerator?
@@ -96,8 +122,11 @@ actor RecoveryHost {
                 (process, accelerator) = try await startQEMU(instance, log: log)
             }
             guard let process else { preconditionFailure("a machine is found or started") }
+            if isNew { FaultPoint.machineSpawned.reached() }
             let qmp = try await control(process, id: id)
+            if isNew { FaultPoint.controlUp.reached() }
             machines[id] = Machine(disks: disks, process: process, qmp: qmp, watch: watch(id, process, qmp))
+            promised[id] = (process, instance.settings.memoryMiB)
             return Started(pid: process.pid, accelerator: accelerator)
         } catch {
             // Stopped with the appliance: the machine goes on and is found again. Else: none without somebody in charge of it.
@@ -120,13 +149,20 @@ actor RecoveryHost {
         }
         if let warning = version.warning(accelerator) { await log(warning) }
         let id = instance.id
-        let command = QEMUCommand(
+        var command = QEMUCommand(
             name: machineName(id), machine: instance.settings, accelerator: accelerator, dataDirectories: qemu.dataDirectories,
-            nbdSocketPath: nbdSocketPath(id), exports: instance.volumes, qmpSocketPath: qmpSocketPath(id), consolePath: consolePath(id))
-        unlink(qmpSocketPath(id))
-        unlink(consolePath(id))
+            nbdSocketPath: nbdSocketPath(id), exports: instance.volumes, qmpSocketPath: qmpSocketPath(id), consolePath: consolePath(id),
+            vncSocketPath: vncSocketPath(id), agentSocketPath: agentSocketPath(id))
+        if instance.settings.firmware == .uefi {
+            command.firmware = try FirmwareFiles.find(qemu.firmwareDirectories).withOwnVariables(at: firmwareVariablesPath(id))
+        }
+        if instance.settings.network == .bridge { command.taps = try await bridges.prepare(instance, log: log) }
+        for path in [qmpSocketPath(id), vncSocketPath(id), agentSocketPath(id), consolePath(id)] { unlink(path) }
+        // From here to the note of what was promised nothing may come between: two machines would count on the same memory.
+        if instance.settings.allowsOvercommit != true { try checkMemory(instance.settings.memoryMiB) }
         let process = try QEMUProcess.spawn(executable: qemu.executable, arguments: command.arguments, logPath: qemuLogPath(id))
-        await log("QEMU started (pid \(process.pid)): \(instance.settings.cpus) CPUs, \(instance.settings.memoryMiB) MiB, network \(instance.settings.network.rawValue)")
+        promised[id] = (process, instance.settings.memoryMiB)
+        await log("QEMU started (pid \(process.pid)): \(instance.settings.hardwareText)")
         return (process, accelerator)
     }
 
@@ -142,35 +178,12 @@ actor RecoveryHost {
         }
     }
 
-    /// Waits until the boot check passes; the line that passed it. Throws with the console's last lines when it does not.
-    func bootCheck(_ instance: InstanceRecord) async throws -> String? {
-        guard let machine = machines[instance.id] else { throw ApplianceError.failed("machine \(instance.id) is not running") }
-        let limit = Duration.seconds(instance.settings.bootSecondsMax)
-        let deadline = ContinuousClock.now + limit
-        guard case .serial(let pattern) = instance.settings.bootCheck else {
-            let state = try await machine.qmp.runState()
-            guard state == "running" else { throw ApplianceError.failed("QEMU is up, but the machine is \(state)") }
-            return nil
-        }
-        var follower = try SerialFollower(path: consolePath(instance.id), pattern: pattern)
-        while true {
-            let alive = machine.process.isAlive
-            if let line = try follower.poll() { return line }
-            let tail = follower.tail.isEmpty ? "the console is silent" : "the console's last lines:\n" + follower.tail.joined(separator: "\n")
-            guard alive else { throw ApplianceError.failed("the boot check did not pass: the machine ended; \(tail)") }
-            guard ContinuousClock.now < deadline else {
-                throw ApplianceError.failed("the boot check did not pass: no console line matched /\(pattern)/ within \(instance.settings.bootSecondsMax) s; \(tail)")
-            }
-            try await Task.sleep(for: .milliseconds(25))
-        }
-    }
-
     private func watch(_ id: String, _ process: QEMUProcess, _ qmp: QMPClient) -> Task<Void, Never> {
         Task { [logger] in
             var last = "QEMU ended"
             for await event in qmp.events {
                 logger.info("machine \(id): \(event.name)")
-                if event.name == "SHUTDOWN" { last = "the machine was shut down (\(event.data?["reason"]?.string ?? "no reason given"))" }
+                if event.name == "SHUTDOWN", last == "QEMU ended" { last = "the machine was shut down (\(event.data?["reason"]?.string ?? "no reason given"))" }
                 if event.name == "GUEST_PANICKED" { last = "the machine's kernel panicked" }
             }
             // The control socket closes when QEMU goes; it takes its process a moment more.
@@ -179,16 +192,71 @@ actor RecoveryHost {
                 logger.error("machine \(id) lives, but closed its control socket")
                 return
             }
-            await self.ended(id, last)
+            await self.ended(id, process, last)
         }
     }
 
-    private func ended(_ id: String, _ why: String) async {
+    private func ended(_ id: String, _ process: QEMUProcess, _ why: String) async {
         if stopping.contains(id) { return }
-        guard let machine = machines.removeValue(forKey: id) else { return }
+        guard let machine = machines[id], machine.process == process else { return }
+        machines[id] = nil
+        promised[id] = nil
         await machine.disks.stop()
         await onEnded(id, why)
     }
+
+    /// Throws when this host has not the memory for another machine.
+    func checkMemory(_ wantedMiB: Int, instead replaced: String? = nil) throws(ApplianceError) {
+        guard let memory = HostMemory.now() else { return }
+        promised = promised.filter { $0.value.process.isAlive }
+        let open = promised.filter { $0.key != replaced }.values.reduce(0) { $0 + max(0, $1.memoryMiB - HostMemory.residentMiB($1.process.pid)) }
+        let comesBack = replaced.flatMap { promised[$0] }.map { HostMemory.residentMiB($0.process.pid) } ?? 0
+        try memory.check(wantedMiB: wantedMiB, promisedMiB: open - comesBack)
+    }
+
+    /// Throws when this host cannot give machines what these settings ask for.
+    func check(_ settings: MachineSettings) throws(ApplianceError) {
+        if settings.firmware == .uefi { _ = try FirmwareFiles.find(qemu.firmwareDirectories) }
+        if let bridge = settings.bridge { try bridges.check(bridge) }
+    }
+
+    /// Shuts the machine's system down: by its guest agent when that answers, else by the power button; after `secondsMax` it is ended all the same.
+    /// Nobody is told that it ended, since somebody asked for it. Stopped with the appliance, it leaves the machine as it is.
+    func shutDown(_ instance: InstanceRecord, secondsMax: Double, log: @Sendable (String) async -> Void) async {
+        guard let machine = machines.removeValue(forKey: instance.id) else { return }
+        machine.watch.cancel()
+        let agent = agent(instance.id)
+        if await agent.answers(within: 3), (try? await agent.shutDown(within: 3)) != nil {
+            await log("the guest agent was asked to shut the machine down")
+        } else {
+            _ = try? await machine.qmp.execute("system_powerdown", timeout: .seconds(5))
+            await log("no guest agent answers: the machine's power button was pressed")
+        }
+        let deadline = ContinuousClock.now + .seconds(secondsMax)
+        var hasEnded = await machine.process.waitForEnd(seconds: 0.5)
+        while !hasEnded, !Task.isCancelled, ContinuousClock.now < deadline { hasEnded = await machine.process.waitForEnd(seconds: 0.5) }
+        if hasEnded {
+            await log("the machine has shut down")
+        } else if !Task.isCancelled {
+            await log("WARNING: the machine did not shut down within \(Int(secondsMax)) s: it is ended as by a power cut")
+            _ = try? await machine.qmp.execute("quit", timeout: .seconds(2))
+            if !(await machine.process.waitForEnd(seconds: 2)) { await machine.process.terminate() }
+        }
+        await machine.qmp.close()
+        await machine.disks.stop()
+        promised[instance.id] = nil
+    }
+
+    /// The console's last lines, as people read them.
+    nonisolated func consoleTail(_ id: String) -> String? {
+        guard let file = FileHandle(forReadingAtPath: consolePath(id)), let size = try? file.seekToEnd() else { return nil }
+        defer { try? file.close() }
+        try? file.seek(toOffset: size > 4096 ? size - 4096 : 0)
+        guard let data = try? file.readToEnd() else { return nil }
+        return data.split(separator: UInt8(ascii: "\n")).suffix(20).map { SerialFollower.plain(Data($0)) }.joined(separator: "\n")
+    }
+
+    func isRunning(_ id: String) -> Bool { machines[id]?.process.isAlive ?? false }
 
     /// Ends QEMU, the block server, the fork and the instance's files.
     func takeDown(_ instance: InstanceRecord) async throws {
@@ -201,12 +269,17 @@ actor RecoveryHost {
             await machine.disks.stop()
         }
         await QEMUProcess.find(name: machineName(id))?.terminate()
+        promised[id] = nil
+        try await bridges.release(instance)
+        FaultPoint.machineGone.reached()
         try await blocking { [store] in
-            if store.forks().contains(where: { $0.id == instance.forkID }) { try store.dropFork(instance.forkID) }
+            if store.hasFork(instance.forkID) { try store.dropFork(instance.forkID) }
         }
+        FaultPoint.forkDropped.reached()
         for directory in ["\(runtimeDirectory)/\(id)", "\(instancesDirectory)/\(id)"] {
             try? FileManager.default.removeItem(atPath: directory)
         }
+        FaultPoint.filesRemoved.reached()
     }
 
     /// Stops a machine and lets its disks go, everything that reached them flushed; its fork stays. With `asksSeconds` the guest is asked to shut
@@ -247,6 +320,16 @@ actor RecoveryHost {
             await machine.qmp.close()
             await machine.disks.stop()
         }
+    }
+
+    /// The machine's screen as it is now, for people; what is wrong with it is no reason to fail.
+    func keepScreenshot(_ id: String, task: Int64) async throws {
+        guard let machine = machines[id], machine.process.isAlive else { throw ApplianceError.failed("the machine has ended") }
+        try FileManager.default.createDirectory(atPath: screenshotsDirectory, withIntermediateDirectories: true, attributes: [.posixPermissions: 0o700])
+        // QEMU writes it; under its own name it is whole or not there.
+        let part = "\(instancesDirectory)/\(id)/screen.png"
+        _ = try await machine.qmp.execute("screendump", arguments: ["filename": .string(part), "format": .string("png")], timeout: .seconds(20))
+        guard rename(part, screenshotPath(task: task)) == 0 else { throw ApplianceError.failed("cannot keep \(part): \(SystemError.text(of: errno))") }
     }
 
     /// Says what the catalogue does not know. A crash leaves nothing of the kind (records are made first and go last), so it comes

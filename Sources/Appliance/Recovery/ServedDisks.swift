@@ -34,10 +34,14 @@ final class ServedDisks: Sendable {
 
     /// Read-only: every disk of a recovery point. As `fork`, not for a thread that runs async code.
     static func point(_ group: GroupID, _ point: RecoveryPointID, store: ReplicaStore, socketPath: String) throws -> ServedDisks {
-        try serve("nbd-\(point)") { loop in
-            let exports = try store.volumes(of: point, in: group).enumerated().map { index, volume in
-                (name: volume.name, store: RecoveryPointStore(reader: try store.openRecoveryPoint(group, point, volume: index), loop: loop))
-            }
+        let readers = try store.volumes(of: point, in: group).indices.map { try store.openRecoveryPoint(group, point, volume: $0) }
+        return try Self.readers(readers, name: "\(point)", socketPath: socketPath)
+    }
+
+    /// Read-only: disks that are open already.
+    static func readers(_ readers: [VolumeReader], name: String, socketPath: String) throws -> ServedDisks {
+        try serve("nbd-\(name)") { loop in
+            let exports = readers.map { (name: $0.name, store: RecoveryPointStore(reader: $0, loop: loop)) }
             let server = try NBDServer(loop: loop, exports: exports, listen: .unix(path: socketPath))
             return Parts(stop: { await server.stop() }, volumes: [])
         }

@@ -14,8 +14,12 @@ public struct ApplianceConfiguration: Sendable {
     public var advertisedHost: String?
     public var qemu: QEMUConfiguration
     public var upkeep: UpkeepConfiguration
+    /// After a failover the machine's disks become independent of recovery points, in the background.
+    public var hydrates = true
     /// How often is looked for what is wrong.
     public var alertsEverySeconds = 5.0
+    /// How often is looked for drills that are due.
+    public var drillSchedulesEverySeconds = 5.0
 
     public init(
         stateDirectory: String, storeDirectory: String, runtimeDirectory: String = "/run/afterimage",

@@ -31,6 +31,7 @@ public struct ApplianceService: Service {
     }
 
     public func run() async throws {
+        try FaultPoint.arm(stateDirectory: configuration.stateDirectory, logger: logger)
         for directory in [configuration.stateDirectory, configuration.runtimeDirectory, configuration.storeDirectory] {
             try makeDirectory(directory)
         }
@@ -74,6 +75,7 @@ public struct ApplianceService: Service {
             await lifecycle.startAlerts(AlertDesk(catalogue: catalogue, logger: logger), everySeconds: configuration.alertsEverySeconds)
             try await lifecycle.renewIdentity()
             let linkPort = try await link.start()
+            await lifecycle.startDrillSchedules(everySeconds: configuration.drillSchedulesEverySeconds)
             try await serveAPI(catalogue: catalogue, lifecycle: lifecycle, authority: authority, identity: identity, linkPort: linkPort)
         } catch {
             await lifecycle.stop()
@@ -90,7 +92,11 @@ public struct ApplianceService: Service {
             privateKey: .privateKey(try NIOSSLPrivateKey(bytes: Array(identity.keyPEM.utf8), format: .pem)))
         tls.minimumTLSVersion = .tlsv12
         let token = try await AccessTokens(catalogue: catalogue).administrator(profilePath: profilePath)
-        let api = API(lifecycle: lifecycle, catalogue: catalogue, logger: logger)
+        let passwordPath = self.configuration.stateDirectory + "/administrator-password"
+        let api = API(lifecycle: lifecycle, catalogue: catalogue, administratorPasswordPath: passwordPath, logger: logger)
+        if try await api.users.begin() {
+            logger.notice("the user \(Users.administrator) has its first password in \(passwordPath), until it is changed (afterimage user set-password \(Users.administrator))")
+        }
         let configuration = configuration
         var quiet = logger
         quiet.logLevel = max(logger.logLevel, .warning)
@@ -105,7 +111,7 @@ public struct ApplianceService: Service {
                 let profile = ClientProfile(
                     url: "https://\(ListenAddress(host: local, port: port))", caFile: configuration.stateDirectory + "/ca/ca.pem", token: token)
                 do { try profile.write(to: profilePath) } catch { logger.error("cannot write \(profilePath): \(error)") }
-                logger.info("the API listens on \(profile.url)")
+                logger.info("the API listens on \(profile.url); the fingerprint of its CA is \(lifecycle.authority.fingerprint)")
                 await onReady(profile)
             }, logger: quiet)
         do { try await application.run() } catch let error as IOError where error.errnoCode == EADDRINUSE || error.errnoCode == EADDRNOTAVAIL || error.errnoCode == EACCES {
@@ -118,7 +124,7 @@ public struct ApplianceService: Service {
         let linkHost = configuration.advertisedHost ?? (configuration.link.isEverywhere ? "127.0.0.1" : configuration.link.host)
         return LifecycleSettings(
             apiURL: "https://\(ListenAddress(host: apiHost, port: apiPort))", linkHost: linkHost, linkPort: linkPort,
-            storeDirectory: configuration.storeDirectory, certificateHosts: configuration.certificateHosts)
+            storeDirectory: configuration.storeDirectory, hydrates: configuration.hydrates, certificateHosts: configuration.certificateHosts)
     }
 
     private var profilePath: String { configuration.stateDirectory + "/client.json" }

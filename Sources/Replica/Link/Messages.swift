@@ -203,7 +203,7 @@ public struct ReplicationOrder: Sendable, Codable, Hashable {
     }
 }
 
-public enum ReplicationPhase: String, Sendable, Codable {
+public enum ReplicationPhase: String, Sendable, Codable, CaseIterable {
     case idle, connecting, fullSync
     /// A full sync of a replica that has something already: compared by checksum, only what differs is sent. An agent says so only to an
     /// appliance that answers RESYNC.

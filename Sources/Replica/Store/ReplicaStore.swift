@@ -126,6 +126,7 @@ public final class ReplicaStore: @unchecked Sendable {
         /// Nobody knows whether they were sealed.
         var uncertainForks: Set<String> = []
         var statistics = StoreStatistics()
+        var figures = StoreFigures()
         var isClosed = false
 
         mutating func newFile() -> UInt64 {
@@ -251,10 +252,10 @@ public final class ReplicaStore: @unchecked Sendable {
     }
 
     public func groups() -> [GroupInfo] {
-        read { state in state.groups.keys.sorted { $0.rawValue < $1.rawValue }.map { state.info($0)! } }
+        shared.withLock { shared in shared.state.groups.keys.sorted { $0.rawValue < $1.rawValue }.map { shared.figures.info($0, shared.state)! } }
     }
 
-    public func group(_ id: GroupID) -> GroupInfo? { read { $0.info(id) } }
+    public func group(_ id: GroupID) -> GroupInfo? { shared.withLock { $0.figures.info(id, $0.state) } }
 
     /// Removes the group and its recovery points. What forks and open readers still read stays until they go. Throws `.invalid` while a
     /// recovery point of it is held.
@@ -294,19 +295,18 @@ public final class ReplicaStore: @unchecked Sendable {
         read { $0.groups[id]?.points.map(\.point) ?? [] }
     }
 
+    /// The last of them, without a copy of all the others.
+    public func newestRecoveryPoint(_ id: GroupID) -> RecoveryPoint? { read { $0.groups[id]?.points.last?.point } }
+
     public func statistics() -> StoreStatistics {
         var figures = shared.withLock { shared -> StoreStatistics in
             var figures = shared.statistics
-            let state = shared.state
-            figures.groupCount = state.groups.count
-            figures.forkCount = state.forks.count
-            figures.layerCount = state.layers.count
-            var segments: Set<UInt32> = []
-            for layer in state.layers.values {
-                figures.storedBytes += layer.dataBytes
-                for use in layer.segments { segments.insert(use.segment) }
-            }
-            figures.segmentCount = segments.count
+            let layers = shared.figures.layers(shared.state)
+            figures.groupCount = shared.state.groups.count
+            figures.forkCount = shared.state.forks.count
+            figures.layerCount = shared.state.layers.count
+            figures.storedBytes = layers.storedBytes
+            figures.segmentCount = layers.segmentCount
             return figures
         }
         figures.upkeep = upkeep.settings.withLock { $0.statistics }
@@ -333,12 +333,18 @@ public final class ReplicaStore: @unchecked Sendable {
             guard case .full = error, releaseReserve() else { throw error }
             try manifest.append(record)
         }
-        shared.withLock { $0.state.apply(record) }
+        shared.withLock {
+            $0.state.apply(record)
+            $0.figures.changed(by: record)
+        }
         switch record {
-        case .groupDeleted, .forkDropped, .pointsDropped, .layersMerged, .forkSealed, .forkCommitted: upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
+        case .groupDeleted, .forkDropped, .pointsDropped, .layersMerged, .forkSealed, .forkCommitted, .forkHydrated: upkeep.hasUnnamedFiles.store(true, ordering: .relaxed)
         case .snapshot, .groupCreated, .generationRaised, .epochSealed, .forked, .pointMarked: break
         }
-        if case .layersMerged(let replaced, _) = record { forksFollow(replaced) }
+        switch record {
+        case .layersMerged(let replaced, _), .forkHydrated(_, _, let replaced, _): forksFollow(replaced)
+        default: break
+        }
     }
 
     func checkName(_ name: String) throws(StoreError) {
@@ -355,6 +361,7 @@ extension StoreState {
         for point in group.points { for volume in point.volumes { mark(volume.top, &live) } }
         return GroupInfo(
             id: id, volumes: group.volumes.map(\.spec), generation: group.generation, lastDurable: group.lastDurable,
-            storedBytes: live.reduce(0) { $0 + (layers[$1]?.dataBytes ?? 0) }, layerCount: live.count, recoveryPointCount: group.points.count)
+            storedBytes: live.reduce(0) { $0 + (layers[$1]?.dataBytes ?? 0) }, layerCount: live.count, recoveryPointCount: group.points.count,
+            heldPointCount: group.points.count { $0.point.hold != nil })
     }
 }

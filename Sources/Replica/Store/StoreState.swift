@@ -114,6 +114,8 @@ enum ManifestRecord: Codable, Sendable {
     case forkSealed(ForkID, [ForkSeal])
     /// The group is what the fork was when its open layer was last sealed; its points are gone, but for held ones.
     case forkCommitted(ForkID)
+    /// The fork's disk stands on one layer that says what the lowest layers of its chain (all that it had then, oldest first) said, and not on them.
+    case forkHydrated(ForkID, volume: Int, replaced: [UInt64], by: LayerRecord)
 }
 
 extension StoreState {
@@ -168,6 +170,8 @@ extension StoreState {
                 return "disk \(disk.spec.name) of group \(fork.group) cannot become disk \(own.spec.name) of fork \(id)"
             }
             return nil
+        case .forkHydrated(let id, let volume, let replaced, let layer):
+            return hydrationConflict(id, volume, replaced, layer)
         }
     }
 
@@ -259,10 +263,12 @@ extension StoreState {
             groups[fork.group]!.lastDurable = nil
             groups[fork.group]!.generation = groups[fork.group]!.generation.next
             dropUnreachableLayers()
+        case .forkHydrated(let id, let volume, let replaced, let layer):
+            hydrate(id, volume, replaced, by: layer)
         }
     }
 
-    private mutating func add(_ layer: LayerRecord) {
+    mutating func add(_ layer: LayerRecord) {
         layers[layer.id] = layer
         nextFile = max(nextFile, layer.id + 1)
         for use in layer.segments { nextFile = max(nextFile, UInt64(use.segment) + 1) }
@@ -295,7 +301,7 @@ extension StoreState {
         return chain.reversed()
     }
 
-    private mutating func dropUnreachableLayers() {
+    mutating func dropUnreachableLayers() {
         var live: Set<UInt64> = []
         for top in tops { mark(top, &live) }
         if live.count < layers.count { layers = layers.filter { live.contains($0.key) } }

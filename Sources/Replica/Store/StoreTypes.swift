@@ -62,6 +62,7 @@ public struct GroupInfo: Sendable, Hashable {
     /// Layers of all volumes together.
     public var layerCount: Int
     public var recoveryPointCount: Int
+    public var heldPointCount: Int
 }
 
 public struct ForkInfo: Sendable, Hashable {

@@ -459,6 +459,8 @@ extension ManifestRecord {
         case .forkSealed(let id, let seals):
             "fork \(id) sealed: " + seals.map { seal in "disk number \(seal.volume) \(seal.layer.map { "gets layer \($0.id) on \($0.parent)" } ?? "had nothing new"), goes on in segment \(seal.segment), journal \(seal.journal)" }.joined(separator: ", ")
         case .forkCommitted(let id): "fork \(id) is committed: the group's disks are the fork's"
+        case .forkHydrated(let id, let volume, let replaced, let layer):
+            "fork \(id): disk number \(volume) stands on layer \(layer.id) (\(layer.extentCount) extents, \(sizeInWords(layer.dataBytes))) in place of \(replaced.map(String.init).joined(separator: ", "))"
         }
     }
 }

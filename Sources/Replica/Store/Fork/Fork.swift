@@ -47,6 +47,8 @@ extension ReplicaStore {
         return (data, log)
     }
 
+    public func hasFork(_ id: ForkID) -> Bool { read { $0.forks[id] != nil } }
+
     public func forks() -> [ForkInfo] {
         let records = read { state -> [(ForkRecord, UInt64)] in
             var shared: Set<UInt64> = []
@@ -79,6 +81,7 @@ extension ReplicaStore {
             try thread.perform { () throws(StoreError) in
                 guard self.read({ $0.forks[id] }) != nil else { throw .unknownFork(id) }
                 try self.change(.forkDropped(id))
+                self.endHydration(id)
                 self.collectGarbage()
             }
         }

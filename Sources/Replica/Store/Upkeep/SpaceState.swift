@@ -1,5 +1,5 @@
 /// How much room the store's file system has. `low` comes before anything is refused, so that somebody can be told in time.
-public enum SpaceState: String, Codable, Sendable, Hashable {
+public enum SpaceState: String, Codable, Sendable, Hashable, CaseIterable {
     case ok
     /// Less is free than the low-water mark.
     case low

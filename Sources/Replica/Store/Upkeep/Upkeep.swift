@@ -14,6 +14,7 @@ public enum UpkeepAction: Sendable, Hashable {
     case removed(files: Int)
     case rewroteManifest
     case wroteIndex
+    case hydrated(ForkID, volume: Int)
 }
 
 /// Since the store was opened.
@@ -27,6 +28,8 @@ public struct UpkeepStatistics: Sendable, Hashable {
     /// Disk space given back inside of segments that remain.
     public var bytesReclaimed: UInt64 = 0
     public var pointsExpired: UInt64 = 0
+    /// Disks of forks that were made independent of recovery points.
+    public var forkDisksHydrated: UInt64 = 0
     public init() {}
 }
 
@@ -34,6 +37,8 @@ public struct UpkeepStatistics: Sendable, Hashable {
 final class Upkeep: @unchecked Sendable {
     struct Settings {
         var policies: [GroupID: RecoveryPointPolicy] = [:]
+        /// Forks that are to become independent, and how far they are.
+        var hydrations: [ForkID: ForkHydration] = [:]
         var isTightening = false
         var space = SpaceState.ok
         /// The last attempt to take something in was refused for lack of space.
@@ -72,7 +77,7 @@ final class Upkeep: @unchecked Sendable {
 /// In the order of a round, after points have expired. The next step begins with the unit after the one that did something, so that what always
 /// finds something to do does not keep the others from theirs.
 private enum Unit: CaseIterable {
-    case merge, remove, reclaim, evacuate, rewriteManifest
+    case hydrate, merge, remove, reclaim, evacuate, rewriteManifest
 }
 
 extension ReplicaStore {
@@ -118,6 +123,7 @@ extension ReplicaStore {
 
     private func carryOut(_ unit: Unit, _ disk: any Storage) throws(StoreError) -> UpkeepAction? {
         switch unit {
+        case .hydrate: try hydrateForks(disk)
         case .merge: try mergeLayers(disk)
         case .remove: try removeUnnamedFiles()
         case .reclaim: try reclaimSegments(disk)
