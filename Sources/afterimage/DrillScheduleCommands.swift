@@ -25,10 +25,10 @@ extension DrillCommand {
                 guard every.seconds >= 86_400, every.seconds % 86_400 == 0 else { throw ValidationError("--every is in whole days: 1d, 7d, 2w") }
             }
 
-            var request: SetDrillSchedule { SetDrillSchedule(everyDays: every.seconds / 86_400, at: at, machine: machine.request(point: nil)) }
+            func request() throws -> SetDrillSchedule { SetDrillSchedule(everyDays: every.seconds / 86_400, at: at, machine: try machine.request(point: nil)) }
 
             func run(_ client: APIClient) async throws {
-                let schedule: DrillScheduleView = try await client.put("/v1/servers/\(APIClient.segment(name))/drill-schedule", request)
+                let schedule: DrillScheduleView = try await client.put("/v1/servers/\(APIClient.segment(name))/drill-schedule", try request())
                 try show(schedule) { ["drills of \(name) are started every \(Words.count(schedule.everyDays, "day")) at \(schedule.at), the next \(Words.timeToSecond(schedule.next))"] }
             }
         }

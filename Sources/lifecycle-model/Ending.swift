@@ -14,7 +14,7 @@ struct Ending: Sendable {
 
     /// What is still owed.
     private func late() async throws -> [String] {
-        let servers: [ServerAnswer] = try await asks.client.get("/v1/servers")
+        let servers: [ServerAnswer] = try await asks.get("/v1/servers")
         let behind = servers.filter { ["Enable Replicating", "Initial Full Sync"].contains($0.state) || $0.state == "Replication Interrupted" && $0.settings?.isPaused != true }
         return behind.map { "\($0.name) is \($0.place) (\($0.reason ?? "no reason"))" }
             + (try await asks.tasks()).filter { $0.status == "running" }.map { "task \($0.id), \($0.operation) of \($0.server ?? "?")" }
@@ -22,14 +22,14 @@ struct Ending: Sendable {
 
     /// Takes everything back to nothing by what the model permits.
     func clear() async throws {
-        for export in try await asks.client.get("/v1/exports", [ExportAnswer].self) {
+        for export in try await asks.get("/v1/exports", [ExportAnswer].self) {
             _ = await asks.ask(.unexport, of: export.server, Order(method: "DELETE", path: "/v1/servers/\(export.server)/recovery-points/\(export.recoveryPoint)/export"))
         }
-        let servers: [ServerAnswer] = try await asks.client.get("/v1/servers")
+        let servers: [ServerAnswer] = try await asks.get("/v1/servers")
         for server in servers {
             // So many steps are enough from everywhere: drill cleared, point changed, committed or stopped, unregistered.
             for step in 0... {
-                guard let view = await asks.server(server.name) else { break }
+                guard let view = try await asks.serverWhenUp(server.name) else { break }
                 guard step < 12 else { throw Trouble("\(view.name) does not come to an end; it is \(view.place)\(view.reason.map { ": " + $0 } ?? "")") }
                 try await stepTowardsEnd(view)
             }
@@ -63,7 +63,7 @@ struct Ending: Sendable {
 
     private func end(of task: TaskAnswer) async throws {
         try await until("task \(task.id), \(task.operation) of \(task.server ?? "?"), ends", seconds: 180) {
-            let now: TaskAnswer = try await asks.client.get("/v1/tasks/\(task.id)")
+            let now: TaskAnswer = try await asks.get("/v1/tasks/\(task.id)")
             return now.status != "running"
         }
     }
@@ -72,11 +72,11 @@ struct Ending: Sendable {
     func judge() async throws -> Set<Place> {
         let ledger = asks.ledger, sites = asks.sites
         let tasks = try await asks.tasks()
-        let events: [EventAnswer] = try await asks.client.get("/v1/events?limit=1000")
+        let events: [EventAnswer] = try await asks.get("/v1/events?limit=1000")
         guard tasks.count < 1000, events.count < 1000 else { throw Trouble("\(tasks.count) tasks and \(events.count) events are more than one answer holds: ask for fewer operations") }
         await ledger.judge(tasks: tasks)
         let places = await ledger.judge(events: events, servers: sites.servers)
-        let status: StatusAnswer = try await asks.client.get("/v1/status")
+        let status: StatusAnswer = try await asks.get("/v1/status")
         if !status.servers.isEmpty || status.store.forkCount > 0 { await ledger.violate("left at the end: \(status.servers.map(\.name)), \(status.store.forkCount) forks") }
         // A machine's process may need a moment to be gone after its end was waited for by somebody else; its files not.
         for machine in Machine.all(below: sites.runtime) where machine.isAlive { await ledger.violate("left at the end: machine \(machine.instance), pid \(machine.pid)") }

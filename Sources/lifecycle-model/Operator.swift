@@ -51,6 +51,14 @@ struct Operator: Sendable {
         }
     }
 
+    /// Nobody kills the appliance any more, but a connection may be of one that was killed.
+    func get<Answer: Decodable & Sendable>(_ path: String, _ type: Answer.Type = Answer.self) async throws -> Answer {
+        for _ in 0..<20 {
+            do { return try await client.get(path) } catch APIClient.Failure.unreachable { try await Task.sleep(for: .milliseconds(50)) }
+        }
+        return try await client.get(path)
+    }
+
     /// nil: there is none, or nobody answers.
     func server(_ name: String) async -> ServerAnswer? { try? await client.get("/v1/servers/\(name)") }
 
@@ -62,7 +70,7 @@ struct Operator: Sendable {
         throw Trouble("the appliance does not answer any more")
     }
     func points(_ server: String) async -> [PointAnswer] { (try? await client.get("/v1/servers/\(server)/recovery-points?limit=40")) ?? [] }
-    func tasks(_ server: String? = nil) async throws -> [TaskAnswer] { try await client.get("/v1/tasks?limit=1000" + (server.map { "&server=\($0)" } ?? "")) }
+    func tasks(_ server: String? = nil) async throws -> [TaskAnswer] { try await get("/v1/tasks?limit=1000" + (server.map { "&server=\($0)" } ?? "")) }
     func newestEvent(_ server: String) async -> Int64? {
         let events: [EventAnswer]? = try? await client.get("/v1/events?limit=1&server=\(server)")
         return events?.first?.id

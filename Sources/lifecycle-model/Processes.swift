@@ -70,7 +70,9 @@ struct Machine: Hashable {
             guard let pid = pid_t(entry), let data = FileManager.default.contents(atPath: "/proc/\(pid)/cmdline"), !data.isEmpty else { return nil }
             let words = data.split(separator: 0).map { String(decoding: $0, as: UTF8.self) }
             guard let name = words.firstIndex(of: "-name"), name + 1 < words.count, words[name + 1].hasPrefix("afterimage-"),
-                words.contains(where: { $0.contains("unix:\(directory)/") }), let ticks = startTicks(pid)
+                words.contains(where: { $0.contains("unix:\(directory)/") }), let ticks = startTicks(pid),
+                // A script that starts QEMU has its words too, and so have the children of that.
+                (try? FileManager.default.destinationOfSymbolicLink(atPath: "/proc/\(pid)/exe"))?.split(separator: "/").last?.hasPrefix("qemu") == true
             else { return nil }
             return Machine(instance: String(words[name + 1].dropFirst("afterimage-".count)), pid: pid, startTicks: ticks)
         }

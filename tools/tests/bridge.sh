@@ -79,6 +79,7 @@ on_others_bridge() {
     tap=$(ours | grep -o 'aft[0-9a-f]*')
     [ "$(master_of "$tap")" = br9 ] && [ -z "$(dnsmasqs)" ]
 }
+check "it replicates again" until_true 60 server_state_is s Replicating
 check "a machine is on a bridge of the host" on_others_bridge
 check "cleared, its tap is gone" cleared
 check "and the bridge is not" test -e /sys/class/net/br9
