@@ -118,7 +118,21 @@ extension Lifecycle {
         result.path = order.path
         result.writtenBytes = written
         result.message = "\(order.path) on the appliance's host holds disk \(order.disk); everything was read back and is equal"
-        return result
+        let outcome = result
+        let isWanted: Bool
+        do {
+            isWanted = try await catalogue.write { db in
+                guard try TaskRecord.fetchOne(db, key: task.id)?.status == .running else { return false }
+                try TaskBoard.finish(task, result: outcome, in: db)
+                return true
+            }
+        } catch {
+            if order.format != .device { unlink(order.path) }
+            throw error
+        }
+        // Cancelled after its last step: nobody is told of the file, and it goes.
+        if !isWanted, order.format != .device { unlink(order.path) }
+        return outcome
     }
 
     /// Writes the order's target, syncs it, reads it back and compares. Returns how many bytes were written. `last`, when that is done: ends
