@@ -103,7 +103,7 @@ enum Terminal {
         let all = [headings] + rows
         var widths = headings.indices.map { column in all.map { $0[column].count }.max() ?? 0 }
         if let columns {
-            let last = widths[widths.count - 1], room = columns - (last <= shortColumn ? last : 0)
+            let last = widths[widths.count - 1], room = columns - (last <= shortColumn ? last : headings[headings.count - 1].count)
             while widths.dropLast().reduce(0, { $0 + $1 + 2 }) > room, let widest = widths.dropLast().indices.max(by: { widths[$0] < widths[$1] }), widths[widest] > columnMin { widths[widest] -= 1 }
         }
         let indent = widths.dropLast().reduce(0) { $0 + $1 + 2 }

@@ -36,7 +36,9 @@ struct UserTests {
             #expect(try await status(first.secret) == 200)
             #expect(try await status(first.secret, "/v1/users") == 403)
             let own = try await ask(client, .get, "/v1/sessions/current", as: first.secret)
-            #expect(try APIJSON.decoder().decode(HolderView.self, from: Data(buffer: own.body)) == first.session)
+            let shown = try APIJSON.decoder().decode(HolderView.self, from: Data(buffer: own.body))
+            #expect(shown.name == first.session.name && shown.role == first.session.role && shown.isSession)
+            #expect(abs(try #require(shown.expires).timeIntervalSince(try #require(first.session.expires))) < 0.002)
             #expect(first.session.name == "ann (user)", "a token may have the same name")
 
             #expect(try await ask(client, .delete, "/v1/sessions/current", as: first.secret).status == .noContent)

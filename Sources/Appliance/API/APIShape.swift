@@ -142,7 +142,7 @@ struct APIShapeCheck: Sendable {
         guard shape.body != nil else { return request }
         var request = request
         let buffer: ByteBuffer
-        do { buffer = try await request.collectBody(upTo: bodyBytesMax) } catch let error as HTTPError where error.status == .contentTooLarge {
+        do { buffer = try await request.collectBody(upTo: bodyBytesMax) } catch where (error as? HTTPError)?.status == .contentTooLarge || error is NIOTooManyBytesError {
             throw HTTPError(.contentTooLarge, message: "The request's body is larger than \(Amount.bytes(UInt64(bodyBytesMax))).")
         }
         guard buffer.readableBytes > 0 else { return request }

@@ -92,7 +92,7 @@ struct Users: Sendable {
         let isRight = try await Passwords.shared.matches(request.password, record?.password)
         guard let record, isRight else { throw ApplianceError.unauthorized("There is no such user, or it has another password.") }
         let secret = Secrets.random(), now = Date.now.toMilliseconds
-        let session = SessionRecord(hash: Secrets.hash(secret), user: record.name, created: now, expires: now + Self.sessionSeconds)
+        let session = SessionRecord(hash: Secrets.hash(secret), user: record.name, created: now, expires: (now + Self.sessionSeconds).toMilliseconds)
         let holder = try await catalogue.write { db in
             // The password may have been changed while it was compared.
             guard try UserRecord.fetchOne(db, key: record.name) == record else { throw ApplianceError.unauthorized("There is no such user, or it has another password.") }

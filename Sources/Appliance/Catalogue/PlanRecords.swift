@@ -162,7 +162,8 @@ public struct PlanStepRecord: Codable, Sendable, FetchableRecord, PersistableRec
         case .manual: work.manual?.text ?? "?"
         }
     }
-    var title: String { "step \(number) (\(groupName): \(words))" }
+    /// For logs: a script's arguments are not repeated there.
+    var title: String { "step \(number) (\(groupName): \(work.script?.path ?? words))" }
 
     /// A group's steps in their order: its servers together, then one after the other.
     static func steps(of definition: PlanDefinition, run: Int64, kind: InstanceKind, without: [String]) -> [PlanStepRecord] {

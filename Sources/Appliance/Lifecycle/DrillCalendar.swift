@@ -31,7 +31,7 @@ struct DrillCalendar: Sendable {
     /// `HH:MM`
     static func minute(_ text: String) throws(ApplianceError) -> Int {
         let parts = text.split(separator: ":", omittingEmptySubsequences: false)
-        guard parts.count == 2, parts.allSatisfy({ $0.count == 2 && $0.allSatisfy(\.isASCII) }), let hour = Int(parts[0]), let minute = Int(parts[1]), (0...23).contains(hour), (0...59).contains(minute) else {
+        guard parts.count == 2, parts.allSatisfy({ $0.utf8.count == 2 && $0.utf8.allSatisfy((UInt8(ascii: "0")...UInt8(ascii: "9")).contains) }), let hour = Int(parts[0]), let minute = Int(parts[1]), (0...23).contains(hour), (0...59).contains(minute) else {
             throw .invalid("the time of the day is HH:MM, 00:00 to 23:59, not \(text)")
         }
         return hour * 60 + minute

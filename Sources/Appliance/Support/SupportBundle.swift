@@ -62,7 +62,7 @@ struct SupportBundle: Sendable {
 
     private static let hostFiles = [
         ("os-release", "/etc/os-release"), ("version", "/proc/version"), ("memory", "/proc/meminfo"), ("processors", "/proc/cpuinfo"), ("load", "/proc/loadavg"), ("uptime", "/proc/uptime"),
-        ("mounts", "/proc/self/mounts"), ("partitions", "/proc/partitions"), ("limits", "/proc/self/limits"), ("process", "/proc/self/status"), ("interrupts-of-memory", "/proc/pressure/memory"),
+        ("mounts", "/proc/self/mounts"), ("partitions", "/proc/partitions"), ("limits", "/proc/self/limits"), ("process", "/proc/self/status"), ("memory-pressure", "/proc/pressure/memory"),
         ("io-pressure", "/proc/pressure/io"), ("interfaces", "/proc/net/dev"),
     ]
 

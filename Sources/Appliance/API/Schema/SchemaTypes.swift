@@ -70,8 +70,22 @@ extension UInt16: SchemaDescribed {}
 extension UInt32: SchemaDescribed {}
 extension UInt64: SchemaDescribed {}
 
-extension BootCheck: SchemaCases {
-    static let schemaCases = ["running", "serial"]
+/// Holds itself.
+extension BootCheck: SchemaDescribed {
+    static var schema: JSONValue {
+        func choice(_ name: String, _ value: JSONValue?) -> JSONValue {
+            let inner: JSONValue = value.map { ["type": "object", "properties": ["_0": $0], "required": ["_0"]] } ?? ["type": "object"]
+            return ["type": "object", "properties": .object([name: inner]), "required": .array([.string(name)])]
+        }
+        return ["oneOf": [
+            choice("running", nil), choice("serial", String.schema), choice("agent", nil), choice("tcp", UInt16.schema), choice("script", String.schema),
+            choice("all", ["type": "array", "items": ["type": "object"]]),
+        ]]
+    }
+    static var sample: BootCheck { .running }
+}
+extension MachineScript.Place: SchemaCases {
+    static let schemaCases = ["guest", "host"]
 }
 
 extension JSONValue: ExpressibleByStringLiteral, ExpressibleByIntegerLiteral, ExpressibleByBooleanLiteral, ExpressibleByArrayLiteral, ExpressibleByDictionaryLiteral {
