@@ -120,7 +120,8 @@ walk() {
     product_setup
     console=$run_dir/console-$1
     prepare_disk "$1"
-    attach_loop "$disk"
+    disk_file=$disk
+    attach_loop "$disk_file"
     start_appliance
     start_agent "$loop_device"
     enrol "$server"
