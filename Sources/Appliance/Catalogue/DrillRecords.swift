@@ -19,7 +19,7 @@ public struct DrillScheduleRecord: Codable, Sendable, FetchableRecord, Persistab
     public var who: String
 }
 
-public enum DrillResult: String, Sendable, Codable {
+public enum DrillResult: String, Sendable, Codable, CaseIterable {
     /// Its machine was ready: the boot check passed, or none was asked for.
     case passed
     case failed
