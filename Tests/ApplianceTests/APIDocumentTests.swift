@@ -92,8 +92,10 @@ struct APIDocumentTests {
                     #expect(response.body.readableBytes == 0 && answer["content"] == nil, "\(method) \(path): another type of content")
                     return
                 }
+                // An archive, a picture.
+                guard let schema = content["schema"] else { return }
                 let value = try JSONDecoder().decode(JSONValue.self, from: Data(buffer: response.body))
-                let wrong = check.mismatch(value, try #require(content["schema"]))
+                let wrong = check.mismatch(value, schema)
                 #expect(wrong == nil, "\(method) \(path): \(wrong ?? "")")
                 seen.insert("\(method.rawValue) \(route.path)")
             }
@@ -110,7 +112,7 @@ struct APIDocumentTests {
             try await ask(.post, "/v1/alert-channels/c/test", nil, 200)
             try await fill(api)
             for path in [
-                "/v1/health", "/v1/ca", "/v1/status", "/v1/store", "/v1/site-pairs", "/v1/servers", "/v1/servers/web", "/v1/servers/web/removal", "/v1/servers/web/policy", "/v1/servers/web/alerts", "/v1/users", "/v1/sessions/current", "/v1/servers/web/recovery-points",
+                "/v1/health", "/v1/ca", "/v1/status", "/v1/store", "/v1/site-pairs", "/v1/servers", "/v1/servers/web", "/v1/servers/web/policy", "/v1/servers/web/alerts", "/v1/users", "/v1/sessions/current", "/v1/servers/web/recovery-points",
                 "/v1/mounts", "/v1/exports", "/v1/tasks?server=web&limit=5", "/v1/tasks/1", "/v1/events", "/v1/alerts?all=true", "/v1/alert-channels", "/v1/tokens", "/v1/openapi.json",
             ] { try await ask(.get, path, nil, 200) }
             try await ask(.delete, "/v1/tokens/t", nil, 204)

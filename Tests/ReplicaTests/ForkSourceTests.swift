@@ -5,7 +5,7 @@ import Testing
 @testable import Replica
 
 /// What a fork hands out as a source, applied to plain arrays.
-@Suite(.timeLimit(.minutes(5))) struct ForkSourceTests {
+@Suite(.timeLimit(.minutes(20))) struct ForkSourceTests {
     static let specs = [spec("vda", bytes: 300 * 4096 + 512), spec("vdb", bytes: 64 * 4096)]
 
     /// A fork of a group with something in it, and what it holds.

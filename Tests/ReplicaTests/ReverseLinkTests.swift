@@ -6,7 +6,7 @@ import Testing
 @testable import Replica
 
 /// A fork sent back onto disks, over real connections.
-@Suite(.timeLimit(.minutes(5))) struct ReverseLinkTests {
+@Suite(.timeLimit(.minutes(20))) struct ReverseLinkTests {
     static let specs = [spec("vda", bytes: 8 << 20), spec("vdb", bytes: (1 << 20) + 512)]
 
     /// Disks as files, and what stands in for a machine.
