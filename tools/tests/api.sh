@@ -42,6 +42,9 @@ hide_devices() {
     ln -s /proc/self/fd "$run_dir/dev/fd"
     mkdir "$run_dir/dev/shm"
     mount --rbind "$run_dir/dev" /dev
+    # Its file has no name in here by which the end would find it.
+    defer losetup --detach "$loop_device"
+    defer umount -l /dev
 }
 ai() { "$afterimage" "$@" </dev/null; }
 export -f ai
