@@ -43,6 +43,27 @@ import Testing
         }
     }
 
+    /// One that was on its way when the source was fenced must not let go of the writes that the failover counts on.
+    @Test func anOrderFromBeforeAFenceComesTooLate() async throws {
+        try await withBench { bench in
+            await bench.replication.carryOut(.startReplication(bench.order(epochMilliseconds: 20)))
+            try await bench.morePoints()
+            await bench.replication.carryOut(.holdWrites(HoldOrder(id: "move", seconds: 60)))
+            for _ in 0..<5000 where await bench.replication.status().hold?.isQuiet != true { try await Task.sleep(for: .milliseconds(2)) }
+            #expect(try bench.store.raiseGeneration(GroupID(bench.id.rawValue)) == Generation(2))
+            await bench.replication.carryOut(.fenced(Generation(2)))
+            await bench.replication.carryOut(.startReplication(bench.order(epochMilliseconds: 30)))
+            let held = await bench.replication.status()
+            #expect(held.hold?.isFinal == true && held.phase != .replicating, "\(held)")
+            // The failover was rolled back.
+            var order = bench.order(epochMilliseconds: 30)
+            order.generation = Generation(2)
+            await bench.replication.carryOut(.startReplication(order))
+            #expect(await bench.replication.status().hold == nil)
+            try await bench.morePoints()
+        }
+    }
+
     @Test func theSameOrderRestartsWhatMayNotRestartByItself() async throws {
         try await withBench { bench in
             let order = bench.order(epochMilliseconds: 20, automaticRestart: false)

@@ -43,6 +43,26 @@ import Testing
         await appliance.stop()
     }
 
+    /// What the answer to a hello says may be older than what is sent while it is made: an order that came first and was taken back by it would be lost.
+    @Test func whatIsSentWhileAHelloIsAnsweredComesAfterTheAnswer() async throws {
+        let appliance = try TestAppliance()
+        let order = ReplicationOrder(group: TestAppliance.group, generation: Generation(1), disks: ["vda"])
+        appliance.policy.withLock {
+            $0.commands = [.stopReplication]
+            $0.beforeAnswer = { try? await appliance.server.send(.startReplication(order), to: ServerID("web-1")) }
+        }
+        try await appliance.start()
+        let received = Mutex<[AgentCommand]>([])
+        let client = try client(appliance) { command in received.withLock { $0.append(command) } }
+        client.start()
+        try await eventually("two commands") { received.withLock { $0.count } == 2 }
+        #expect(received.withLock { $0 } == [.stopReplication, .startReplication(order)])
+        try await appliance.server.send(.cutNow(.crash), to: ServerID("web-1"))
+        try await eventually("three commands") { received.withLock { $0.last } == .cutNow(.crash) }
+        await client.stop()
+        await appliance.stop()
+    }
+
     @Test func controlStreamComesBackAfterARestartOfTheAppliance() async throws {
         let appliance = try TestAppliance()
         try await appliance.start()

@@ -59,6 +59,8 @@ final class TestPolicy: LinkServerDelegate {
         var removed: Set<ServerID> = []
         var replicates = true
         var commands: [AgentCommand] = []
+        /// Runs while a hello is being answered.
+        var beforeAnswer: (@Sendable () async -> Void)?
         var hellos: [AgentHello] = []
         var statuses: [AgentStatus] = []
         var disconnects = 0
@@ -71,7 +73,8 @@ final class TestPolicy: LinkServerDelegate {
         state.withLock { !$0.removed.contains(server) }
     }
     func agentConnected(_ server: ServerID, _ hello: AgentHello) async -> [AgentCommand] {
-        state.withLock { state in
+        await state.withLock { $0.beforeAnswer }?()
+        return state.withLock { state in
             state.hellos.append(hello)
             return state.commands
         }

@@ -18,6 +18,8 @@ actor AgentReplication: CommandedReplication {
     private let logger: Logger
     private var sender: Sender?
     private var order: ReplicationOrder?
+    /// The newest generation that it was fenced under: an order from before comes too late.
+    private var fence: Generation?
     private var hold: WriteHold?
     private var holdEnds = ContinuousClock.now
     private var endedHold: String?
@@ -32,6 +34,10 @@ actor AgentReplication: CommandedReplication {
     func carryOut(_ command: AgentCommand) async {
         switch command {
         case .startReplication(let order):
+            if let fence, order.generation < fence {
+                logger.warning("told to replicate under \(order.generation), but fenced under \(fence): not replicating")
+                return
+            }
             await endHold("replication goes on")
             if order == self.order, let sender, sender.status.phase != .fenced {
                 // Changes nothing unless it was interrupted and may not restart by itself: then this is the operator's restart.
@@ -67,10 +73,11 @@ actor AgentReplication: CommandedReplication {
             await stop()
         case .fenced(let generation):
             hold?.isFinal = true
+            fence = max(fence ?? generation, generation)
             let writes = hold == nil ? "" : "; writes to its disks stay held"
             logger.warning("fenced: this server was failed over under \(generation); replication stops until an operator decides\(writes)")
             await stop()
-        case .restart, .keepConfiguration:
+        case .restart, .keepConfiguration, .followDisks:
             // The agent's own business, not the replication's.
             break
         case .keepOriginal, .startReverse, .disksReady:
@@ -122,6 +129,7 @@ actor AgentReplication: CommandedReplication {
         var status = sender?.status ?? AgentStatus()
         status.source = await tap.source.statistics
         status.live = await tap.live()
+        status.hostDisks = tap.hostDisks
         status.hold = hold
         return status
     }

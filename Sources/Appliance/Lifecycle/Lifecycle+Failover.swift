@@ -113,7 +113,7 @@ extension Lifecycle {
             $0.volumes = settled.volumes
         }
         FaultPoint.generationStored.reached(task.operation)
-        if let generation = settled.generation { await tell(ServerID(instance.server), .fenced(Generation(UInt64(generation)))) }
+        await tellOrder(ServerID(instance.server))
         return settled
     }
 
@@ -126,8 +126,7 @@ extension Lifecycle {
                 if record.state.phase == .forward { try Self.takeIn(&record, protected: volumes, in: db) }
                 return record
             }
-            guard record.state.phase != .failover, agents[record.serverID]?.connected == true else { return }
-            for command in try commands(for: record) { await tell(record.serverID, command) }
+            if record.state.phase != .failover { await tellOrder(record.serverID) }
         } catch {
             logger.error("replication is not offered again: \(error)", metadata: ["server": "\(server)"])
         }
@@ -316,7 +315,7 @@ extension Lifecycle {
         try await update(machine.id) { $0.generation = generation.map { Int64($0.rawValue) } ?? $0.generation }
         FaultPoint.commitStored.reached(task.operation)
         // A source that connects again is told the newest.
-        if let generation { await tell(ServerID(machine.server), .fenced(generation)) }
+        await tellOrder(ServerID(machine.server))
         var result = TaskResult()
         result.instance = machine.id
         result.recoveryPoint = machine.point

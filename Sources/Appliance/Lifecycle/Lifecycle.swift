@@ -22,6 +22,8 @@ public actor Lifecycle {
     let logger: Logger
     /// What agents said last; only in memory.
     var agents: [ServerID: LiveAgent] = [:]
+    /// See `tellOrder`.
+    private var orders: [ServerID: AgentOrders] = [:]
     var link: LinkServer?
     var isStopping = false
     /// What the audit log says of the store's space.
@@ -77,6 +79,32 @@ public actor Lifecycle {
         do { try await link?.send(command, to: server) } catch {
             logger.info("will be told when it connects: \(error)", metadata: ["server": "\(server)"])
         }
+    }
+
+    /// Tells the agent what it is to do now, as the catalogue has it; for whoever has changed that. One at a time of a server, each by what the catalogue says after
+    /// it was asked for: of changes at once the agent's last order is that of the last one. `restarts`: the operator wants it to go on even if it may not by itself.
+    func tellOrder(_ server: ServerID, restarts: Bool = false) async {
+        if restarts { orders[server, default: AgentOrders()].restarts = true }
+        guard orders[server]?.isTold != true else {
+            orders[server]?.isOutdated = true
+            return
+        }
+        var isOutdated = true
+        while isOutdated {
+            let restarts = orders[server]?.restarts == true
+            orders[server] = AgentOrders(isTold: true)
+            do {
+                if agents[server]?.connected == true, agents[server]?.rescueInstance == nil,
+                    let record = try await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) })
+                {
+                    for command in try commands(for: record, restarts: restarts) { await tell(server, command) }
+                }
+            } catch {
+                logger.error("cannot tell an agent what it is to do: \(error)", metadata: ["server": "\(server)"])
+            }
+            isOutdated = orders[server]?.isOutdated == true
+        }
+        orders[server] = nil
     }
 
     func hasRecoveryPoint(_ server: ServerRecord) -> Bool { newestPoint(server) != nil }
@@ -141,6 +169,16 @@ struct LiveAgent: Sendable {
     var configuration: Int?
     /// In rescue mode: the instance of its disks' source.
     var rescueInstance: String?
+    /// Disks of its host that it was told to follow, too, by identity.
+    var addedDisks: Set<String> = []
+}
+
+/// That an agent is being told what it is to do.
+struct AgentOrders {
+    var isTold = false
+    /// Something has changed since.
+    var isOutdated = false
+    var restarts = false
 }
 
 /// Bytes per second over a sliding window.

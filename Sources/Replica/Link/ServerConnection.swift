@@ -21,6 +21,8 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
     private var logger: Logger
     private var state = State.handshake
     private var greeting: Task<Void, Never>?
+    /// Of a control stream: commands until its hello is answered; nil: it is.
+    private var waiting: [AgentCommand]? = []
     /// Succeeds once no epoch of this connection is being made durable any more.
     private var idle: EventLoopFuture<Void>
 
@@ -189,7 +191,7 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
         await older.task?.value
         let (statuses, continuation) = AsyncStream.makeStream(of: AgentStatus.self, bufferingPolicy: .bufferingNewest(1))
         if await welcomeControl(continuation) {
-            for command in await server.delegate.agentConnected(id, hello) { _ = await send(command) }
+            await answer(await server.delegate.agentConnected(id, hello))
             for await status in statuses { await server.delegate.agentStatus(id, status) }
         }
         server.registry.remove(self)
@@ -202,6 +204,16 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
     private func onLoop<T: Sendable>(_ body: @escaping @Sendable () -> T) async -> T {
         // Loops of this process live as long as it does: submitting cannot fail.
         try! await eventLoop.submit(body).get()
+    }
+
+    /// What an agent that has said hello is to do comes first; what was sent meanwhile is newer.
+    private func answer(_ commands: [AgentCommand]) async {
+        await onLoop { [self] in
+            let later = waiting ?? []
+            waiting = nil
+            guard case .control(let handler, _) = state else { return }
+            for command in commands + later { handler.send(.control) { $0.putJSON(ControlMessage.command(command)) } }
+        }
     }
 
     private func isGreeting() async -> Bool {
@@ -248,6 +260,10 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
     func send(_ command: AgentCommand) async -> Bool {
         await onLoop {
             guard case .control(let handler, _) = self.state else { return false }
+            if self.waiting != nil {
+                self.waiting?.append(command)
+                return true
+            }
             handler.send(.control) { $0.putJSON(ControlMessage.command(command)) }
             return true
         }
