@@ -54,7 +54,7 @@ struct Ending: Sendable {
             try await must(.changePoint, "POST", "/failover/recovery-point", ["recoveryPoint": .string(point.id), "bootCheck": "none", "network": "none"])
         case "Failed Over": try await must(.commit, "POST", "/failover/commit", ["confirm": .string(view.name)])
         default:
-            for point in await asks.points(view.name) where point.hold != nil {
+            for point in await asks.allPoints(view.name) where point.hold != nil {
                 try await must(.release, "DELETE", "/recovery-points/\(point.id)/hold", ["confirm": .string(point.hold!)])
             }
             try await must(.unregister, "DELETE", "", ["deletePoints": true, "stopMachine": true])

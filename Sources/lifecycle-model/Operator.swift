@@ -70,6 +70,8 @@ struct Operator: Sendable {
         throw Trouble("the appliance does not answer any more")
     }
     func points(_ server: String) async -> [PointAnswer] { (try? await client.get("/v1/servers/\(server)/recovery-points?limit=40")) ?? [] }
+    /// One that is held may be older than the newest forty.
+    func allPoints(_ server: String) async -> [PointAnswer] { (try? await client.get("/v1/servers/\(server)/recovery-points")) ?? [] }
     func tasks(_ server: String? = nil) async throws -> [TaskAnswer] { try await get("/v1/tasks?limit=1000" + (server.map { "&server=\($0)" } ?? "")) }
     func newestEvent(_ server: String) async -> Int64? {
         let events: [EventAnswer]? = try? await client.get("/v1/events?limit=1&server=\(server)")

@@ -23,6 +23,7 @@ extension Lifecycle {
             guard let server = servers.first(where: { $0.id == export.server }) else { continue }
             do { _ = try await exports.begin(export, serverName: server.name) } catch {
                 logger.error("cannot serve an exported recovery point again: \(error)", metadata: ["server": "\(server.name)"])
+                if !store.recoveryPoints(server.group).contains(where: { $0.id == export.point }) { await forget(export) }
             }
         }
         // No agent is connected yet: what was followed is interrupted until its agent is back.
@@ -35,6 +36,17 @@ extension Lifecycle {
             if task.operation != .startReplication { await tasks.log(task, "the appliance was restarted: going on") }
             await start(task)
         }
+    }
+
+    /// Its point was deleted in the moment in which the appliance was killed.
+    private func forget(_ export: PointExportRecord) async {
+        do {
+            try await exports.end(export.id)
+            try await catalogue.write { db in
+                try PointExportRecord.deleteOne(db, key: export.id)
+                try db.event("appliance", "Unexport recovery point", server: try ServerRecord.fetchOne(db, key: export.server), detail: "\(export.point): it is gone")
+            }
+        } catch { logger.error("cannot end the export of \(export.point): \(error)") }
     }
 
     /// Starts a task's work in the background.

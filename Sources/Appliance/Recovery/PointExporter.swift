@@ -1,4 +1,5 @@
 import Foundation
+import Glibc
 import Replica
 
 /// Recovery points served read-only over NBD until they are unexported.
@@ -27,6 +28,8 @@ actor PointExporter {
 
     func end(_ id: String) async throws {
         await serving.removeValue(forKey: id)?.stop()
+        // Of a process that was killed, and whose point could not be served again.
+        unlink(socketPath(id))
     }
 
     func stop() async {
