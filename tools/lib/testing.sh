@@ -1,6 +1,6 @@
 # Sourced by the shell tests in tools/tests. Each prints lines that tools/test counts:
 #   ok NAME          not ok NAME: REASON          skip NAME: WHY
-# A test script may say "# tier: short-guest" or "# tier: guest" in its head (it boots machines), and "# limit: SECONDS".
+# A test script may say "# tier: short-guest" or "# tier: guest" in its head (it boots machines), "# limit: SECONDS", and "# alone" (no other runs beside it).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$repository/tools/lib/packages.sh"
 source "$repository/tools/lib/fetch.sh"

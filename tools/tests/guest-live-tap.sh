@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # tier: guest
 # limit: 3600
 # guest-live-tap.sh [--seconds N] [--pause µS] [--suite SUITE]... [KIND...]: the live tap on the kernels of Debian, in guests: dependent writes to virtio-blk, SCSI, NVMe

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # tier: guest
 # limit: 420
 # The machine of the quickstart is an honest witness: it survives being killed at any moment, and it notices damage.

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # tier: guest
 # limit: 3000
 # A Debian with a database in use, once with a BIOS and once with UEFI: drilled, lost, failed over, its recovery point changed twice, committed. Each time the

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # tier: guest
 # limit: 1500
 # A whole Debian on its root disk, mounted and busy, followed by the live tap under the unit that systemd gets; it is lost, and comes up elsewhere.

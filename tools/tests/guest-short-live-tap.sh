@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # tier: short-guest
 # limit: 900
 # The short form of guest-live-tap.sh: the newest kernel for this Debian, a group with one disk of every kind, events dropped on purpose,

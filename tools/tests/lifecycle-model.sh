@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # limit: 900
 # Random operations on appliances, agents and machines that are killed, against a model of the state table: 25 sequences. tools/lifecycle-model runs more.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"

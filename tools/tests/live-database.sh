@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # limit: 420
 # Databases that commit all the time on a mounted file system, followed by the live tap: every recovery point is opened as after a power
 # cut, and has every transaction that was committed before its cut. SQLite (WAL) on ext4 and on XFS; PostgreSQL when it is installed.

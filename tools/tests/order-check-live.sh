@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # limit: 900
 # order-check of the live tap: dependent writes on the raw disk and in mounted file systems, agent, appliance or both killed meanwhile; every
 # recovery point is crash-consistent, and the last one has every write.

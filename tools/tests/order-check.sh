@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # limit: 480
 # Short runs of order-check: every recovery point of dependent writes on two disks is crash-consistent, left in peace and with
 # agent, appliance or both killed every few seconds.

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # tier: guest
 # limit: 420
 # A quickstart that is interrupted, or killed outright, leaves nothing; the latter is cleaned up by the next run.

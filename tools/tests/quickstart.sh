@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# alone
 # tier: short-guest
 # limit: 420
 # The main job, end to end: replication, drill, disaster and failover of a machine that can tell whether it lost anything.
