@@ -46,6 +46,7 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: ArgumentHelp("Run before a cut that is to be application-consistent: a program that puts what applications hold into their files.", valueName: "path")) var preScript: String?
         @Option(help: ArgumentHelp("Run after it, whatever happened.", valueName: "path")) var postScript: String?
         @Option(help: "How long a script may take, seconds; then it is killed.") var scriptSeconds: Int = 60
+        @Option(help: ArgumentHelp("live tap: another device to report to the appliance when it turns up; disks are reported by themselves, loop devices are not.", valueName: "device")) var watchDevice: [String] = []
         @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
 
         func agentConfiguration() throws -> AgentConfiguration {
@@ -66,6 +67,7 @@ struct AgentCommand: AsyncParsableCommand {
             configuration.preScript = try script(preScript, "--pre-script")
             configuration.postScript = try script(postScript, "--post-script")
             configuration.scriptSeconds = scriptSeconds
+            configuration.watchedDevices = watchDevice.map(absolute)
             return configuration
         }
 

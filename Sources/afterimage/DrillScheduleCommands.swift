@@ -95,10 +95,11 @@ extension DrillCommand {
 
             func run(_ client: APIClient) async throws {
                 let report: DrillReportRecord = try await client.get("/v1/drill-reports/\(id)")
-                try show(report) { Self.words(report) }
+                let task: TaskView? = try? await client.get("/v1/tasks/\(id)")
+                try show(report) { Self.words(report, hasScreenshot: task?.hasScreenshot == true) }
             }
 
-            static func words(_ report: DrillReportRecord) -> [String] {
+            static func words(_ report: DrillReportRecord, hasScreenshot: Bool) -> [String] {
                 var lines = ["drill \(report.id) of \(report.serverName): \(report.result.rawValue)"]
                 lines += Terminal.field("asked for by", "\(report.who), \(Words.timeToSecond(report.started))")
                 if let point = report.recoveryPoint, let time = report.recoveryPointTime, let age = report.recoveryPointAgeSeconds {
@@ -109,6 +110,7 @@ extension DrillCommand {
                 lines += Terminal.field("boot check", report.machine.bootCheck.text + (report.bootLine.map { ": \($0)" } ?? ""))
                 lines += Terminal.field("ended", Words.timeToSecond(report.ended))
                 if let error = report.error { lines += Terminal.field("error", error) }
+                if hasScreenshot { lines += Terminal.field("screenshot", "afterimage task screenshot \(report.id) FILE.png") }
                 if let console = report.console, !console.isEmpty { lines += ["  console"] + console.split(separator: "\n", omittingEmptySubsequences: false).map { "    \($0)" } }
                 return lines
             }

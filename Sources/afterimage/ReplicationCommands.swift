@@ -23,6 +23,7 @@ struct ReplicationCommand: AsyncParsableCommand {
         @Option(help: "CPUs of its recovery machines.") var cpus: Int?
         @Option(name: .customLong("memory"), help: "Memory of its recovery machines, MiB.") var memoryMiB: Int?
 
+        @Option(help: "A disk that turns up on its host later: ask (an alert, until it is added or left out) or add. At first: ask.") var newDisks: NewDisks?
         @Option(help: "The tap that its agent must have: live or nbd. Default: whichever it has (live, unless it was told otherwise).") var tap: String?
         @Option(help: ArgumentHelp("Make a recovery point that is more than crash-consistent every so often: 1h; 0s for none.", valueName: "span")) var consistentEvery: TimeSpan?
         @Option(help: "What those are: filesystem or application.") var consistency: Consistency?
@@ -46,6 +47,7 @@ struct ReplicationCommand: AsyncParsableCommand {
             request.tap = tap
             request.consistentEverySeconds = consistentEvery?.seconds
             request.consistency = consistency
+            request.newDisks = newDisks
             return request
         }
 
@@ -62,11 +64,12 @@ struct ReplicationCommand: AsyncParsableCommand {
             abstract: "Set how a protected server sends, while it replicates: nothing is interrupted. What is not given stays as it is.")
         @OptionGroup var global: GlobalOptions
         @OptionGroup var transfer: TransferOptions
+        @Option(help: "A disk that turns up on its host: ask or add.") var newDisks: NewDisks?
         @Argument(help: "The server's name.") var name: String
 
         func validate() throws {
-            guard transfer.epochMilliseconds != nil || transfer.throttle != nil || transfer.windows != nil || transfer.compression != nil else {
-                throw ValidationError("say what is to be set: --throttle, --throttle-window, --no-throttle-windows, --compression or --epoch-ms")
+            guard newDisks != nil || transfer.epochMilliseconds != nil || transfer.throttle != nil || transfer.windows != nil || transfer.compression != nil else {
+                throw ValidationError("say what is to be set: --throttle, --throttle-window, --no-throttle-windows, --compression, --epoch-ms or --new-disks")
             }
         }
 
@@ -76,6 +79,7 @@ struct ReplicationCommand: AsyncParsableCommand {
             request.throttleBytesPerSecond = transfer.throttle?.bytes
             request.throttleWindows = transfer.windows
             request.compression = transfer.compression
+            request.newDisks = newDisks
             let server: ServerView = try await client.put("/v1/servers/\(APIClient.segment(name))/replication", request)
             try show(server) { ["replication of \(server.name): \(server.settings?.transferText ?? "-")"] }
         }
@@ -146,3 +150,4 @@ struct WindowArgument: ExpressibleByArgument {
 
 extension CompressionChoice: ExpressibleByArgument {}
 extension StorageClass: ExpressibleByArgument {}
+extension NewDisks: ExpressibleByArgument {}

@@ -4,7 +4,7 @@ import Foundation
 
 struct ServerCommand: AsyncParsableCommand {
     static let configuration = CommandConfiguration(
-        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, SetPolicy.self, SetAlerts.self, Restart.self, Token.self, Remove.self])
+        commandName: "server", abstract: "Protected servers.", subcommands: [Add.self, List.self, Show.self, SetPolicy.self, SetAlerts.self, AddDisk.self, LeaveOutDisk.self, Restart.self, Token.self, Remove.self])
 
     struct Add: ClientCommand {
         static let configuration = CommandConfiguration(abstract: "Add 1 to 10 servers; prints the command that enrols each one's agent.")
@@ -87,6 +87,9 @@ struct ServerCommand: AsyncParsableCommand {
         for disk in server.disks {
             lines.append("  disk \(disk.name)  \(disk.devicePath), \(Words.bytes(disk.geometry.sizeBytes)), tap \(disk.tap)" + (disk.socketPath.map { " \($0)" } ?? ""))
         }
+        for disk in server.newDisks ?? [] {
+            lines += Terminal.field("not protected", "\(disk.path), \(Words.bytes(disk.sizeBytes))\(disk.serial.map { ", serial \($0)" } ?? ""): afterimage server add-disk \(server.name) \(disk.path)")
+        }
         for machine in server.instances {
             lines.append("  machine \(machine.id)  \(machine.kind.rawValue), \(machine.step.rawValue)" + (machine.reason.map { ": \($0)" } ?? ""))
             lines.append("    console     \(machine.consolePath)")
@@ -133,6 +136,33 @@ struct ServerCommand: AsyncParsableCommand {
                 return request
             }
             try show(server) { ["alerts of \(server.name): \(server.alertSettings.text)"] + (before == server.alertSettings ? [] : ["  before: \(before.text)"]) }
+        }
+    }
+
+    struct AddDisk: ClientCommand {
+        static let configuration = CommandConfiguration(
+            abstract: "Protect a disk that has turned up on the server's host, too.",
+            discussion: "Its agent opens the disks anew, the new one after the others; all are compared with the replica, and the next recovery point has the new one. Points from before do not have it.")
+        @OptionGroup var global: GlobalOptions
+        @Argument(help: "The server's name.") var name: String
+        @Argument(help: "The disk, as afterimage server show names it.") var device: String
+        @Option(name: .customLong("name"), help: ArgumentHelp("Its name in recovery; default: the device's.", valueName: "name")) var diskName: String?
+
+        func run(_ client: APIClient) async throws {
+            let server: ServerView = try await client.post("/v1/servers/\(APIClient.segment(name))/disks", Appliance.AddDisk(path: device, name: diskName))
+            try show(server) { ["the agent of \(server.name) was told to follow \(device), too: afterimage server show \(server.name)"] }
+        }
+    }
+
+    struct LeaveOutDisk: ClientCommand {
+        static let configuration = CommandConfiguration(abstract: "Knowingly leave out a disk that has turned up on the server's host: no alert any more.")
+        @OptionGroup var global: GlobalOptions
+        @Argument(help: "The server's name.") var name: String
+        @Argument(help: "The disk, as afterimage server show names it.") var device: String
+
+        func run(_ client: APIClient) async throws {
+            let server: ServerView = try await client.post("/v1/servers/\(APIClient.segment(name))/disks/left-out", Appliance.LeaveOutDisk(path: device))
+            try show(server) { ["\(device) of \(server.name) stays unprotected"] }
         }
     }
 

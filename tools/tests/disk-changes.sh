@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# limit: 300
-# The disks of a protected host change: one is added, one is missing and comes back, their order is another. What can go on goes on by itself; what
+# limit: 420
+# The disks of a protected host change: one is added, one is missing and comes back, their order is another, one turns up on the host. What can go on goes on by itself; what
 # cannot is said, with what to do.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 source "$repository/tools/lib/protected.sh"
@@ -95,6 +95,43 @@ began_anew() { grep -q "asks to begin anew" "$run_dir/agent.log" && server_state
 check "it begins anew, and goes on" until_true 60 began_anew
 write_both
 check "begun anew: the next recovery point has both" both_exact_after "$(now)"
+# --- a disk turns up on the host -----------------------------------------------------------------------------------------
+head -c 8M /dev/urandom >"$run_dir/third.img"
+attach_loop "$run_dir/third.img"
+third_device=$loop_device
+head -c 8M /dev/urandom >"$run_dir/fourth.img"
+attach_loop "$run_dir/fourth.img"
+fourth_device=$loop_device
+ai() { "$afterimage" "$@" </dev/null; }
+new_disk_is() { [ "$(server_field s newDisks.0.path)" = "$1" ]; }
+alerts_of() { ai status --json | python3 -c 'import json, sys; print(*(a["text"] for a in json.load(sys.stdin)["alerts"] if a["kind"] == "new-disk"))'; }
+disk_names_are() { [ "$(server_json s | python3 -c 'import json, sys; print(*json.load(sys.stdin)["settings"]["disks"])')" = "$*" ] && server_state_is s Replicating; }
+exact_with_third() {
+    both_exact_after "$1" || return 1
+    copy_is "$(point_after s "$1")" vdc "$third_device"
+}
+agent_options=(--watch-device "$third_device")
+restart_agent "$first_device" "$second_device"
+check "a disk turns up on the host: it is said" until_true 60 new_disk_is "$third_device"
+check "by an alert, with what to do" grep -q "server add-disk s $third_device" <(alerts_of)
+check "replication goes on without it" until_true 60 disk_names_are vda vdb
+refuses "a disk that the host has not" "has no disk /dev/nothere" "$afterimage" server add-disk s /dev/nothere
+refuses "a name that is taken" "has a disk vda already" "$afterimage" server add-disk s "$third_device" --name vda
+check "left out" ai server leave-out-disk s "$third_device"
+check "left out: nobody is told any more" [ -z "$(alerts_of)" ]
+check "added all the same" ai server add-disk s "$third_device" --name vdc
+check "added: it is protected, too" until_true 90 disk_names_are vda vdb vdc
+write_both
+check "added: the next recovery point has all three" exact_with_third "$(now)"
+agent_options=()
+restart_agent "$first_device" "$second_device"
+check "added: the agent knows it after a restart" until_true 90 disk_names_are vda vdb vdc
+check "by policy" ai replication set s --new-disks add
+agent_options=(--watch-device "$fourth_device")
+restart_agent "$first_device" "$second_device"
+check "by policy: what turns up is protected by itself" until_true 120 disk_names_are vda vdb vdc "${fourth_device##*/}"
+check "by policy: the audit log says who" audited "Protect disk"
+
 kill -TERM "$agent_pid"
 until_true 30 server_state_is s "Replication Interrupted" || true
 refuses "Restart Server without its agent" "not connected" "$afterimage" server restart s

@@ -11,11 +11,12 @@ extension API {
             APIRoute(method: .post, path: "/v1/plans", access: .role(.administrator), summary: "create a recovery plan", shape: .gives(PlanView.self, .created).takes(PlanDefinition.self)) { request, context in
                 try APIResponse.json(try await lifecycle.createPlan(try await definition(request), who: context.who), status: .created)
             },
-            APIRoute(method: .get, path: "/v1/plans/{plan}", access: .role(.viewer), summary: "show a recovery plan with its last run, step by step", shape: .gives(PlanView.self)) { _, context in
-                try APIResponse.json(try await lifecycle.plan(try plan(context)))
+            APIRoute(method: .get, path: "/v1/plans/{plan}", access: .role(.viewer), summary: "show a recovery plan with its last run, step by step", shape: .gives(PlanView.self).tagged) { _, context in
+                let found = try await lifecycle.plan(try plan(context))
+                return try APIResponse.json(found).tagged(try found.tag)
             },
-            APIRoute(method: .put, path: "/v1/plans/{plan}", access: .role(.administrator), summary: "edit a recovery plan; a run that goes on keeps its steps", shape: .gives(PlanView.self).takes(PlanDefinition.self)) { request, context in
-                try APIResponse.json(try await lifecycle.editPlan(try plan(context), try await definition(request), who: context.who))
+            APIRoute(method: .put, path: "/v1/plans/{plan}", access: .role(.administrator), summary: "edit a recovery plan; a run that goes on keeps its steps", shape: .gives(PlanView.self).takes(PlanDefinition.self).matches) { request, context in
+                try APIResponse.json(try await lifecycle.editPlan(try plan(context), try await definition(request), ifMatch: try request.precondition, who: context.who))
             },
             APIRoute(method: .delete, path: "/v1/plans/{plan}", access: .role(.administrator), summary: "delete a recovery plan and the record of its runs; confirmed by its name", shape: .nothing.takes(Confirmation.self)) { request, context in
                 try await lifecycle.deletePlan(try plan(context), try await request.decoded(Confirmation.self), who: context.who)

@@ -153,6 +153,12 @@ struct API: Sendable {
                 try APIResponse.json(
                     try await lifecycle.setAlerts(try name(context), try await request.decoded(SetAlerts.self), ifMatch: try request.precondition, who: context.who))
             },
+            APIRoute(method: .post, path: "/v1/servers/{server}/disks", access: .role(.operator), summary: "protect a disk that has turned up on the server's host", shape: .gives(ServerView.self).takes(AddDisk.self)) { request, context in
+                try APIResponse.json(try await lifecycle.addDisk(try name(context), try await request.decoded(AddDisk.self), who: context.who))
+            },
+            APIRoute(method: .post, path: "/v1/servers/{server}/disks/left-out", access: .role(.operator), summary: "leave out a disk that has turned up on the server's host: no alert any more", shape: .gives(ServerView.self).takes(LeaveOutDisk.self)) { request, context in
+                try APIResponse.json(try await lifecycle.leaveOutDisk(try name(context), try await request.decoded(LeaveOutDisk.self), who: context.who))
+            },
             APIRoute(method: .post, path: "/v1/servers/{server}/enrolment", access: .role(.administrator), summary: "a new enrolment token", shape: .gives(Enrolment.self, .created)) { _, context in
                 try APIResponse.json(try await lifecycle.renewEnrolment(try name(context), who: context.who), status: .created)
             },
@@ -164,8 +170,9 @@ struct API: Sendable {
             APIRoute(method: .post, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "Start Replication", shape: .starts.takes(StartReplication.self)) { request, context in
                 try accepted(try await lifecycle.startReplication(try name(context), try await request.decoded(StartReplication.self), who: context.who))
             },
-            APIRoute(method: .put, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "set throttle, compression and epoch length of a protected server, while it replicates", shape: .gives(ServerView.self).takes(SetReplication.self)) { request, context in
-                try APIResponse.json(try await lifecycle.setReplication(try name(context), try await request.decoded(SetReplication.self), who: context.who))
+            APIRoute(method: .put, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "set throttle, compression and epoch length of a protected server, while it replicates", shape: .gives(ServerView.self).takes(SetReplication.self).matches) { request, context in
+                try APIResponse.json(
+                    try await lifecycle.setReplication(try name(context), try await request.decoded(SetReplication.self), ifMatch: try request.precondition, who: context.who))
             },
             APIRoute(method: .delete, path: "/v1/servers/{server}/replication", access: .role(.operator), summary: "Stop Replication", shape: .starts) { _, context in
                 try accepted(try await lifecycle.stopReplication(try name(context), who: context.who))

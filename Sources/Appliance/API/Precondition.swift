@@ -69,6 +69,26 @@ extension ServerRecord {
     }
 }
 
+extension PlanView {
+    /// Of its steps, not of its runs.
+    var tag: EntityTag {
+        get throws { try EntityTag(of: definition) }
+    }
+}
+
+extension DrillScheduleRecord {
+    var tag: EntityTag {
+        get throws { try EntityTag(of: Settable(server: server, everyDays: everyDays, minuteOfDay: minuteOfDay, machine: machine)) }
+    }
+
+    private struct Settable: Encodable {
+        var server: String
+        var everyDays: Int
+        var minuteOfDay: Int
+        var machine: StartMachine
+    }
+}
+
 extension Request {
     var precondition: Precondition {
         get throws { try Precondition(headers[.ifMatch]) }

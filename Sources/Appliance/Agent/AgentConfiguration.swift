@@ -33,6 +33,8 @@ public struct AgentConfiguration: Sendable {
     public var preScript: String?
     public var postScript: String?
     public var scriptSeconds = 60
+    /// Devices to report when they turn up, of a kind that is not reported by itself.
+    public var watchedDevices: [String] = []
     /// The disks are held for nothing but to be brought up to what runs at the appliance: nobody uses them meanwhile.
     public var isRescue = false
 

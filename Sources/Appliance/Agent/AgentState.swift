@@ -7,6 +7,7 @@ import Replica
 ///
 ///     STATE/lock                    held while the agent runs
 ///     STATE/disks.json              name → size in bytes when last protected
+///     STATE/added-disks.json        disks that the appliance has had added to those of the command line
 ///     STATE/tap-name                what the live tap's pins are called after
 ///     STATE/script-pending          see `scriptPendingFile`
 ///     STATE/configuration.json      see `ConfigurationCopy`
@@ -55,6 +56,21 @@ final class AgentState: @unchecked Sendable {
         let encoder = JSONEncoder()
         encoder.outputFormatting = [.sortedKeys]
         try KeyFile.write(String(decoding: try encoder.encode(sizes), as: UTF8.self), to: disksFile.path, mode: 0o600)
+    }
+
+    private var addedDisksFile: URL { directory.appendingPathComponent("added-disks.json") }
+
+    func addedDisks() throws -> [AddedDisk] {
+        guard let data = FileManager.default.contents(atPath: addedDisksFile.path) else { return [] }
+        return try JSONDecoder().decode([AddedDisk].self, from: data)
+    }
+
+    /// One with the same name takes the other's place.
+    func addDisks(_ disks: [AddedDisk]) throws {
+        let all = try addedDisks().filter { old in !disks.contains { $0.name == old.name } } + disks
+        let encoder = JSONEncoder()
+        encoder.outputFormatting = [.sortedKeys]
+        try KeyFile.write(String(decoding: try encoder.encode(all), as: UTF8.self), to: addedDisksFile.path, mode: 0o600)
     }
 
     /// There while the pre-script may have stopped applications and the post-script has not run.

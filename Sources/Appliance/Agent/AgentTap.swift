@@ -15,6 +15,8 @@ protocol AgentTap: Sendable {
     func untilOutdated() async
     /// Figures of a live tap.
     func live() async -> LiveTapStatistics?
+    /// Disks of the host that could be followed and are not; nil: nobody looks.
+    var hostDisks: [HostDisk]? { get }
     /// Writes of the protected machine wait from now on; returns when all earlier ones are done.
     func holdWrites(_ id: String) async
     func releaseWrites(_ id: String) async
@@ -28,6 +30,7 @@ protocol AgentTap: Sendable {
 extension AgentTap {
     func willReplicate(_ group: GroupID) throws {}
     func live() async -> LiveTapStatistics? { nil }
+    var hostDisks: [HostDisk]? { nil }
     var mayReopen: Bool { false }
     func holdWrites(_ id: String) async {}
     func releaseWrites(_ id: String) async {}
@@ -48,7 +51,7 @@ extension AgentConfiguration {
         if isRescue { return try await RescueDisks(configuration: self, logger: logger) }
         return switch tapKind {
         case .nbd: try await InlineTaps(configuration: self, state: state, logger: logger)
-        case .live: try await LiveTaps(configuration: self, state: state, logger: logger)
+        case .live: try await LiveTaps(configuration: try withAddedDisks(state, logger: logger), state: state, logger: logger)
         }
     }
 

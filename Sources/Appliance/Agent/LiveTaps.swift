@@ -11,6 +11,8 @@ final class LiveTaps: AgentTap {
     let base: ReplicationBase
     let hello: AgentHello
     private let group: LiveTapGroup
+    private let host: HostDisks
+    private static let secondsBetweenLooks = 5
     private let state: AgentState
     private let logger: Logger
     private static let bpffs = "/sys/fs/bpf"
@@ -54,6 +56,7 @@ final class LiveTaps: AgentTap {
         } else {
             base = ReplicationBase()
         }
+        host = HostDisks(followed: configuration.disks.map(\.devicePath), watched: configuration.watchedDevices)
         for report in reports { logger.info("disk \(report.name): \(report.devicePath), \(report.geometry.sizeBytes >> 20) MiB, followed by the live tap") }
         let specification = await HostInspection().specification()
         for warning in specification.warnings { logger.warning("recovery: \(warning)") }
@@ -64,10 +67,15 @@ final class LiveTaps: AgentTap {
 
     func willReplicate(_ group: GroupID) throws { try state.track(AgentState.Tracked(group: group.rawValue, instance: self.group.instance)) }
 
+    var hostDisks: [HostDisk]? { host.disks }
+
     func live() async -> LiveTapStatistics? { await group.liveStatistics }
 
     func untilOutdated() async {
-        while (try? await Task.sleep(for: .seconds(1))) != nil {
+        var second = 0
+        repeat {
+            if second % Self.secondsBetweenLooks == 0 { try? await blocking { [host] in host.look() } }
+            second += 1
             let resizes = await group.resizes
             if resizes.isEmpty { continue }
             for resize in resizes {
@@ -75,7 +83,7 @@ final class LiveTaps: AgentTap {
                     "disk \(resize.disk) had \(resize.fromBytes) bytes and has \(resize.toBytes) now: it is attached anew, and compared with the replica")
             }
             return
-        }
+        } while (try? await Task.sleep(for: .seconds(1))) != nil
     }
 
     var mayReopen: Bool { true }

@@ -70,7 +70,7 @@ actor RescueReplication: CommandedReplication {
         case .fenced(let generation):
             logger.warning("fenced: the group is at \(generation)")
             await stop()
-        case .restart, .keepConfiguration, .cutNow, .holdWrites: break
+        case .restart, .keepConfiguration, .followDisks, .cutNow, .holdWrites: break
         }
     }
 

@@ -1,5 +1,6 @@
 import Foundation
 import GRDB
+import Replica
 
 /// Something that somebody ought to know, for as long as it is so.
 public struct Alert: Sendable, Codable, Hashable {
@@ -14,11 +15,12 @@ public struct Alert: Sendable, Codable, Hashable {
         case drillFailed = "drill-failed"
         case drillOverdue = "drill-overdue"
         case channelFailing = "channel-failing"
+        case newDisk = "new-disk"
 
         public var severity: AlertSeverity {
             switch self {
             case .storeFull, .badBlocks, .abnormal, .interrupted, .machineStopped: .critical
-            case .storeLow, .recoveryPointAge, .drillFailed, .drillOverdue, .channelFailing: .warning
+            case .storeLow, .recoveryPointAge, .drillFailed, .drillOverdue, .channelFailing, .newDisk: .warning
             }
         }
     }
@@ -97,7 +99,7 @@ enum AlertRules {
     /// An agent that is restarted or a line that fails for a moment is not worth waking anybody.
     static let interruptedSeconds = 60.0
 
-    static func alerts(of server: ServerRecord, newest: Date?, instances: [InstanceRecord], now: Date = Date()) -> [Alert] {
+    static func alerts(of server: ServerRecord, newest: Date?, instances: [InstanceRecord], newDisks: [HostDisk] = [], now: Date = Date()) -> [Alert] {
         var alerts: [Alert] = []
         func raise(_ kind: Alert.Kind, _ text: String) { alerts.append(Alert(kind: kind, subject: server.name, text: "\(server.name): \(text)")) }
         let settings = server.alertSettings ?? .standard
@@ -116,6 +118,10 @@ enum AlertRules {
         }
         for machine in instances where machine.kind == .failover && machine.step == .stopped && server.state != .failbackInProgress {
             raise(.machineStopped, "its recovery machine has stopped\(machine.reason.map { ": \($0)" } ?? "") (afterimage failover start-machine \(server.name))")
+        }
+        if let disk = newDisks.first {
+            let what = newDisks.map { "\($0.path) (\(Amount.bytes($0.sizeBytes)))" }.joined(separator: ", ")
+            raise(.newDisk, "its host has \(newDisks.count == 1 ? "a disk" : "disks") that nobody protects: \(what) (afterimage server add-disk \(server.name) \(disk.path), or leave-out-disk)")
         }
         if server.drill == .testFailoverInProgress, let reason = server.drillReason {
             raise(.drillFailed, "its drill failed: \(reason) (look at it, then afterimage drill clear \(server.name))")

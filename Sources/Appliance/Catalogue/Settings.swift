@@ -40,12 +40,25 @@ public struct ReplicationSettings: Sendable, Codable, Hashable {
     public var linkHost: String?
     /// *Use SSD*: what was asked for, and was so.
     public var storageClass: StorageClass?
+    /// nil: ask.
+    public var newDisks: NewDisks?
+    /// Disks of the host that are knowingly not protected, by `HostDisk.identity`: those that were there when its replication began, and those that somebody has
+    /// left out since. nil: the host has not been looked at yet.
+    public var leftOutDisks: [String]?
 
     func order(group: GroupID, generation: Generation) -> ReplicationOrder {
         ReplicationOrder(
             group: group, generation: generation, disks: disks, epochMilliseconds: epochMilliseconds,
             throttleBytesPerSecond: throttleBytesPerSecond, automaticRestart: automaticRestart, throttleWindows: throttleWindows, compression: compression, linkHost: linkHost)
     }
+}
+
+/// What becomes of a disk that turns up on a protected host.
+public enum NewDisks: String, Sendable, Codable, CaseIterable {
+    /// An alert, until somebody adds it or leaves it out.
+    case ask
+    /// It is protected, too.
+    case add
 }
 
 public enum RecoveryNetwork: String, Sendable, Codable, CaseIterable {

@@ -77,13 +77,13 @@ extension Lifecycle: LinkServerDelegate {
     }
 
     /// What an agent that has just connected is to do.
-    func commands(for record: ServerRecord) throws -> [AgentCommand] {
+    func commands(for record: ServerRecord, restarts: Bool = false) throws -> [AgentCommand] {
         switch record.state {
         case .enableReplicating, .initialFullSync, .replicating:
             guard let settings = record.settings else { return [.stopReplication] }
             return [.startReplication(try order(record.id, settings))]
         case .replicationInterrupted:
-            guard let settings = record.settings, settings.automaticRestart, settings.isPaused != true else { return [.stopReplication] }
+            guard let settings = record.settings, settings.automaticRestart || restarts, settings.isPaused != true else { return [.stopReplication] }
             return [.startReplication(try order(record.id, settings))]
         case .failoverInProgress, .failedOver, .failoverCommitted, .reversedRegistering, .reversedInitialized, .reversedEnableReplicating, .reversedFullSync,
             .reversedReplicating, .failbackInProgress, .failedBack:
@@ -113,6 +113,7 @@ extension Lifecycle: LinkServerDelegate {
         guard let record = try? await catalogue.read({ db in try ServerRecord.fetchOne(db, key: server.rawValue) }), record.state.phase == .forward,
             record.settings?.isPaused != true
         else { return }
+        await noteDisks(record, status)
 
         switch status.phase {
         case .idle, .connecting:
@@ -133,9 +134,7 @@ extension Lifecycle: LinkServerDelegate {
             }
         case .fenced:
             // A failover that was rolled back left a newer generation: the agent needs an order under it.
-            if before?.phase != .fenced, let settings = record.settings, let order = try? order(record.id, settings) {
-                await tell(server, .startReplication(order))
-            }
+            if before?.phase != .fenced { await tellOrder(server, restarts: true) }
         }
     }
 

@@ -69,7 +69,7 @@ extension Lifecycle {
             return try ServerRecord.order(Column("name")).fetchAll(db).map { ($0, machines[$0.id] ?? []) }
         }
         let ofServers = rows.flatMap { server, machines in
-            AlertRules.alerts(of: server, newest: newestPoint(server).map { Date(nanoseconds: $0.cutTimeNanoseconds) }, instances: machines)
+            AlertRules.alerts(of: server, newest: newestPoint(server).map { Date(nanoseconds: $0.cutTimeNanoseconds) }, instances: machines, newDisks: newDisks(of: server) ?? [])
         }
         return await storeAlerts() + ofServers + (try await drillScheduleAlerts()) + (try await alertDesk?.failing() ?? [])
     }

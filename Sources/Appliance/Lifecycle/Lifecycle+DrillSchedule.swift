@@ -62,7 +62,7 @@ extension Lifecycle {
 
     // MARK: Setting them up
 
-    public func setDrillSchedule(_ name: String, _ request: SetDrillSchedule, who: String) async throws -> DrillScheduleView {
+    public func setDrillSchedule(_ name: String, _ request: SetDrillSchedule, ifMatch: Precondition = .none, who: String) async throws -> DrillScheduleView {
         let found = try await server(name)
         guard DrillCalendar.everyDaysRange.contains(request.everyDays) else {
             throw ApplianceError.invalid("a drill is scheduled every \(DrillCalendar.everyDaysRange.lowerBound) to \(DrillCalendar.everyDaysRange.upperBound) days, not every \(request.everyDays)")
@@ -80,6 +80,7 @@ extension Lifecycle {
         let schedule = try await catalogue.write { db in
             let record = try db.server(found.id)
             try db.refuseWhileRemoved(record)
+            if let before = try DrillScheduleRecord.fetchOne(db, key: record.id) { try ifMatch.check(try before.tag, "when drills of \(record.name) are started") }
             let schedule = DrillScheduleRecord(
                 server: record.id, everyDays: request.everyDays, minuteOfDay: minute, machine: asked,
                 next: DrillCalendar(everyDays: request.everyDays, minuteOfDay: minute).first(after: now), created: now, who: who)
@@ -96,6 +97,14 @@ extension Lifecycle {
             guard let schedule = try DrillScheduleRecord.fetchOne(db, key: record.id) else { throw Self.noSchedule(record.name) }
             try schedule.delete(db)
             try db.event(who, "End scheduled drills", server: record, before: schedule.text)
+        }
+    }
+
+    func drillScheduleTag(_ name: String) async throws -> EntityTag {
+        try await catalogue.read { db in
+            let record = try db.server(name)
+            guard let schedule = try DrillScheduleRecord.fetchOne(db, key: record.id) else { throw Self.noSchedule(record.name) }
+            return try schedule.tag
         }
     }
 

@@ -14,11 +14,12 @@ extension Lifecycle {
     }
 
     /// A run that goes on keeps the steps that it began with.
-    public func editPlan(_ name: String, _ definition: PlanDefinition, who: String) async throws -> PlanView {
+    public func editPlan(_ name: String, _ definition: PlanDefinition, ifMatch: Precondition = .none, who: String) async throws -> PlanView {
         guard definition.name == name else { throw ApplianceError.invalid("the plan in the request is called \(definition.name), not \(name): a plan keeps its name") }
         try await checkPlan(definition)
         try await catalogue.write { db in
             var plan = try db.plan(name)
+            try ifMatch.check(try EntityTag(of: plan.definition), "the plan \(name)")
             let before = try Self.text(plan.definition)
             plan.groups = definition.groups
             plan.changed = Date()

@@ -41,7 +41,7 @@ extension Lifecycle {
         // Accepted: whatever happens to the server meanwhile, the answer is the task.
         if let record = try? await server(found.id) { giveRetention(record) }
         await tasks.log(task, "disks \(settings.disks.joined(separator: ", ")), an epoch every \(settings.epochMilliseconds) ms, Recovery Point Policy \(policy)")
-        if connected, let order = try? order(found.id, settings) { await tell(found.serverID, .startReplication(order)) }
+        await tellOrder(found.serverID, restarts: true)
         return task
     }
 
@@ -71,7 +71,7 @@ extension Lifecycle {
             memoryMiB: request.memoryMiB ?? old?.memoryMiB ?? server.specification?.memoryMiB ?? 1024,
             consistentEverySeconds: request.consistentEverySeconds ?? old?.consistentEverySeconds, consistency: request.consistency ?? old?.consistency,
             throttleWindows: request.throttleWindows ?? old?.throttleWindows, compression: request.compression ?? old?.compression ?? type.compression,
-            storageClass: request.storageClass ?? old?.storageClass)
+            storageClass: request.storageClass ?? old?.storageClass, newDisks: request.newDisks ?? old?.newDisks, leftOutDisks: old?.leftOutDisks)
         guard !settings.disks.isEmpty, Set(settings.disks).count == settings.disks.count else {
             throw ApplianceError.invalid("name each disk to be followed once, and at least one")
         }
@@ -116,7 +116,7 @@ extension Lifecycle {
             try TaskBoard.finish(task, result: result, in: db)
             return try TaskRecord.fetchOne(db, key: task.id) ?? task
         }
-        await tell(found.serverID, .stopReplication)
+        await tellOrder(found.serverID)
         return task
     }
 
@@ -129,7 +129,7 @@ extension Lifecycle {
             try db.apply(.pauseReplication, to: &record, who: who, hasRecoveryPoint: true, reason: "paused by \(who)")
             try TaskBoard.finishAll([.startReplication], of: record, error: "replication was paused by \(who)", in: db)
         }
-        await tell(found.serverID, .stopReplication)
+        await tellOrder(found.serverID)
         return try await view(found.id)
     }
 

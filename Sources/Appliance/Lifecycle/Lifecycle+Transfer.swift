@@ -41,26 +41,26 @@ extension Lifecycle {
     }
 
     /// What is on its way goes on; the agent sends the rest as it is told now.
-    public func setReplication(_ name: String, _ request: SetReplication, who: String) async throws -> ServerView {
+    public func setReplication(_ name: String, _ request: SetReplication, ifMatch: Precondition = .none, who: String) async throws -> ServerView {
         let found = try await server(name)
         let record = try await catalogue.write { db in
             var record = try db.server(found.id)
             try db.refuseWhileRemoved(record)
+            try ifMatch.check(try record.tag, "the settings of \(record.name)")
             guard var settings = record.settings else { throw ApplianceError.refused("Replication of \(record.name) was never started (afterimage replication start \(record.name)).") }
             let before = settings.transferText
             settings.epochMilliseconds = request.epochMilliseconds ?? settings.epochMilliseconds
             settings.throttleBytesPerSecond = request.throttleBytesPerSecond ?? settings.throttleBytesPerSecond
             settings.throttleWindows = request.throttleWindows ?? settings.throttleWindows
             settings.compression = request.compression ?? settings.compression
+            settings.newDisks = request.newDisks ?? settings.newDisks
             try Self.checkTransfer(settings)
             record.settings = settings
             try record.update(db)
             try db.event(who, "Set replication", server: record, before: before, after: settings.transferText)
             return record
         }
-        if record.state.phase == .forward, agents[record.serverID]?.connected == true, record.settings?.isPaused != true {
-            for command in try commands(for: record) { await tell(record.serverID, command) }
-        }
+        if record.state.phase == .forward, record.settings?.isPaused != true { await tellOrder(record.serverID) }
         return try await view(record.id)
     }
 }
@@ -71,6 +71,7 @@ extension ReplicationSettings {
         func rate(_ bytes: UInt64) -> String { bytes == 0 ? "no throttle" : "at most \(Amount.bytes(bytes))/s" }
         let windows = (throttleWindows ?? []).map { "\($0.text): \(rate($0.bytesPerSecond))" }
         return "an epoch every \(epochMilliseconds) ms, \(rate(throttleBytesPerSecond))" + (windows.isEmpty ? "" : " (\(windows.joined(separator: "; ")))") + ", compression \((compression ?? .auto).rawValue)"
+            + (newDisks == .add ? ", new disks of its host are protected, too" : "")
     }
 }
 

@@ -45,7 +45,7 @@ extension Lifecycle {
         return ServerView(
             id: record.id, name: record.name, sitePair: record.sitePair, state: record.state, stateSince: record.stateSince, reason: record.reason,
             drill: record.drill, drillReason: record.drillReason, agentConnected: connected, hostName: record.hostName,
-            agentVersion: record.agentVersion, lastSeen: connected ? Date() : record.lastSeen, disks: record.disks, specification: record.specification, settings: record.settings,
+            agentVersion: record.agentVersion, lastSeen: connected ? Date() : record.lastSeen, disks: record.disks, newDisks: newDisks(of: record), specification: record.specification, settings: record.settings,
             agent: connected ? live?.status : nil, policy: record.policy, recoveryPointCount: group?.recoveryPointCount ?? 0,
             heldPointCount: group?.heldPointCount ?? 0, lastRecoveryPoint: newest?.id,
             lastRecoveryPointTime: newest.map { Date(nanoseconds: $0.cutTimeNanoseconds) },

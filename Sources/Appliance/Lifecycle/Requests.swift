@@ -161,6 +161,8 @@ public struct StartReplication: Sendable, Codable {
     /// Names of networks; both in one zone.
     public var replicationNetwork: String?
     public var recoveryNetwork: String?
+    /// Disks that turn up on its host later; nil: as before, at first ask.
+    public var newDisks: NewDisks?
     public init() {}
 }
 
@@ -172,7 +174,26 @@ public struct SetReplication: Sendable, Codable {
     /// Instead of it, at their times; empty: none.
     public var throttleWindows: [ThrottleWindow]?
     public var compression: CompressionChoice?
+    public var newDisks: NewDisks?
     public init() {}
+}
+
+/// A disk that has turned up on a protected host is protected, too.
+public struct AddDisk: Sendable, Codable {
+    /// As `ServerView.newDisks` has it.
+    public var path: String
+    /// Its name in recovery; nil: the device's.
+    public var name: String?
+    public init(path: String, name: String? = nil) {
+        self.path = path
+        self.name = name
+    }
+}
+
+/// It is knowingly not protected.
+public struct LeaveOutDisk: Sendable, Codable {
+    public var path: String
+    public init(path: String) { self.path = path }
 }
 
 /// Recovery Point Policy, as `PolicyText` has it.

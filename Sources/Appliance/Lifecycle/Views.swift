@@ -17,6 +17,8 @@ public struct ServerView: Sendable, Codable {
     public var agentVersion: String?
     public var lastSeen: Date?
     public var disks: [DiskReport]
+    /// That have turned up on its host since its replication began, and are not protected.
+    public var newDisks: [HostDisk]?
     /// Of a protected host.
     public var specification: HostSpecification?
     public var settings: ReplicationSettings?

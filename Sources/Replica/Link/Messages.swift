@@ -90,9 +90,11 @@ public enum AgentCommand: Sendable, Codable, Hashable {
     case startReverse(ReverseOrder)
     /// To an agent in rescue mode only: the disks hold everything, and nothing more will be written.
     case disksReady
+    /// Follow these disks, too, from now on.
+    case followDisks([AddedDisk])
 
     private enum Keys: String, CodingKey {
-        case startReplication, stopReplication, fenced, cutNow, holdWrites, restart, keepConfiguration, keepOriginal, startReverse, disksReady
+        case startReplication, stopReplication, fenced, cutNow, holdWrites, restart, keepConfiguration, keepOriginal, startReverse, disksReady, followDisks
     }
     private enum ValueKeys: String, CodingKey { case value = "_0" }
 
@@ -107,6 +109,7 @@ public enum AgentCommand: Sendable, Codable, Hashable {
         case .stopReplication: self = .stopReplication
         case .restart: self = .restart
         case .disksReady: self = .disksReady
+        case .followDisks: self = .followDisks(try values.decode([AddedDisk].self, forKey: .value))
         case .keepOriginal: self = .keepOriginal(try values.decode(ReplicationOrder.self, forKey: .value))
         case .startReverse: self = .startReverse(try values.decode(ReverseOrder.self, forKey: .value))
         case .keepConfiguration: self = .keepConfiguration(try values.decode(String.self, forKey: .value))
@@ -127,6 +130,9 @@ public enum AgentCommand: Sendable, Codable, Hashable {
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .keepConfiguration)
             try values.encode(text, forKey: .value)
         case .restart: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .restart)
+        case .followDisks(let disks):
+            var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .followDisks)
+            try values.encode(disks, forKey: .value)
         case .disksReady: _ = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .disksReady)
         case .keepOriginal(let order):
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .keepOriginal)
@@ -145,6 +151,33 @@ public enum AgentCommand: Sendable, Codable, Hashable {
             var values = container.nestedContainer(keyedBy: ValueKeys.self, forKey: .cutNow)
             try values.encode(consistency, forKey: .value)
         }
+    }
+}
+
+/// A whole disk of a protected host.
+public struct HostDisk: Sendable, Codable, Hashable {
+    public var path: String
+    /// As `DiskSerial` has it.
+    public var serial: String?
+    public var sizeBytes: UInt64
+    public init(path: String, serial: String?, sizeBytes: UInt64) {
+        self.path = path
+        self.serial = serial
+        self.sizeBytes = sizeBytes
+    }
+    /// What it is known by: its serial, or its path where it has none.
+    public var identity: String { serial ?? path }
+}
+
+/// A disk that an agent follows because it was told to.
+public struct AddedDisk: Sendable, Codable, Hashable {
+    public var name: String
+    public var path: String
+    public var serial: String?
+    public init(name: String, path: String, serial: String?) {
+        self.name = name
+        self.path = path
+        self.serial = serial
     }
 }
 
@@ -252,6 +285,8 @@ public struct AgentStatus: Sendable, Codable, Hashable {
     public var hold: WriteHold?
     /// In force now; 0 = none.
     public var throttleBytesPerSecond: UInt64?
+    /// Disks of the host that could be followed and are not; nil: nobody has looked.
+    public var hostDisks: [HostDisk]?
     public init() {}
 
     /// Agents may be older than the appliance: what they do not say is as in `init()`.
@@ -272,6 +307,7 @@ public struct AgentStatus: Sendable, Codable, Hashable {
         proofs = try container.decodeIfPresent([PointProof].self, forKey: .proofs) ?? []
         hold = try container.decodeIfPresent(WriteHold.self, forKey: .hold)
         throttleBytesPerSecond = try container.decodeIfPresent(UInt64.self, forKey: .throttleBytesPerSecond)
+        hostDisks = try container.decodeIfPresent([HostDisk].self, forKey: .hostDisks)
         // Figures for people: those of another version are no reason to take nothing.
         live = try? container.decodeIfPresent(LiveTapStatistics.self, forKey: .live)
     }
