@@ -26,6 +26,7 @@ struct TaskAnswer: Decodable, Sendable {
     var status: String
     var error: String?
     var result: Result?
+    var who: String
 }
 
 struct EventAnswer: Decodable, Sendable {

@@ -199,5 +199,6 @@ struct MachineHostTests {
             + "  TCP[SYN_SENT]      25       127.0.0.1 4000       10.0.2.15    22     0     0\r\n  TCP[HOST_FORWARD]  12       127.0.0.1 4000       10.0.2.15    22     0     0\r\n"
         #expect(!UserNetwork.isEstablished(table, hostPort: 4000, guestPort: 22))
         #expect(UserNetwork.isEstablished(table.replacing("SYN_SENT", with: "ESTABLISHED"), hostPort: 4000, guestPort: 22))
+        #expect(UserNetwork.forwards(table, of: "127.0.0.1") == [4000] && UserNetwork.forwards(table, of: "10.0.0.1") == [])
     }
 }

@@ -133,4 +133,99 @@ struct MachineTests {
         #expect(changed.code == 0, "\(changed.errors)")
         #expect(try await sites.view().instances.first?.machine.forwards == [PortForward(hostPort: port, guestPort: 22)])
     }
+
+    @Test("one boots at once: the other's task says that it waits, and it boots after the first; also when the appliance starts")
+    func turns() async throws {
+        let sites = try TwoSites()
+        try await sites.protect()
+        sites.endAppliance(SIGTERM)
+        try await sites.startAppliance(options: ["--boots-at-once", "1"])
+        try await until("Replicating") { try await sites.view().state == .replicating }
+        let waits = "one machine boots at once: waiting"
+        let drill = try await sites.json(TaskView.self, "drill start shop --boot-check serial:NEVER --boot-timeout 10")
+        try await until("the drill's machine") { try await sites.view().instances.first?.pid != nil }
+        let failover = try await sites.json(TaskView.self, "failover start shop --yes shop \(check)")
+        try await until("it waits") { try await log(sites, failover).contains(waits) }
+        #expect(try await sites.view().instances.filter { $0.pid != nil }.count == 1)
+        #expect(try await sites.cli("task show \(failover.id) --wait").code == 0)
+        let (first, second) = (try await sites.json(TaskView.self, "task show \(drill.id)"), try await sites.json(TaskView.self, "task show \(failover.id)"))
+        #expect(first.status == .failed && second.status == .succeeded)
+        let ready = try #require(try await sites.view().instances.first { $0.kind == .failover }?.ready)
+        let hasEnded = try #require(first.finished)
+        #expect(hasEnded <= ready)
+        #expect(try await sites.cli("drill clear shop --wait").code == 0)
+
+        // The host goes, and comes back: the machine is started again in its turn, which the change of another one has.
+        let before = try #require(try await sites.view().instances.first?.pid)
+        sites.endAppliance(SIGKILL)
+        kill(before, SIGKILL)
+        try await sites.startAppliance(options: ["--boots-at-once", "1"])
+        let start = try #require(try await sites.json([TaskView].self, "task list --limit 20").first { $0.operation == .startMachine })
+        #expect(try await sites.cli("task show \(start.id) --wait").code == 0)
+        let again = try #require(try await sites.view().instances.first)
+        #expect(again.step == .ready && again.pid != before && again.reason == nil)
+    }
+
+    @Test("a boot check of a port that nobody takes fails; one in which the appliance was killed leaves no forward")
+    func forwards() async throws {
+        let sites = try TwoSites()
+        try await sites.protect()
+        let ended = try await sites.crash(.drill, .checkForwarded) { try await sites.cli("drill start shop --boot-check tcp:22 --boot-timeout 5") }
+        #expect(ended.status == .failed && ended.error?.contains("port 22 of the machine took no connection") == true, "\(ended)")
+        #expect(sites.appliance?.log.contains("was left by a boot check that was cut off: removed") == true)
+        let machine = try #require(try await sites.view().instances.first)
+        #expect(machine.step == .unproven)
+        let pid = try #require(machine.pid)
+        #expect(listeners(pid) == [])
+        #expect(try await sites.cli("drill clear shop --wait").code == 0)
+        try sites.expectNoMachines()
+    }
+
+    /// TCP ports on which a process listens.
+    private func listeners(_ pid: pid_t) -> [String] {
+        let directory = "/proc/\(pid)/fd"
+        var sockets: Set<String> = []
+        for entry in (try? FileManager.default.contentsOfDirectory(atPath: directory)) ?? [] {
+            if let target = try? FileManager.default.destinationOfSymbolicLink(atPath: directory + "/" + entry) { sockets.insert(target) }
+        }
+        var ports: [String] = []
+        for line in String(decoding: FileManager.default.contents(atPath: "/proc/net/tcp") ?? Data(), as: UTF8.self).split(separator: "\n") {
+            let words = line.split(separator: " ").map(String.init)
+            // 0A: it listens.
+            if words.count > 9, words[3] == "0A", sockets.contains("socket:[" + words[9] + "]") { ports.append(words[1]) }
+        }
+        return ports
+    }
+
+    @Test("a kernel that panics fails the task in words, with what it said")
+    func panics() async throws {
+        let sites = try TwoSites()
+        try await sites.protect()
+        try await sites.write(version: 2, panics: true)
+        let point = try await sites.point()
+        let drill = try await sites.cli("drill start shop --point \(point) --boot-check serial:NEVER --boot-timeout 120 --wait")
+        #expect(drill.code == 1 && drill.errors.contains("the machine's kernel panicked") && drill.errors.contains("VERSION 2 RUNS"), "\(drill.errors)")
+        #expect(try await sites.view().drillReason?.contains("kernel panicked") == true)
+        #expect(try await sites.cli("drill clear shop --wait").code == 0)
+        // Once it is ready, its end is an event, with the same words.
+        #expect(try await sites.cli("failover start shop --yes shop --point \(point) \(check)").code == 0)
+        try await until("the report") { try await sites.view().instances.first?.reason?.contains("kernel panicked") == true }
+    }
+
+    @Test("without the right to set up network interfaces a bridge is refused, and all else works")
+    func unprivileged() async throws {
+        let sites = try TwoSites()
+        try await sites.protect()
+        sites.endAppliance(SIGTERM)
+        try await sites.startAppliance(wrapper: ["/usr/bin/setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"])
+        try await until("Replicating") { try await sites.view().state == .replicating }
+        for options in ["--bridge-subnet 10.213.7.1/24", "--bridge lo"] {
+            let refused = try await sites.cli("drill start shop --network bridge \(options)")
+            #expect(refused.code == 3 && refused.errors.contains("CAP_NET_ADMIN"), "\(refused.code): \(refused.errors)")
+        }
+        let untouched = try await sites.view()
+        #expect(untouched.drill == nil && untouched.instances.isEmpty)
+        #expect(try await sites.cli("drill start shop --network user \(check) --wait").code == 0)
+        #expect(try await sites.cli("drill clear shop --wait").code == 0)
+    }
 }

@@ -54,13 +54,15 @@ final class Daemon: @unchecked Sendable {
     let process = Process()
     let logPath: String
 
-    init(_ arguments: [String], environment: [String: String] = [:], logPath: String) throws {
+    /// `wrapper`: a program that becomes this one.
+    init(_ arguments: [String], environment: [String: String] = [:], wrapper: [String] = [], logPath: String) throws {
         self.logPath = logPath
         if !FileManager.default.fileExists(atPath: logPath) { _ = FileManager.default.createFile(atPath: logPath, contents: nil) }
         let log = try #require(FileHandle(forWritingAtPath: logPath))
         try log.seekToEnd()
-        process.executableURL = URL(fileURLWithPath: Program.path)
-        process.arguments = arguments
+        let words = wrapper + [Program.path] + arguments
+        process.executableURL = URL(fileURLWithPath: words[0])
+        process.arguments = Array(words.dropFirst())
         process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
         process.standardOutput = log
         process.standardError = log
@@ -95,17 +97,19 @@ final class TwoSites {
     let directory: TemporaryDirectory
     private(set) var appliance: Daemon?
     private(set) var agent: Daemon?
+    /// In rescue mode, with the same disk.
+    private(set) var rescue: Daemon?
     let server = "shop"
 
     init() throws {
         directory = try TemporaryDirectory()
-        let disk = directory.path + "/disk.img"
         _ = FileManager.default.createFile(atPath: disk, contents: nil)
         guard truncate(disk, 8 << 20) == 0 else { throw ApplianceError.failed("cannot make \(disk)") }
     }
 
     deinit {
         agent?.end(SIGKILL)
+        rescue?.end(SIGKILL)
         appliance?.end(SIGKILL)
         // Machines survive their appliance; a test that failed leaves them to us.
         for id in (try? FileManager.default.contentsOfDirectory(atPath: state + "/instances")) ?? [] {
@@ -113,6 +117,7 @@ final class TwoSites {
         }
     }
 
+    var disk: String { directory.path + "/disk.img" }
     var state: String { directory.path + "/a" }
     var runtime: String { directory.path + "/r" }
     var profile: String { state + "/client.json" }
@@ -146,8 +151,8 @@ final class TwoSites {
     }
     private var linkPort: UInt16 { apiPort + 1 }
 
-    func startAppliance(qemu: String? = TestQEMU.path, environment: [String: String] = [:]) async throws {
-        let daemon = try Daemon(applianceArguments(qemu: qemu), environment: environment, logPath: directory.path + "/appliance.log")
+    func startAppliance(qemu: String? = TestQEMU.path, options: [String] = [], environment: [String: String] = [:], wrapper: [String] = []) async throws {
+        let daemon = try Daemon(applianceArguments(qemu: qemu) + options, environment: environment, wrapper: wrapper, logPath: directory.path + "/appliance.log")
         appliance = daemon
         try await until("the appliance to answer") {
             try #require(daemon.process.isRunning, "the appliance ended: \(daemon.log.suffix(2000))")
@@ -162,13 +167,22 @@ final class TwoSites {
 
     func startAgent() throws {
         agent = try Daemon(
-            ["agent", "run", "--tap", "nbd", "--state", directory.path + "/g", "--socket-dir", directory.path + "/t", "--disk", "vda=\(directory.path)/disk.img"],
+            ["agent", "run", "--tap", "nbd", "--state", directory.path + "/g", "--socket-dir", directory.path + "/t", "--disk", "vda=\(disk)"],
             logPath: directory.path + "/agent.log")
     }
 
     func endAgent(_ signal: Int32) {
         agent?.end(signal)
         agent = nil
+    }
+
+    func startRescue() throws {
+        rescue = try Daemon(["agent", "rescue", "--state", directory.path + "/rescue", "--disk", "vda=\(disk)"], logPath: directory.path + "/rescue.log")
+    }
+
+    func endRescue(_ signal: Int32) {
+        rescue?.end(signal)
+        rescue = nil
     }
 
     @discardableResult
@@ -204,9 +218,9 @@ final class TwoSites {
     struct EnrolledServer: Decodable { var token: String }
 
     /// Writes boot code that says VERSION n through the tap.
-    func write(version: Int) async throws {
+    func write(version: Int, panics: Bool = false) async throws {
         let file = directory.path + "/boot-\(version)"
-        try BootSector.image("VERSION \(version) RUNS").write(to: URL(fileURLWithPath: file))
+        try BootSector.image("VERSION \(version) RUNS", panics: panics).write(to: URL(fileURLWithPath: file))
         let outcome = try await Program.run(Program.qemuIO, ["-f", "raw", "-c", "write -f -s \(file) 0 4096", "nbd+unix:///vda?socket=\(tapSocket)"])
         try #require(outcome.code == 0, "\(outcome.errors) \(outcome.output)")
     }
@@ -224,6 +238,8 @@ final class TwoSites {
     struct Point: Decodable {
         var id: String
         var cutTimeNanoseconds: UInt64
+        var note: String?
+        var hold: String?
     }
 
     /// Nothing of any machine is left: processes, forks' sockets, files.
@@ -235,14 +251,20 @@ final class TwoSites {
 
 /// A boot sector that writes a line to the first serial port and halts: a machine that boots in a second.
 enum BootSector {
-    static func image(_ line: String) -> Data {
+    /// `panics`: it tells QEMU that its kernel panics, as pvpanic has it, after the line.
+    static func image(_ line: String, panics: Bool = false) -> Data {
         // cli; xor ax,ax; mov ds,ax; mov si,text; next: lodsb; test al,al; jz done; mov ah,al; mov dx,3fd; wait: in al,dx;
         // test al,20; jz wait; mov al,ah; mov dx,3f8; out dx,al; jmp next; done: hlt; jmp done; text:
-        let code: [UInt8] = [
+        var code: [UInt8] = [
             0xFA, 0x31, 0xC0, 0x8E, 0xD8, 0xBE, 0x22, 0x7C, 0xAC, 0x84, 0xC0, 0x74, 0x12, 0x88, 0xC4, 0xBA, 0xFD, 0x03, 0xEC, 0xA8, 0x20, 0x74, 0xFB,
             0x88, 0xE0, 0xBA, 0xF8, 0x03, 0xEE, 0xEB, 0xE9, 0xF4, 0xEB, 0xFD,
         ]
         precondition(code.count == 0x22)
+        if panics {
+            // mov dx,505; mov al,1; out dx,al: where done was; the text is so much later.
+            code.insert(contentsOf: [0xBA, 0x05, 0x05, 0xB0, 0x01, 0xEE], at: 0x1F)
+            code[6] += 6
+        }
         var sector = Data(code + Array("\(line)\r\n".utf8) + [0])
         sector.append(Data(count: 510 - sector.count))
         sector.append(contentsOf: [0x55, 0xAA])

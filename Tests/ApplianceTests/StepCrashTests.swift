@@ -95,13 +95,36 @@ struct StepCrashTests {
 
 extension TwoSites {
     /// The operation's points in turn.
-    fileprivate func crash(_ operation: Trigger, _ number: Int, _ command: () async throws -> Program.Outcome) async throws -> TaskView {
+    func crash(_ operation: Trigger, _ number: Int, _ command: () async throws -> Program.Outcome) async throws -> TaskView {
         let points = FaultPoint.passed(by: operation)
         return try await crash(operation, points[number % points.count], command)
     }
 
-    /// Has the appliance killed at that point of the operation that `command` begins, starts it again and waits for the task's end.
-    fileprivate func crash(_ operation: Trigger, _ point: FaultPoint, qemu: String? = TestQEMU.path, _ command: () async throws -> Program.Outcome) async throws -> TaskView {
+    /// Has the appliance killed at that point of the operation that `command` begins, starts it again and waits for the task's end. `always` is true while
+    /// the appliance is dead, and as long as it is waited for.
+    func crash(
+        _ operation: Trigger, _ point: FaultPoint, qemu: String? = TestQEMU.path, always: () -> Bool = { true }, _ command: () async throws -> Program.Outcome
+    ) async throws -> TaskView {
+        try await crashRequest(operation, point, qemu: qemu, always: always, command)
+        var last: TaskView?
+        try await until("the end of \(operation.rawValue), killed at \(point.rawValue)") {
+            let holds = always()
+            #expect(holds, "after \(point.rawValue) of \(operation.rawValue)")
+            last = try await json([TaskView].self, "task list --limit 20").first { $0.operation == operation }
+            return last.map { $0.status != .running } ?? false
+        }
+        return try #require(last)
+    }
+
+    func crashRequest(_ operation: Trigger, _ number: Int, _ command: () async throws -> Program.Outcome) async throws {
+        let points = FaultPoint.passed(by: operation)
+        try await crashRequest(operation, points[number % points.count], command)
+    }
+
+    /// As `crash`, of an operation that may be no task.
+    func crashRequest(
+        _ operation: Trigger, _ point: FaultPoint, qemu: String? = TestQEMU.path, always: () -> Bool = { true }, _ command: () async throws -> Program.Outcome
+    ) async throws {
         let followed = try await view().state.phase == .forward
         endAppliance(SIGTERM)
         try await startAppliance(qemu: qemu, environment: [FaultPoint.variable: "\(state):\(operation.rawValue):\(point.rawValue)"])
@@ -110,17 +133,13 @@ extension TwoSites {
         let killed = try #require(appliance)
         try await until("the appliance's end at \(point.rawValue) of \(operation.rawValue)") { !killed.process.isRunning }
         #expect(killed.process.terminationReason == .uncaughtSignal && killed.process.terminationStatus == SIGKILL)
+        let holds = always()
+        #expect(holds, "at \(point.rawValue) of \(operation.rawValue)")
         try await startAppliance(qemu: qemu)
-        var last: TaskView?
-        try await until("the end of \(operation.rawValue), killed at \(point.rawValue)") {
-            last = try await json([TaskView].self, "task list --limit 20").first { $0.operation == operation }
-            return last.map { $0.status != .running } ?? false
-        }
-        return try #require(last)
     }
 
     /// These machines, and nothing of any other: processes, sockets, files, forks.
-    fileprivate func expectOnly(_ machines: [InstanceView]) async throws {
+    func expectOnly(_ machines: [InstanceView]) async throws {
         let ids = Set(machines.map(\.id))
         #expect(Set(try FileManager.default.contentsOfDirectory(atPath: state + "/instances")) == ids)
         let sockets = try FileManager.default.contentsOfDirectory(atPath: runtime)
@@ -131,9 +150,9 @@ extension TwoSites {
     }
 
     /// Live ones that have the path on their command line, but for the daemons of the test.
-    private func processes(naming path: String) -> [pid_t] {
+    func processes(naming path: String) -> [pid_t] {
         ((try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? []).compactMap { entry in
-            guard let pid = pid_t(entry), pid != appliance?.process.processIdentifier, pid != agent?.process.processIdentifier,
+            guard let pid = pid_t(entry), pid != appliance?.process.processIdentifier, pid != agent?.process.processIdentifier, pid != rescue?.process.processIdentifier,
                 let words = FileManager.default.contents(atPath: "/proc/\(pid)/cmdline"), String(decoding: words, as: UTF8.self).contains(path)
             else { return nil }
             return pid

@@ -49,6 +49,7 @@ actor RescueReplication: CommandedReplication {
     private var target: DiskTarget?
     private var order: ReverseOrder?
     private var trouble: String?
+    private var hasToldReady = false
 
     init(disks: RescueDisks, endpoint: LinkEndpoint, logger: Logger) {
         self.disks = disks
@@ -64,7 +65,8 @@ actor RescueReplication: CommandedReplication {
             if sender != nil || receiver != nil { logger.notice("nothing is sent or written any more") }
             await stop()
         case .disksReady:
-            if receiver != nil { logger.notice("the disks hold everything: end this agent, and start the machine from them") }
+            if !hasToldReady { logger.notice("the disks hold everything: end this agent, and start the machine from them") }
+            hasToldReady = true
             await stop()
         case .startReplication: logger.error("this agent is in rescue mode: its disks are not replicated (afterimage agent run does that)")
         case .fenced(let generation):
@@ -99,7 +101,9 @@ actor RescueReplication: CommandedReplication {
             let receiver = ReverseReceiver(
                 endpoint: endpoint, group: order.group, generation: order.generation, specs: order.disks, target: target, logger: logger)
             (self.target, self.receiver, self.order) = (target, receiver, order)
-            trouble = nil
+            (trouble, hasToldReady) = (nil, false)
+            // A copy of them that is kept later has to find what is written from here on.
+            disks.base.forget()
             logger.notice("the disks are overwritten with what runs at the appliance, under \(order.generation)")
             receiver.start()
         } catch { refuse("\(error)") }

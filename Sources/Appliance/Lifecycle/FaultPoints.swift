@@ -41,6 +41,30 @@ enum FaultPoint: String, CaseIterable, Sendable {
     case accessRevoked
     case groupDeleted
     case serverRemoved
+    /// Of an operation that is no task: it is stored, and whoever asked has no answer.
+    case requestStored
+    /// A group that was committed has a position again; its recovery point does not say what it is.
+    case positionGiven
+    /// What the original disks hold is a recovery point, which nothing holds yet.
+    case originalReceived
+    case originalHeld
+    /// The catalogue knows that point: from here on the disks may be overwritten.
+    case originalStored
+    /// The fork is there to be asked for, and the agent has its order.
+    case offerMade
+    /// A failback's machine is to stop.
+    case stopStored
+    case machineStopped
+    /// The disks hold everything; the catalogue does not say so.
+    case lastCutAcknowledged
+    case handedOver
+    /// The fork is not sent any more; its marks are there.
+    case offerEnded
+    case marksForgotten
+    /// A failback is taken back: its machine runs, and is not ready.
+    case machineStartedAgain
+    /// A boot check has QEMU forward a port.
+    case checkForwarded
 
     private static let startsMachine: [FaultPoint] = [.forkMade, .disksServed, .machineSpawned, .controlUp, .bootCheckBegun, .readyStored, .stateMoved]
     private static let takesDown: [FaultPoint] = [.removalStored, .machineGone, .forkDropped, .filesRemoved, .recordRemoved]
@@ -57,6 +81,13 @@ enum FaultPoint: String, CaseIterable, Sendable {
         case .commitFailover: [.intentStored, .forkCommitted, .commitStored]
         case .unregister: [.intentStored, .accessRevoked] + takesDown + [.groupDeleted, .serverRemoved]
         case .hydrateMachine: [.intentStored]
+        case .reversedRegister, .registration: [.requestStored]
+        case .startReverse: [.intentStored, .positionGiven, .originalReceived, .originalHeld, .originalStored, .offerMade, .stateMoved]
+        case .stopReverse: [.requestStored, .offerEnded, .marksForgotten]
+        case .failback:
+            [.intentStored, .stopStored, .machineStopped, .lastCutAcknowledged, .handedOver, .offerEnded, .marksForgotten, .forkCommitted, .positionGiven, .stateMoved]
+                + takesDown
+        case .cancelFailback: [.requestStored, .machineStartedAgain, .readyStored, .stateMoved]
         default: []
         }
     }

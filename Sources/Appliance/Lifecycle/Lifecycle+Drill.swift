@@ -170,7 +170,7 @@ extension Lifecycle {
         FaultPoint.stateMoved.reached(task.operation)
         if let hydration { await start(hydration) }
         // It may have ended before that was stored, when nobody would have been told.
-        if !(await machines.isRunning(instance.id)) { await machineEnded(instance.id, "the machine ended right after it was ready") }
+        if !(await machines.isRunning(instance.id)) { await machineEnded(instance.id, await machines.lastWords(instance.id)) }
         await log(line.map { "boot check passed after \(String(format: "%.2f", rto)) s: \($0)" } ?? "the machine runs after \(String(format: "%.2f", rto)) s (no boot check was asked for)")
         await keepScreenshot(instance, task: task)
         var result = TaskResult()
@@ -188,7 +188,7 @@ extension Lifecycle {
     func turnToBoot(_ task: TaskRecord) async throws {
         if await machines.boots.isFull {
             await tasks.report(task, TaskProgress(step: "waiting for other machines to boot"))
-            await tasks.log(task, "\(machines.boots.limit) machines boot at once: waiting for one of them")
+            await tasks.log(task, "\(machines.boots.limit == 1 ? "one machine boots" : "\(machines.boots.limit) machines boot") at once: waiting for one of them")
         }
         try await machines.boots.enter()
     }

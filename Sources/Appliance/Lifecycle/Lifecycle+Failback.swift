@@ -14,6 +14,7 @@ extension Lifecycle {
     /// How long a guest may take to shut down.
     static let shutDownSeconds = 180.0
     static let lastCutSeconds = 600.0
+    private static let finishAgainSeconds = 5.0
 
     public func failbackPreview(_ name: String, forced: Bool) async throws -> OperationPreview {
         let found = try await server(name)
@@ -66,18 +67,36 @@ extension Lifecycle {
     func performFailback(_ task: TaskRecord) async throws -> TaskResult {
         guard let id = task.server else { throw ApplianceError.failed("the task has no server") }
         do {
-            if try await catalogue.read({ db in try db.reverse(of: id) }).step == .stopping { try await handOver(ServerID(id), task) }
+            switch try await catalogue.read({ db in try db.reverse(of: id) }).step {
+            case .stopping: try await handOver(ServerID(id), task)
+            case .handedOver: break
+            // The machine runs here again: nothing of it may go. It was this task's to take over.
+            case .registered, .keeping, .sending, .cancelling:
+                await revive(try await instance(task))
+                throw ApplianceError.failed("the failback had failed, and was taken back, when the appliance ended")
+            }
         } catch {
             if Task.isCancelled { throw error }
             let reverse = try await catalogue.read { db in try db.reverse(of: id) }
-            if reverse.step != .handedOver {
+            if reverse.step == .stopping {
                 await tasks.log(task, "failed, and is taken back: \(error)")
                 try await catalogue.write { db in try db.updateReverse(of: id) { $0.step = .cancelling } }
                 await takeBack(id, reason: "the failback failed: \(error)")
             }
             throw error
         }
-        return try await finishFailback(ServerID(id), task)
+        // It ends here, whatever comes in between: nobody could take it back.
+        var told = ""
+        while true {
+            do { return try await finishFailback(ServerID(id), task) } catch {
+                if Task.isCancelled || isStopping { throw error }
+                if "\(error)" != told {
+                    told = "\(error)"
+                    await tasks.log(task, "not done yet, and tried again: \(told)")
+                }
+                try await Task.sleep(for: .seconds(Self.finishAgainSeconds))
+            }
+        }
     }
 
     private func handOver(_ server: ServerID, _ task: TaskRecord) async throws {
@@ -96,6 +115,7 @@ extension Lifecycle {
             $0.reason = "a failback is in progress"
             $0.pid = nil
         }
+        FaultPoint.stopStored.reached(task.operation)
         guard try await machines.stop(machine.id, asksSeconds: isForced ? nil : Self.shutDownSeconds) else {
             try await update(machine.id) {
                 $0.step = .ready
@@ -103,6 +123,7 @@ extension Lifecycle {
             }
             throw ApplianceError.failed("the machine did not shut down within \(Int(Self.shutDownSeconds)) s; it goes on (--forced does not ask it)")
         }
+        FaultPoint.machineStopped.reached(task.operation)
         let stopped = UInt64(Date().timeIntervalSince1970 * 1e9)
         await tasks.log(task, "the machine is stopped, with everything that it had written")
         await tasks.report(task, TaskProgress(step: "the last cut"))
@@ -116,10 +137,12 @@ extension Lifecycle {
             offer.cutNow()
             try await Task.sleep(for: .milliseconds(50))
         }
+        FaultPoint.lastCutAcknowledged.reached(task.operation)
         try await catalogue.write { db in
             guard try TaskRecord.fetchOne(db, key: task.id)?.status == .running else { throw CancellationError() }
             try db.updateReverse(of: server.rawValue) { $0.step = .handedOver }
         }
+        FaultPoint.handedOver.reached(task.operation)
         await tasks.log(task, "the disks hold everything that the machine had written")
     }
 
@@ -128,9 +151,11 @@ extension Lifecycle {
         let group = GroupID(server.rawValue)
         try await endOffer(server.rawValue, reason: "the failback is done", forgets: true)
         let fork = ForkID(reverse.instance)
-        if store.forks().contains(where: { $0.id == fork }) {
+        // Not again once that is stored: it may be failed over again already, from a point that a commit would delete.
+        if try await self.server(server.rawValue).state == .failbackInProgress, store.hasFork(fork) {
             try await blocking { [store] in try store.commitFork(fork) }
-            try await givePosition(group, instance: "failback", note: "as it was failed back")
+            FaultPoint.forkCommitted.reached(task.operation)
+            try await givePosition(group, instance: "failback", note: "as it was failed back", for: task.operation)
         }
         let generation = store.group(group)?.generation
         let point = store.recoveryPoints(group).last
@@ -145,6 +170,7 @@ extension Lifecycle {
                 try machine.update(db)
             }
         }
+        FaultPoint.stateMoved.reached(task.operation)
         if let machine { try await takeDown(machine, task: task) }
         await tell(server, .disksReady)
         var result = TaskResult()
@@ -171,6 +197,7 @@ extension Lifecycle {
             if let running { try TaskBoard.finish(running, error: "cancelled by \(who)", in: db) }
             return running
         }
+        FaultPoint.requestStored.reached(.cancelFailback)
         if let running { await tasks.cancel(running) }
         await takeBack(found.id, reason: nil)
         return try await view(found.id)
@@ -185,11 +212,13 @@ extension Lifecycle {
             if let machine = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: reverse.instance) }) {
                 do {
                     let started = try await machines.attach(machine, mayStart: true, log: { [logger] line in logger.info("\(line)") })
+                    FaultPoint.machineStartedAgain.reached(.cancelFailback)
                     try await update(machine.id) {
                         $0.step = .ready
                         $0.reason = nil
                         $0.pid = started.pid
                     }
+                    FaultPoint.readyStored.reached(.cancelFailback)
                 } catch { trouble = "\(reason.map { $0 + "; " } ?? "")its machine could not be started again: \(error)" }
             }
             let said = trouble ?? reason
@@ -198,6 +227,7 @@ extension Lifecycle {
                 try db.updateReverse(of: server) { $0.step = .sending }
                 try db.apply(.failbackFailed, to: &record, who: "appliance", hasRecoveryPoint: true, reason: said)
             }
+            FaultPoint.stateMoved.reached(.cancelFailback)
         } catch {
             logger.error("a failback cannot be taken back: \(error)", metadata: ["server": "\(server)"])
         }
@@ -206,7 +236,15 @@ extension Lifecycle {
     // MARK: After a restart of the appliance
 
     func resumeReverse() async {
-        let records = (try? await catalogue.read { db in try ReverseRecord.fetchAll(db) }) ?? []
+        let records: [ReverseRecord]
+        do {
+            records = try await catalogue.read { db in try ReverseRecord.fetchAll(db) }
+            // A stop that was cut off leaves marks of a fork that is not sent any more.
+            let sent = Set(records.filter { [.sending, .stopping, .cancelling].contains($0.step) }.map(\.instance))
+            try await blocking { [store] in
+                for fork in store.forks() where fork.purpose != ForkSource.purpose && !sent.contains(fork.id.rawValue) { try ForkSource.forget(fork.id, in: store) }
+            }
+        } catch { return logger.error("reverse replication cannot go on: \(error)") }
         for reverse in records {
             do {
                 switch reverse.step {
@@ -243,6 +281,7 @@ extension Lifecycle {
             try record.update(db)
             _ = try ReverseRecord.deleteOne(db, key: record.id)
         }
+        FaultPoint.requestStored.reached(.registration)
         await link?.disconnect(found.serverID)
         return enrolment
     }

@@ -242,7 +242,7 @@ extension Lifecycle {
             $0.step = .ready
             $0.reason = nil
         }
-        if !(await machines.isRunning(instance.id)) { await machineEnded(instance.id, "the machine ended right after it was ready") }
+        if !(await machines.isRunning(instance.id)) { await machineEnded(instance.id, await machines.lastWords(instance.id)) }
         await keepScreenshot(instance, task: task)
         if let address = instance.settings.address { await give(address, to: instance, task: task) }
         var result = TaskResult()

@@ -7,9 +7,12 @@ extension Lifecycle {
     /// One that ends again and again is left, for somebody to look at.
     private static let restartsMax = 3
     private static let restartsWithinSeconds = 600.0
+    /// Not one of those that are counted.
+    private static let whoAtStart = "appliance, at its start"
 
-    /// QEMU ended without being told to. With `restart`, that it is to be started again is in the same transaction.
-    func machineEnded(_ id: String, _ why: String) async {
+    /// QEMU ended without being told to. With `restart`, that it is to be started again is in the same transaction; `isFoundGone` when the appliance starts: a
+    /// failed-over machine is started then whatever was asked for, since its host may have ended, too.
+    func machineEnded(_ id: String, _ why: String, isFoundGone: Bool = false) async {
         if isStopping { return }
         do {
             let restart = try await catalogue.write { db -> TaskRecord? in
@@ -24,13 +27,13 @@ extension Lifecycle {
                 }
                 var detail = "\(instance.kind.rawValue) machine \(id): \(why)"
                 var task: TaskRecord?
-                if wasReady, instance.settings.onEnd == .restart, case .permitted = StateTable.verdict(server.lifecycle, .startMachine, hasRecoveryPoint: true) {
+                if wasReady, instance.settings.onEnd == .restart || (isFoundGone && instance.kind == .failover), case .permitted = StateTable.verdict(server.lifecycle, .startMachine, hasRecoveryPoint: true) {
                     let recent = try TaskRecord.filter(Column("server") == server.id).filter(Column("operation") == Trigger.startMachine)
                         .filter(Column("who") == "appliance").filter(Column("created") > Date(timeIntervalSinceNow: -Self.restartsWithinSeconds)).fetchCount(db)
-                    if recent < Self.restartsMax {
+                    if isFoundGone || recent < Self.restartsMax {
                         detail += "; it is started again"
                         try db.apply(.startMachine, to: &server, who: "appliance", hasRecoveryPoint: true, detail: why)
-                        task = try TaskBoard.plan(.startMachine, server: server, parameters: TaskParameters(instance: id), who: "appliance", in: db)
+                        task = try TaskBoard.plan(.startMachine, server: server, parameters: TaskParameters(instance: id), who: isFoundGone ? Self.whoAtStart : "appliance", in: db)
                     } else {
                         instance.reason = "\(why); it was started again \(recent) times within \(Int(Self.restartsWithinSeconds / 60)) minutes, and is left now"
                         detail += "; it is left, after \(recent) starts"

@@ -35,6 +35,7 @@ extension Lifecycle {
             }
             try db.apply(.reversedRegister, to: &record, who: who, hasRecoveryPoint: true)
         }
+        FaultPoint.requestStored.reached(.reversedRegister)
         enrolment.command += " --state DIRECTORY && afterimage agent rescue --state DIRECTORY --disk NAME=DEVICE"
         return enrolment
     }
@@ -89,12 +90,14 @@ extension Lifecycle {
         guard reverse.step == .sending else { throw ApplianceError.failed("reverse replication was ended") }
         let offer = try await offer(reverse)
         await tell(server, .startReverse(try reverseOrder(reverse, offer)))
+        FaultPoint.offerMade.reached(task.operation)
         await tasks.log(task, "what runs here is compared with the disks; what differs is sent")
         var shown = ReplicationPhase.idle
         while true {
             let status = offer.status
             if status.phase == .replicating, status.lastRecoveryPointNanoseconds > 0 {
                 await happened(.reverseFollows, server)
+                FaultPoint.stateMoved.reached(task.operation)
                 var result = TaskResult()
                 result.instance = reverse.instance
                 result.recoveryPoint = reverse.originalPoint
@@ -116,25 +119,33 @@ extension Lifecycle {
 
     // MARK: The original
 
-    /// Takes what the disks hold into the group, as a recovery point that is held.
+    /// Takes what the disks hold into the group, as a recovery point that is held. One of before this task says what they held then.
     private func keepOriginal(_ server: ServerID, _ task: TaskRecord) async throws {
         let group = GroupID(server.rawValue)
         let settings = try await self.server(server.rawValue).settings
-        try await givePosition(group, instance: "committed", note: "as the failover was committed")
+        try await givePosition(group, instance: "committed", note: "as the failover was committed", for: task.operation)
+        let begun = UInt64(task.created.timeIntervalSince1970 * 1e9)
         guard let settings else { throw ApplianceError.failed("the server has no settings of replication") }
         await tell(server, .keepOriginal(try order(server.rawValue, settings)))
         await tasks.log(task, "what the disks hold is taken into a recovery point first")
         while true {
-            if let instance = agents[server]?.rescueInstance, let point = store.recoveryPoints(group).last(where: { $0.instance == instance }) {
+            let received = store.recoveryPoints(group).filter { $0.instance == agents[server]?.rescueInstance && $0.receivedTimeNanoseconds > begun }
+            // One that is held already was, before a restart.
+            if let point = received.first(where: { $0.hold != nil }) ?? received.last {
+                FaultPoint.originalReceived.reached(task.operation)
                 let hold = "original-" + Self.stamp(Date(nanoseconds: point.cutTimeNanoseconds))
                 if point.hold == nil { try await blocking { [store] in try store.holdRecoveryPoint(group, point.id, name: hold) } }
+                FaultPoint.originalHeld.reached(task.operation)
                 try await catalogue.write { db in
+                    // Stopped meanwhile: nothing may be overwritten.
+                    guard try TaskRecord.fetchOne(db, key: task.id)?.status == .running else { throw CancellationError() }
                     try db.updateReverse(of: server.rawValue) {
                         $0.originalPoint = point.id
                         $0.step = .sending
                     }
                     try db.event("appliance", "Hold recovery point", server: try db.server(server.rawValue), after: hold, detail: "\(point.id): what the original disks held")
                 }
+                FaultPoint.originalStored.reached(task.operation)
                 await tell(server, .stopReplication)
                 await link?.endReplication(of: group, reason: "the original is kept")
                 await tasks.log(task, "it is recovery point \(point.id), held as \(hold)")
@@ -155,13 +166,19 @@ extension Lifecycle {
 
     /// A group that was committed knows no position, and could not be compared with anything. An epoch with nothing in it gives it one, and a recovery
     /// point of what it is.
-    func givePosition(_ group: GroupID, instance: String, note: String) async throws {
+    func givePosition(_ group: GroupID, instance: String, note: String, for operation: Trigger) async throws {
         try await blocking { [store] in
             guard let info = store.group(group) else { throw StoreError.unknownGroup(group) }
-            if info.lastDurable != nil { return }
-            let now = UInt64(Date().timeIntervalSince1970 * 1e9)
-            let cut = Cut(epoch: EpochNumber(1), kind: .exact, timeNanoseconds: now, blockCount: 0)
-            let point = try store.sealNothing(group, generation: info.generation, cut: cut, instance: "\(instance)-\(info.generation.rawValue)")
+            let name = "\(instance)-\(info.generation.rawValue)"
+            let point: RecoveryPoint?
+            if info.lastDurable == nil {
+                let now = UInt64(Date().timeIntervalSince1970 * 1e9)
+                point = try store.sealNothing(group, generation: info.generation, cut: Cut(epoch: EpochNumber(1), kind: .exact, timeNanoseconds: now, blockCount: 0), instance: name)
+            } else {
+                // Made before a restart, which came before it was marked.
+                point = store.recoveryPoints(group).first { $0.instance == name && $0.note == nil }
+            }
+            FaultPoint.positionGiven.reached(operation)
             if let point { try store.markRecoveryPoint(group, point.id, note: note, isOnDemand: true) }
         }
     }
@@ -200,8 +217,12 @@ extension Lifecycle {
             await link?.endReverse(of: offer.order.group, reason: reason)
             try await blocking { offer.source.close() }
         }
-        guard forgets, let reverse = try await catalogue.read({ db in try ReverseRecord.fetchOne(db, key: server) }) else { return }
-        try await blocking { [store] in try ForkSource.forget(ForkID(reverse.instance), in: store) }
+        guard forgets else { return }
+        FaultPoint.offerEnded.reached()
+        if let reverse = try await catalogue.read({ db in try ReverseRecord.fetchOne(db, key: server) }) {
+            try await blocking { [store] in try ForkSource.forget(ForkID(reverse.instance), in: store) }
+        }
+        FaultPoint.marksForgotten.reached()
     }
 
     /// The appliance stops.
@@ -226,6 +247,7 @@ extension Lifecycle {
             }
             return running
         }
+        FaultPoint.requestStored.reached(.stopReverse)
         if let running { await tasks.cancel(running) }
         await tell(found.serverID, .stopReplication)
         try await endOffer(found.id, reason: "reverse replication was stopped", forgets: true)
@@ -245,6 +267,8 @@ extension Lifecycle {
                 record.lastSeen = Date()
                 try record.update(db)
                 guard var reverse = try ReverseRecord.fetchOne(db, key: server.rawValue) else { return (record, nil) }
+                // Its fork may be gone already, and nothing is asked of the disks any more.
+                if reverse.step == .handedOver { return (record, reverse) }
                 let who = "rescue agent of \(record.name)"
                 let wanted = store.forks().first { $0.id.rawValue == reverse.instance }?.volumes ?? []
                 if let unfit = Self.rescueUnfitness(hello.disks, for: wanted) {
@@ -271,7 +295,8 @@ extension Lifecycle {
             case (_, .sending) where record.state.phase == .reverse, (.failbackInProgress, .stopping), (.failbackInProgress, .cancelling):
                 guard let offer = offers[record.id] else { return [.stopReplication] }
                 return [.startReverse(try reverseOrder(reverse, offer))]
-            case (_, .handedOver): return [.disksReady]
+            // Not of one that was failed over again since: its machine runs here.
+            case (.failbackInProgress, .handedOver), (.failedBack, .handedOver): return [.disksReady]
             default: return [.stopReplication]
             }
         } catch {

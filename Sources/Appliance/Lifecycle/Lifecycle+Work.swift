@@ -108,16 +108,15 @@ extension Lifecycle {
         return try await catalogue.read { db in try TaskRecord.fetchOne(db, key: id) ?? task }
     }
 
-    /// A machine at rest after a restart of the appliance: adopt it; a failed-over one that is gone is started again.
-    private func revive(_ instance: InstanceRecord) async {
+    /// A machine at rest after a restart of the appliance: adopt it; a failed-over one that is gone is started again, in its turn.
+    func revive(_ instance: InstanceRecord) async {
         switch instance.step {
         case .ready, .unproven:
-            let mayStart = instance.kind == .failover && instance.step == .ready
             do {
-                let adopted = try await machines.attach(instance, mayStart: mayStart, log: { [logger] line in logger.info("\(line)") })
+                let adopted = try await machines.attach(instance, mayStart: false, log: { [logger] line in logger.info("\(line)") })
                 try await update(instance.id) { $0.pid = adopted.pid }
             } catch {
-                await machineEnded(instance.id, "\(error)")
+                await machineEnded(instance.id, "\(error)", isFoundGone: true)
             }
         case .planned, .starting, .stopped:
             break

@@ -39,7 +39,7 @@ extension RecoveryHost {
                 }
             if let found { return found }
             let tail = console.tail.isEmpty ? "the console is silent" : "the console's last lines:\n" + console.tail.joined(separator: "\n")
-            guard alive else { throw ApplianceError.failed("the boot check did not pass: the machine ended; \(tail)") }
+            guard alive else { throw ApplianceError.failed("the boot check did not pass: \(await ending(instance.id, machine)); \(tail)") }
             guard ContinuousClock.now < deadline else {
                 throw ApplianceError.failed("the boot check did not pass: \(check.failure(why)) within \(instance.settings.bootSecondsMax) s; \(tail)")
             }
@@ -98,16 +98,36 @@ extension RecoveryHost {
             why = "QEMU makes no forward: \(refusal.trimmingCharacters(in: .whitespacesAndNewlines))"
             return nil
         }
-        let found = try await HostPorts.withConnection(to: 0x7F00_0001, own, seconds: 3) { () async throws -> String? in
-            for _ in 0..<20 {
-                let table = try await monitor("info usernet")
-                if UserNetwork.isEstablished(table, hostPort: own, guestPort: port) { return "port \(port) takes connections" }
-                try await Task.sleep(for: .milliseconds(100))
+        FaultPoint.checkForwarded.reached()
+        do {
+            let found = try await HostPorts.withConnection(to: 0x7F00_0001, own, seconds: 3) { () async throws -> String? in
+                for _ in 0..<20 {
+                    let table = try await monitor("info usernet")
+                    if UserNetwork.isEstablished(table, hostPort: own, guestPort: port) { return "port \(port) takes connections" }
+                    try await Task.sleep(for: .milliseconds(100))
+                }
+                return nil
             }
-            return nil
+            _ = try await monitor("hostfwd_remove net0 tcp:127.0.0.1:\(own)")
+            return found ?? nil
+        } catch {
+            _ = try? await monitor("hostfwd_remove net0 tcp:127.0.0.1:\(own)")
+            throw error
         }
-        _ = try await monitor("hostfwd_remove net0 tcp:127.0.0.1:\(own)")
-        return found ?? nil
+    }
+
+    /// Of a check in which the appliance was killed: QEMU would keep the forward for as long as the machine lives.
+    func removeCheckForwards(_ instance: InstanceRecord, _ qmp: QMPClient) async {
+        guard [.isolated, .user].contains(instance.settings.network) else { return }
+        do {
+            let table = try await qmp.execute("human-monitor-command", arguments: ["command-line": .string("info usernet")]).string ?? ""
+            for port in UserNetwork.forwards(table, of: "127.0.0.1") where !instance.settings.forwards.contains(where: { $0.hostPort == port && $0.hostAddress == "127.0.0.1" }) {
+                _ = try await qmp.execute("human-monitor-command", arguments: ["command-line": .string("hostfwd_remove net0 tcp:127.0.0.1:\(port)")])
+                logger.info("machine \(instance.id): the forward of port \(port) was left by a boot check that was cut off: removed")
+            }
+        } catch {
+            logger.warning("machine \(instance.id): forwards of a boot check that was cut off may be left: \(error)")
+        }
     }
 
     // MARK: Programs of the host
@@ -134,6 +154,14 @@ enum UserNetwork {
         table.split(whereSeparator: \.isNewline).contains { line in
             let words = line.split(separator: " ")
             return words.count >= 6 && words[0] == "TCP[ESTABLISHED]" && words[3] == "\(hostPort)" && words[5] == "\(guestPort)"
+        }
+    }
+
+    /// Ports of this address that are forwarded: "  TCP[HOST_FORWARD]   12  127.0.0.1  8022  10.0.2.15  22  0  0"
+    static func forwards(_ table: String, of address: String) -> [UInt16] {
+        table.split(whereSeparator: \.isNewline).compactMap { line in
+            let words = line.split(separator: " ")
+            return words.count >= 6 && words[0] == "TCP[HOST_FORWARD]" && words[2] == address ? UInt16(words[3]) : nil
         }
     }
 }

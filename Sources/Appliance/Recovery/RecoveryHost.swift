@@ -32,6 +32,8 @@ actor RecoveryHost {
     private var stopping: Set<String> = []
     /// QEMUs that run, with the memory that they were promised.
     private var promised: [String: (process: QEMUProcess, memoryMiB: Int)] = [:]
+    /// How those ended that ended by themselves, until they are started again.
+    private var endings: [String: String] = [:]
     /// Machines between their start and their boot check's end.
     nonisolated let boots: Gate
     nonisolated let bridges: HostBridges
@@ -125,6 +127,7 @@ actor RecoveryHost {
             if isNew { FaultPoint.machineSpawned.reached() }
             let qmp = try await control(process, id: id)
             if isNew { FaultPoint.controlUp.reached() }
+            if running != nil { await removeCheckForwards(instance, qmp) }
             machines[id] = Machine(disks: disks, process: process, qmp: qmp, watch: watch(id, process, qmp))
             promised[id] = (process, instance.settings.memoryMiB)
             return Started(pid: process.pid, accelerator: accelerator)
@@ -162,6 +165,7 @@ actor RecoveryHost {
         if instance.settings.allowsOvercommit != true { try checkMemory(instance.settings.memoryMiB) }
         let process = try QEMUProcess.spawn(executable: qemu.executable, arguments: command.arguments, logPath: qemuLogPath(id))
         promised[id] = (process, instance.settings.memoryMiB)
+        endings[id] = nil
         await log("QEMU started (pid \(process.pid)): \(instance.settings.hardwareText)")
         return (process, accelerator)
     }
@@ -201,8 +205,21 @@ actor RecoveryHost {
         guard let machine = machines[id], machine.process == process else { return }
         machines[id] = nil
         promised[id] = nil
+        endings[id] = why
         await machine.disks.stop()
         await onEnded(id, why)
+    }
+
+    /// As `ending`, of one that was ready a moment ago.
+    func lastWords(_ id: String) async -> String {
+        await machines[id]?.watch.value
+        return endings[id] ?? "the machine ended right after it was ready"
+    }
+
+    /// Why a machine is gone, once its last words are read.
+    func ending(_ id: String, _ machine: Machine) async -> String {
+        await machine.watch.value
+        return "the machine ended" + (endings[id].map { ": \($0)" } ?? "")
     }
 
     /// Throws when this host has not the memory for another machine.
@@ -270,6 +287,7 @@ actor RecoveryHost {
         }
         await QEMUProcess.find(name: machineName(id))?.terminate()
         promised[id] = nil
+        endings[id] = nil
         try await bridges.release(instance)
         FaultPoint.machineGone.reached()
         try await blocking { [store] in

@@ -91,6 +91,9 @@ public final class ReplicationBase: Sendable {
         }
     }
 
+    /// Somebody has written to the disks past their source: what its bitmaps say is not all. The next replication compares everything.
+    public func forget() { state.withLock { $0.known = nil } }
+
     func wasCut(_ cut: Cut) { state.withLock { $0.lastCut = max($0.lastCut, cut.epoch) } }
 
     func wasAcknowledged(_ cut: Cut) {
