@@ -171,8 +171,10 @@ until_true 30 state_is here "Failback In Progress"
 handed_over() { [ "$(field here reverse.step)" = handedOver ]; }
 end_guest here
 check "the guest shuts down: the machine is handed over" until_true 60 handed_over
+kill_now "$there_pid"
 kill_here
-check "killed here right after the fence: Failed Back" until_true 60 state_is here "Failed Back"
+start_there
+check "both killed right after the fence: here Failed Back" until_true 60 state_is here "Failed Back"
 check "there it is Failed Over" until_true 120 state_is there "Failed Over"
 check "with the machine that was asked for there" [ "$(machine there machine.cpus) $(machine there machine.memoryMiB)" = "2 96" ]
 check "its disk is what ran here, byte by byte" machine_is there "$run_dir/machine.img"
