@@ -93,7 +93,7 @@ extension Lifecycle {
                     hasBegun = true
                     if isEnough(held) { return held }
                 } else if hasBegun {
-                    throw ApplianceError.failed("the source let go of its writes again\(status.reason.map { ": \($0)" } ?? "")")
+                    throw ApplianceError.failed("the source let go of its writes again\(status.phase == .replicating ? status.reason.map { ": \($0)" } ?? "" : "")")
                 }
             }
             guard ContinuousClock.now < deadline else {

@@ -496,7 +496,9 @@ extension Lifecycle: MachineKeeper {
         }
         let now = try await catalogue.read { db in try db.reverse(of: reverse.server) }
         try await joinOther(now)
-        if now.step == .handedOver { endWithOther(reverse.server) }
+        guard now.step == .handedOver else { return }
+        let isDone = try await catalogue.read { db in try InstanceRecord.fetchOne(db, key: now.instance) == nil && db.server(now.server).state != .failbackInProgress }
+        if !isDone { endWithOther(reverse.server) }
     }
 
     // MARK: Shown
