@@ -8,15 +8,22 @@ struct ReverseCommand: AsyncParsableCommand {
 
     struct Register: ClientCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Reversed Register: print the token for the agent that holds the original disks.",
+            abstract: "Reversed Register: print the token for the agent that holds the original disks, or register another appliance.",
             discussion: """
-                The failover must be committed. On a machine with the original disks (the original one, booted from other media, or any other that they are \
+                The failover must be committed. Back to another appliance: --appliance with the token that it printed (there: afterimage server add, or afterimage \
+                server token, or afterimage registration); this appliance is then its server's agent. Back to the original disks: on a machine with the original disks (the original one, booted from other media, or any other that they are \
                 attached to): afterimage agent enroll with this token and a state directory of its own, then afterimage agent rescue.
                 """)
         @OptionGroup var global: GlobalOptions
         @Argument(help: "The server's name.") var name: String
+        @Option(help: ArgumentHelp("Into the store of another appliance: the one-time token of its server.", valueName: "token")) var appliance: String?
 
         func run(_ client: APIClient) async throws {
+            if let appliance {
+                let server: ServerView = try await client.post("/v1/servers/\(APIClient.segment(name))/reverse/appliance", RegisterReverse(token: appliance))
+                try show(server) { ["\(server.name): \(server.state.rawValue), as \(server.reverse?.applianceServer ?? "-") at \(server.reverse?.applianceURL ?? "-")"] }
+                return
+            }
             let enrolment: Enrolment = try await client.post("/v1/servers/\(APIClient.segment(name))/reverse/registration")
             try show(enrolment) { ["On the machine with the disks of \(enrolment.server), until \(Words.timeToSecond(enrolment.expires)):", "  \(enrolment.command)"] }
         }
@@ -24,15 +31,18 @@ struct ReverseCommand: AsyncParsableCommand {
 
     struct Start: ClientCommand {
         static let configuration = CommandConfiguration(
-            abstract: "Initiate Reverse Replication: the original disks are brought up to what runs here, and follow it.",
+            abstract: "Initiate Reverse Replication: the original disks, or another appliance, are brought up to what runs here, and follow it.",
             discussion: """
-                Only what differs is sent. What the disks hold is kept first, as a held recovery point. Each disk is confirmed by its serial, or its path where it \
-                has none; --preview says them, and what happens.
+                Only what differs is sent. --original-machine: what the disks hold is kept first, as a held recovery point. Each disk is confirmed by its serial, or \
+                its path where it has none; --preview says them, and what happens. --to-appliance: confirmed by the server's name; the other appliance follows once it \
+                is asked to there (afterimage replication start).
                 """)
         @OptionGroup var global: GlobalOptions
         @OptionGroup var waiting: WaitOption
         @Argument(help: "The server's name.") var name: String
         @Flag(help: "Original machine recovery: its disks are overwritten.") var originalMachine = false
+        @Flag(help: "Into the store of the appliance that was registered.") var toAppliance = false
+        @OptionGroup var confirmation: ConfirmOption
         @Option(help: ArgumentHelp("A disk's serial; repeat it for each disk.", valueName: "serial")) var confirm: [String] = []
         @Flag(help: "Keep nothing of what the disks hold.") var discardOriginal = false
         @Option(help: "At most so many bytes per second: 10MiB; 0 for no limit.") var throttle: ByteCount?
@@ -45,8 +55,14 @@ struct ReverseCommand: AsyncParsableCommand {
                 try show(plan) { plan.words }
                 return
             }
+            var confirm = confirm
+            if toAppliance, confirm.isEmpty {
+                let plan: OperationPreview = try await client.get(path)
+                try confirmation.agree(to: plan, quietly: global.json)
+                confirm = [plan.server]
+            }
             let request = StartReverse(
-                originalMachine: originalMachine ? true : nil, confirm: confirm, discardsOriginal: discardOriginal ? true : nil, throttleBytesPerSecond: throttle?.bytes)
+                originalMachine: originalMachine ? true : nil, toAppliance: toAppliance ? true : nil, confirm: confirm, discardsOriginal: discardOriginal ? true : nil, throttleBytesPerSecond: throttle?.bytes)
             let task: TaskView = try await client.post(path, request)
             try await TaskFollower(client: client, json: global.json).finish(task, wait: waiting.wait)
         }
@@ -122,7 +138,8 @@ extension ReverseView {
     /// Of a server that is shown.
     var lines: [String] {
         var lines = disks.map { "  goes back to  \($0.name) on \($0.devicePath), \(Words.bytes($0.sizeBytes)), confirmed by \($0.confirmation)" }
-        let line = isConnected ? phase.rawValue : "the rescue agent is not connected"
+        if let applianceURL { lines.append("  goes back to  the appliance at \(applianceURL), as \(applianceServer ?? "-")") }
+        let line = isConnected ? phase.rawValue : applianceURL == nil ? "the rescue agent is not connected" : "the other appliance is not connected"
         lines.append("  reverse       \(step.rawValue), \(line)\(reason.map { ": \($0)" } ?? ""); \(Words.bytes(sentBytes)) sent, \(Words.bytes(equalBytes)) alike, \(Words.bytes(behindBytes)) behind")
         if let lastCutTime { lines.append("  last cut      \(Words.time(lastCutTime))") }
         if let originalPoint { lines.append("  original      kept as recovery point \(originalPoint)") }

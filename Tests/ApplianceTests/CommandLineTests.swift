@@ -35,7 +35,7 @@ struct CommandLineTests {
         "recovery-point release a p1 --yes n", "recovery-point delete a p1 --yes p1", "appliance --upkeep-rate 8MiB --tighten-when-low --scrub-rate 0 --scrub-pause 7d",
         "token create t --role operator --days 30 --write-profile /x/y.json", "token list --json", "token revoke t", "user create u --role viewer --password-file /p", "user list --json", "user set-password u", "user delete u", "login https://h:8443 --user u --ca-fingerprint ab --password-file /p --profile /x/y.json", "catalogue backup /x/c.sqlite", "catalogue import /x/c.json", "agent configuration --state /x", "task list --server a --limit 5", "task show 12 --wait", "event list", "event follow --json", "appliance --state /s --store /t --listen [::1]:0 --accel kvm",
         "agent run --disk vda=/dev/loop0 --disk vdb=/dev/loop1", "agent enroll --token T", "agent rescue --disk vda=/dev/loop0 --state /x",
-        "reverse register a", "reverse start a --original-machine --confirm S1 --confirm S2 --discard-original --throttle 10MiB --wait", "reverse start a --preview", "reverse stop a",
+        "reverse register a", "reverse start a --original-machine --confirm S1 --confirm S2 --discard-original --throttle 10MiB --wait", "reverse start a --preview", "reverse stop a", "reverse register a --appliance T", "reverse start a --to-appliance --yes a --wait",
         "failback start a --forced --yes a --wait", "failback start a --preview", "failback cancel a", "registration a",
     ])
     func parses(words: String) throws {

@@ -65,6 +65,12 @@ struct StateTableTests {
         if case .refused = verdict { #expect(!isPermitted) } else { #expect(isPermitted) }
     }
 
+    @Test("a failover at the other appliance stops what is sent there, and only that", arguments: ServerState.allCases)
+    func failedOverElsewhere(state: ServerState) {
+        let isSent = [.reversedEnableReplicating, .reversedFullSync, .reversedReplicating].contains(state)
+        #expect(StateTable.outcome(state, .failedOverElsewhere) == (isSent ? .to(.failbackInProgress) : .stays))
+    }
+
     @Test("nothing is recovered from where there is no recovery point")
     func needsPoint() {
         for state in ServerState.allCases where state.phase != .drill {

@@ -10,6 +10,7 @@ import Replica
 /// trusted yet, and only used when its fingerprint is the token's; everything secret then goes over TLS verified by that CA.
 public enum AgentEnrolment {
     public struct Outcome: Sendable {
+        public var server: ServerID
         public var serverName: String
         public var linkHost: String
         public var linkPort: Int
@@ -36,7 +37,7 @@ public enum AgentEnrolment {
         try KeyFile.write(response.ca, to: file("ca.pem"), mode: 0o644)
         let link = AgentState.Link(host: response.linkHost, port: response.linkPort, serverName: response.serverName)
         try KeyFile.write(String(decoding: try JSONEncoder().encode(link), as: UTF8.self), to: file("link.json"), mode: 0o644)
-        return Outcome(serverName: response.serverName, linkHost: response.linkHost, linkPort: response.linkPort)
+        return Outcome(server: response.server, serverName: response.serverName, linkHost: response.linkHost, linkPort: response.linkPort)
     }
 
     private static func fetchCA(_ token: EnrolmentToken) async throws -> String {

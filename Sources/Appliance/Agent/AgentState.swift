@@ -117,8 +117,10 @@ final class AgentState: @unchecked Sendable {
     static func enrolmentDirectory(_ state: String) -> URL { URL(fileURLWithPath: state, isDirectory: true).appendingPathComponent("enrolment", isDirectory: true) }
 
     /// Nil until `afterimage agent enroll` has been run.
-    func enrolment() throws -> (endpoint: LinkEndpoint, serverName: String)? {
-        let base = Self.enrolmentDirectory(directory.path)
+    func enrolment() throws -> (endpoint: LinkEndpoint, serverName: String)? { try Self.enrolment(directory.path) }
+
+    static func enrolment(_ state: String) throws -> (endpoint: LinkEndpoint, serverName: String)? {
+        let base = enrolmentDirectory(state)
         let linkFile = base.appendingPathComponent("link.json")
         guard let data = try? Data(contentsOf: linkFile) else { return nil }
         let link = try JSONDecoder().decode(Link.self, from: data)

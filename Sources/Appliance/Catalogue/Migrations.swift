@@ -281,6 +281,13 @@ extension Catalogue {
             }
             try db.alter(table: "sitePair") { t in t.add(column: "recoveryNetworkName", .text) }
         }
+        migrator.registerMigration("12.1: reverse replication into another appliance") { db in
+            try db.alter(table: "reverse") { t in
+                t.add(column: "appliance", .text)
+                t.add(column: "hold", .text)
+                t.add(column: "generation", .integer)
+            }
+        }
         return migrator
     }
 }

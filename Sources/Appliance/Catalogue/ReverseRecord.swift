@@ -16,6 +16,8 @@ public enum ReverseStep: String, Sendable, Codable, CaseIterable {
     case handedOver
     /// A failback is taken back: the machine starts again here.
     case cancelling
+    /// The other appliance failed the server over without this machine's last writes: it is stopped, and starts again only if that is rolled back.
+    case fenced
 }
 
 /// Reverse replication of one server; gone when its source is registered again.
@@ -36,6 +38,23 @@ public struct ReverseRecord: Codable, Sendable, Hashable, FetchableRecord, Persi
     public var originalPoint: RecoveryPointID?
     public var throttleBytesPerSecond: UInt64
     public var created: Date
+    /// nil: it goes back to its original disks.
+    public var appliance: ReverseAppliance?
+    /// The last hold that the other appliance ordered; one that has ended never begins again.
+    public var hold: String?
+    /// The newest generation there under which the machine was to be followed: only a newer one fences it.
+    public var generation: Int64?
+}
+
+/// Another appliance, for which this one is a server's agent.
+public struct ReverseAppliance: Codable, Sendable, Hashable {
+    public var url: String
+    /// What the server is called there.
+    public var serverName: String
+    /// What its group is called there.
+    public var group: String
+    /// Key, certificate and the rest, below STATE/reverse.
+    public var directory: String
 }
 
 /// A disk that a server can go back to.

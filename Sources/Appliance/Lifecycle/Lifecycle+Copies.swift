@@ -245,6 +245,20 @@ extension Lifecycle {
         try await body()
     }
 
+    // MARK: After a restart
+
+    /// What copies have left that were cancelled, or had failed, in the moment in which the appliance was killed.
+    func removeUnfinishedCopies() async {
+        do {
+            let paths = try await catalogue.read { db in
+                let copies = try TaskRecord.filter([Trigger.exportRecoveryPoint, .promoteMachine].contains(Column("operation"))).order(Column("id").desc).limit(200).fetchAll(db)
+                let written = copies.filter { $0.status == .running }.compactMap { $0.parameters.copy?.path }
+                return copies.filter { $0.status == .failed && $0.parameters.copy?.format != .device }.compactMap { $0.parameters.copy?.path }.filter { !written.contains($0) }
+            }
+            for path in paths { unlink(path + Self.partialSuffix) }
+        } catch { logger.error("cannot look for files of unfinished copies: \(error)") }
+    }
+
     // MARK: Files
 
     static let hostName: String = ProcessInfo.processInfo.hostName

@@ -19,6 +19,7 @@ extension Lifecycle {
     public func failbackPreview(_ name: String, forced: Bool) async throws -> OperationPreview {
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .failback, hasRecoveryPoint: true) { throw ApplianceError.refused(why) }
+        try await refuseFailbackToAppliance(found)
         let reverse = try await catalogue.read { db in try db.reverse(of: found.id) }
         var words = [
             forced
@@ -35,6 +36,7 @@ extension Lifecycle {
     public func startFailback(_ name: String, _ request: StartFailback, who: String) async throws -> TaskRecord {
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .failback, hasRecoveryPoint: true) { throw ApplianceError.refused(why) }
+        try await refuseFailbackToAppliance(found)
         guard request.confirm == found.name else {
             throw ApplianceError.refused("Failback stops the machine of \(found.name) here: confirm it by the server's name (--yes \(found.name)).")
         }
@@ -150,15 +152,8 @@ extension Lifecycle {
         let reverse = try await catalogue.read { db in try db.reverse(of: server.rawValue) }
         let group = GroupID(server.rawValue)
         try await endOffer(server.rawValue, reason: "the failback is done", forgets: true)
-        let fork = ForkID(reverse.instance)
-        // Not again once that is stored: it may be failed over again already, from a point that a commit would delete.
-        if try await self.server(server.rawValue).state == .failbackInProgress, store.hasFork(fork) {
-            try await blocking { [store] in try store.commitFork(fork) }
-            FaultPoint.forkCommitted.reached(task.operation)
-            try await givePosition(group, instance: "failback", note: "as it was failed back", for: task.operation)
-        }
+        let point = try await becomeHandedOver(reverse, note: "as it was failed back")
         let generation = store.group(group)?.generation
-        let point = store.recoveryPoints(group).last
         let machine = try await catalogue.read { db in try InstanceRecord.fetchOne(db, key: reverse.instance) }
         try await catalogue.write { db in
             var record = try db.server(server.rawValue)
@@ -181,6 +176,18 @@ extension Lifecycle {
         return result
     }
 
+    /// The group becomes what the machine's fork is. May be repeated; not again once its state is stored: it may be failed over again already, from a point that a
+    /// commit would delete.
+    func becomeHandedOver(_ reverse: ReverseRecord, note: String) async throws -> RecoveryPoint? {
+        let (fork, group) = (ForkID(reverse.instance), GroupID(reverse.server))
+        if try await server(reverse.server).state == .failbackInProgress, store.hasFork(fork) {
+            try await blocking { [store] in try store.commitFork(fork) }
+            FaultPoint.forkCommitted.reached(.failback)
+            try await givePosition(group, instance: "failback", note: note, for: .failback)
+        }
+        return store.recoveryPoints(group).last
+    }
+
     // MARK: Cancel
 
     /// Until the disks are handed over: the machine starts here again, with all that it had written, and reverse replication goes on.
@@ -190,7 +197,10 @@ extension Lifecycle {
             var record = try db.server(found.id)
             try db.apply(.cancelFailback, to: &record, who: who, hasRecoveryPoint: true)
             guard try db.reverse(of: record.id).step != .handedOver else {
-                throw ApplianceError.refused("The disks of \(record.name) have been handed over: the failback ends by itself. Then it can be failed over again.")
+                throw ApplianceError.refused("\(record.name) has been handed over: the failback ends by itself. Then it can be failed over again.")
+            }
+            guard try db.reverse(of: record.id).step != .fenced else {
+                throw ApplianceError.refused("\(record.name) was failed over at the other appliance: its machine starts here again only if that is rolled back there.")
             }
             try db.updateReverse(of: record.id) { $0.step = .cancelling }
             let running = try db.runningTask(of: record, [.failback])
@@ -199,12 +209,13 @@ extension Lifecycle {
         }
         FaultPoint.requestStored.reached(.cancelFailback)
         if let running { await tasks.cancel(running) }
-        await takeBack(found.id, reason: nil)
+        // A machine that is shutting down for another appliance is started again when it has.
+        if let other = others[found.id] { await other.replication.letGo("cancelled by \(who)") } else { await takeBack(found.id, reason: nil) }
         return try await view(found.id)
     }
 
     /// The machine starts here again. May be repeated.
-    private func takeBack(_ server: String, reason: String?) async {
+    func takeBack(_ server: String, reason: String?) async {
         var trouble: String?
         do {
             let reverse = try await catalogue.read { db in try db.reverse(of: server) }
@@ -222,12 +233,17 @@ extension Lifecycle {
                 } catch { trouble = "\(reason.map { $0 + "; " } ?? "")its machine could not be started again: \(error)" }
             }
             let said = trouble ?? reason
-            try await catalogue.write { db in
+            let step = try await catalogue.write { db in
                 var record = try db.server(server)
+                let step = try db.reverse(of: server).step
+                guard step == .cancelling else { return step }
                 try db.updateReverse(of: server) { $0.step = .sending }
                 try db.apply(.failbackFailed, to: &record, who: "appliance", hasRecoveryPoint: true, reason: said)
+                return step
             }
             FaultPoint.stateMoved.reached(.cancelFailback)
+            // Fenced while it was started.
+            if step == .fenced || step == .handedOver { try await stopForGood(reverse.instance) }
         } catch {
             logger.error("a failback cannot be taken back: \(error)", metadata: ["server": "\(server)"])
         }
@@ -240,19 +256,23 @@ extension Lifecycle {
         do {
             records = try await catalogue.read { db in try ReverseRecord.fetchAll(db) }
             // A stop that was cut off leaves marks of a fork that is not sent any more.
-            let sent = Set(records.filter { [.sending, .stopping, .cancelling].contains($0.step) }.map(\.instance))
+            let sent = Set(records.filter { [.sending, .stopping, .cancelling, .fenced].contains($0.step) }.map(\.instance))
             try await blocking { [store] in
                 for fork in store.forks() where fork.purpose != ForkSource.purpose && !sent.contains(fork.id.rawValue) { try ForkSource.forget(fork.id, in: store) }
             }
         } catch { return logger.error("reverse replication cannot go on: \(error)") }
         for reverse in records {
             do {
+                if reverse.appliance != nil {
+                    try await resumeAppliance(reverse)
+                    continue
+                }
                 switch reverse.step {
                 case .sending, .stopping: _ = try await offer(reverse)
                 case .cancelling:
                     _ = try await offer(reverse)
                     await takeBack(reverse.server, reason: nil)
-                case .registered, .keeping, .handedOver: break
+                case .registered, .keeping, .handedOver, .fenced: break
                 }
             } catch {
                 logger.error("reverse replication cannot go on: \(error)", metadata: ["server": "\(reverse.server)"])
@@ -282,6 +302,7 @@ extension Lifecycle {
             _ = try ReverseRecord.deleteOne(db, key: record.id)
         }
         FaultPoint.requestStored.reached(.registration)
+        await leaveOther(found.id, forgets: false)
         await link?.disconnect(found.serverID)
         return enrolment
     }

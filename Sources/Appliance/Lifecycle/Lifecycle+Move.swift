@@ -22,7 +22,7 @@ extension Lifecycle {
             throw .refused(
                 "A graceful failover needs \(server.name) to be Replicating, with its agent connected; it is \(server.state.rawValue)\(server.reason.map { ": \($0)" } ?? ""). Without --graceful the source may be dead.")
         }
-        if let disk = server.disks.first(where: { $0.tap != AgentConfiguration.TapKind.nbd.rawValue }) {
+        if let disk = server.disks.first(where: { $0.tap != AgentConfiguration.TapKind.nbd.rawValue && $0.tap != MachineReplication.tapName }) {
             throw .refused(
                 "Disk \(disk.name) of \(server.name) is followed by the \(disk.tap) tap, which holds no write back: stop what writes to it, make a last point (afterimage recovery-point create \(server.name) --consistency filesystem --wait), shut the host down, then fail over without --graceful.")
         }
@@ -34,7 +34,7 @@ extension Lifecycle {
         let server = ServerID(instance.server)
         var instance = instance
         let hold = task.parameters.hold ?? Names.unique("hold")
-        if instance.generation == nil {
+        if instance.generation == nil, instance.point == nil {
             // Its link has been refused since: no last point would come.
             guard task.parameters.hold == nil else { throw ApplianceError.failed("the appliance was restarted before the last recovery point was there") }
             try await catalogue.write { db in
@@ -54,11 +54,15 @@ extension Lifecycle {
     private func lastPoint(_ instance: InstanceRecord, hold: String, task: TaskRecord) async throws -> InstanceRecord {
         let server = ServerID(instance.server)
         await tasks.report(task, TaskProgress(step: "the source's last writes"))
-        _ = try await heldStatus(server, hold, "holds its writes", within: Self.answerSeconds) { $0.isQuiet }
-        await tasks.log(task, "the source holds its writes")
-        let point = try await laterPoint(server, hold: hold)
-        await tasks.log(task, "recovery point \(point.id) has all that was ever written there")
         let record = try await self.server(instance.server)
+        // A machine that runs at another appliance is shut down there.
+        let isMachine = record.disks.contains { $0.tap == MachineReplication.tapName }
+        if isMachine { await tasks.log(task, "the machine at the other appliance is asked to shut down") }
+        _ = try await heldStatus(
+            server, hold, isMachine ? "has shut down" : "holds its writes", within: Self.answerSeconds + (isMachine ? Self.shutDownSeconds : 0)) { $0.isQuiet }
+        await tasks.log(task, isMachine ? "the machine there is stopped" : "the source holds its writes")
+        let point = try await laterPoint(server, hold: hold, within: isMachine ? Self.lastCutSeconds : Self.moveStepSeconds)
+        await tasks.log(task, "recovery point \(point.id) has all that was ever written there")
         var settled = instance
         settled.point = point.id
         settled.pointCutTimeNanoseconds = Int64(point.cutTimeNanoseconds)
@@ -82,8 +86,16 @@ extension Lifecycle {
 
     private func heldStatus(_ server: ServerID, _ hold: String, _ what: String, within seconds: Double, _ isEnough: (WriteHold) -> Bool) async throws -> WriteHold {
         let deadline = ContinuousClock.now + .seconds(seconds)
+        var hasBegun = false
         while true {
-            if let live = agents[server], live.connected, let held = live.status?.hold, held.id == hold, isEnough(held) { return held }
+            if let live = agents[server], live.connected, let status = live.status {
+                if let held = status.hold, held.id == hold {
+                    hasBegun = true
+                    if isEnough(held) { return held }
+                } else if hasBegun {
+                    throw ApplianceError.failed("the source let go of its writes again\(status.phase == .replicating ? status.reason.map { ": \($0)" } ?? "" : "")")
+                }
+            }
             guard ContinuousClock.now < deadline else {
                 throw ApplianceError.failed("it did not happen within \(Int(seconds)) s that the source \(what) (its agent is \(agents[server]?.connected == true ? "connected" : "not connected"))")
             }
@@ -92,10 +104,10 @@ extension Lifecycle {
     }
 
     /// One that was cut after this call: see `epochsUntilLater`.
-    private func laterPoint(_ server: ServerID, hold: String) async throws -> RecoveryPoint {
+    private func laterPoint(_ server: ServerID, hold: String, within seconds: Double) async throws -> RecoveryPoint {
         let group = GroupID(server.rawValue)
         var known = Set(store.recoveryPoints(group).map(\.id)), count = 0
-        let deadline = ContinuousClock.now + .seconds(Self.moveStepSeconds)
+        let deadline = ContinuousClock.now + .seconds(seconds)
         await tell(server, .cutNow(.crash))
         while true {
             for point in store.recoveryPoints(group) where known.insert(point.id).inserted {
@@ -106,7 +118,7 @@ extension Lifecycle {
             guard let live = agents[server], live.connected, let held = live.status?.hold, held.id == hold, !held.isFinal else {
                 throw ApplianceError.failed("the source let go of its writes, or its agent is not connected any more")
             }
-            guard ContinuousClock.now < deadline else { throw ApplianceError.failed("no last recovery point followed within \(Int(Self.moveStepSeconds)) s") }
+            guard ContinuousClock.now < deadline else { throw ApplianceError.failed("no last recovery point followed within \(Int(seconds)) s") }
             try await Task.sleep(for: .milliseconds(20))
         }
     }

@@ -27,15 +27,18 @@ extension Lifecycle {
             }
             record.enrolmentHash = hash
             record.enrolmentExpires = expires
-            if record.state == .failoverCommitted {
+            let known = try ReverseRecord.fetchOne(db, key: record.id)
+            if record.state == .failoverCommitted || known?.appliance != nil {
                 try ReverseRecord(
                     server: record.id, instance: machine.id, source: Names.unique("reverse"), step: .registered, keepsOriginal: true, disks: [], confirmed: [],
                     throttleBytesPerSecond: 0, created: Date()
                 ).upsert(db)
             }
             try db.apply(.reversedRegister, to: &record, who: who, hasRecoveryPoint: true)
+            if known?.appliance != nil { try db.apply(.rescueUnfit, to: &record, who: who, hasRecoveryPoint: true, reason: "the original disks are awaited instead of the other appliance") }
         }
         FaultPoint.requestStored.reached(.reversedRegister)
+        await leaveOther(found.id, forgets: true)
         enrolment.command += " --state DIRECTORY && afterimage agent rescue --state DIRECTORY --disk NAME=DEVICE"
         return enrolment
     }
@@ -45,6 +48,7 @@ extension Lifecycle {
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .startReverse, hasRecoveryPoint: true) { throw ApplianceError.refused(why) }
         let reverse = try await catalogue.read { db in try db.reverse(of: found.id) }
+        if let appliance = reverse.appliance { return appliancePreview(found, appliance) }
         var words = reverse.disks.map { "disk \($0.name): \($0.devicePath) (\(Amount.bytes($0.sizeBytes))) is overwritten with what runs here; confirmed by \($0.confirmation)" }
         words.append("what these disks hold now is kept first, as a held recovery point; with --discard-original it is lost for good")
         words.append("the machine goes on here; what it writes follows")
@@ -55,6 +59,10 @@ extension Lifecycle {
     public func startReverse(_ name: String, _ request: StartReverse, who: String) async throws -> TaskRecord {
         let found = try await server(name)
         if case .refused(let why) = StateTable.verdict(found.lifecycle, .startReverse, hasRecoveryPoint: true) { throw ApplianceError.refused(why) }
+        if let appliance = try await catalogue.read({ db in try db.reverse(of: found.id) }).appliance {
+            return try await startReverse(found, request, to: appliance, who: who)
+        }
+        guard request.toAppliance != true else { throw ApplianceError.invalid("\(found.name) is registered to go back to its original disks (--original-machine), not to an appliance (afterimage reverse register --appliance TOKEN)") }
         guard request.originalMachine == true else {
             throw ApplianceError.invalid("say what it goes back to: the original machine's disks, which are overwritten (--original-machine)")
         }
@@ -88,6 +96,7 @@ extension Lifecycle {
         if try await catalogue.read({ db in try db.reverse(of: id) }).step == .keeping { try await keepOriginal(server, task) }
         let reverse = try await catalogue.read { db in try db.reverse(of: id) }
         guard reverse.step == .sending else { throw ApplianceError.failed("reverse replication was ended") }
+        if let appliance = reverse.appliance { return try await untilFollowed(reverse, appliance, task) }
         let offer = try await offer(reverse)
         await tell(server, .startReverse(try reverseOrder(reverse, offer)))
         FaultPoint.offerMade.reached(task.operation)
@@ -250,6 +259,13 @@ extension Lifecycle {
         FaultPoint.requestStored.reached(.stopReverse)
         if let running { await tasks.cancel(running) }
         await tell(found.serverID, .stopReplication)
+        if let reverse = try await catalogue.read({ db in try ReverseRecord.fetchOne(db, key: found.id) }), reverse.appliance != nil {
+            // Connected all the same, and sending nothing.
+            await leaveOther(found.id, forgets: true, keepsEnrolment: true)
+            try await joinOther(reverse)
+            return try await view(found.id)
+        }
+        await leaveOther(found.id, forgets: true)
         try await endOffer(found.id, reason: "reverse replication was stopped", forgets: true)
         await link?.endReplication(of: found.group, reason: "reverse replication was stopped")
         return try await view(found.id)
@@ -266,7 +282,7 @@ extension Lifecycle {
                 var record = try db.server(server.rawValue)
                 record.lastSeen = Date()
                 try record.update(db)
-                guard var reverse = try ReverseRecord.fetchOne(db, key: server.rawValue) else { return (record, nil) }
+                guard var reverse = try ReverseRecord.fetchOne(db, key: server.rawValue), reverse.appliance == nil else { return (record, nil) }
                 // Its fork may be gone already, and nothing is asked of the disks any more.
                 if reverse.step == .handedOver { return (record, reverse) }
                 let who = "rescue agent of \(record.name)"
@@ -331,7 +347,7 @@ extension Lifecycle {
 
     func rescueGone(_ server: ServerID) async { await noteReverse(server, "the rescue agent is not connected") }
 
-    private func noteReverse(_ server: ServerID, _ reason: String?) async {
+    func noteReverse(_ server: ServerID, _ reason: String?) async {
         do {
             try await catalogue.write { db in
                 guard var record = try ServerRecord.fetchOne(db, key: server.rawValue), record.state.phase == .reverse, record.reason != reason else { return }
@@ -351,6 +367,7 @@ extension Lifecycle {
 
     func reverseView(_ server: String) async throws -> ReverseView? {
         guard let reverse = try await catalogue.read({ db in try ReverseRecord.fetchOne(db, key: server) }) else { return nil }
+        if let appliance = reverse.appliance { return await applianceView(reverse, appliance) }
         let live = agents[ServerID(server)]
         let isConnected = live?.connected == true && live?.rescueInstance != nil
         let status = offers[server]?.status ?? (isConnected ? live?.status : nil) ?? AgentStatus()

@@ -168,6 +168,7 @@ extension Lifecycle {
         FaultPoint.accessRevoked.reached(task.operation)
         await tell(record.serverID, .stopReplication)
         await link?.disconnect(record.serverID)
+        await leaveOther(id, forgets: true)
         let instances = try await catalogue.read { db in try db.instances(of: record) }
         for instance in instances { try await takeDown(instance, task: task) }
         for export in try await catalogue.read({ db in try PointExportRecord.filter(Column("server") == id).fetchAll(db) }) {

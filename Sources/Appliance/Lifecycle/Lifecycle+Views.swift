@@ -20,7 +20,7 @@ extension Lifecycle {
         var views: [ServerView] = []
         for (record, instances) in rows {
             var view = view(record, instances: instances)
-            view.reverse = try await reverseView(record.id)
+            try await add(reverseView(record.id), to: &view)
             views.append(view)
         }
         return views
@@ -32,8 +32,13 @@ extension Lifecycle {
             return (record, try db.instances(of: record))
         }
         var view = view(record, instances: instances)
-        view.reverse = try await reverseView(record.id)
+        try await add(reverseView(record.id), to: &view)
         return view
+    }
+
+    private func add(_ reverse: ReverseView?, to view: inout ServerView) {
+        view.reverse = reverse
+        if let next = reverse?.next(view.name, view.state, machine: view.instances.last { $0.kind == .failover }) { view.next = next }
     }
 
     private func view(_ record: ServerRecord, instances: [InstanceRecord]) -> ServerView {

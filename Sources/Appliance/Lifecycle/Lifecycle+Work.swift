@@ -31,6 +31,7 @@ extension Lifecycle {
             await happened(.linkLost, server.serverID, reason: "the appliance was restarted; waiting for the agent")
         }
         await forgetMounts()
+        await removeUnfinishedCopies()
         await resumeReverse()
         for task in running {
             if task.operation != .startReplication { await tasks.log(task, "the appliance was restarted: going on") }

@@ -38,6 +38,12 @@ public actor Lifecycle {
     var alertTasks: [Task<Void, Never>] = []
     /// What is sent back, by server.
     var offers: [String: ReverseOffer] = [:]
+    /// Appliances that machines go to, by server.
+    var others: [String: OtherAppliance] = [:]
+    var otherContacts: [String: OtherContact] = [:]
+    var otherWatches: [String: Task<Void, Never>] = [:]
+    /// Putting in order what was handed over.
+    var otherEndings: [String: Task<Void, Never>] = [:]
     var drillScheduleTask: Task<Void, Never>?
 
     init(
@@ -67,6 +73,7 @@ public actor Lifecycle {
         await stopDrillSchedules()
         await tasks.stop()
         await endOffers()
+        await leaveOthers()
         await endMounts()
         await exports.stop()
         await machines.detachAll()
@@ -136,14 +143,17 @@ public struct LifecycleSettings: Sendable {
     public var linkHost: String
     public var linkPort: Int
     public var storeDirectory: String
+    public var stateDirectory: String
     public var enrolmentSeconds: Double
     /// After a failover the machine's disks become independent of recovery points.
     public var hydrates: Bool
     /// Names and addresses that the link's certificate has, beside those of networks.
     public var certificateHosts: [String]
     public init(
-        apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, enrolmentSeconds: Double = 15 * 60, hydrates: Bool = true, certificateHosts: [String] = []
+        apiURL: String, linkHost: String, linkPort: Int, storeDirectory: String, stateDirectory: String? = nil, enrolmentSeconds: Double = 15 * 60, hydrates: Bool = true,
+        certificateHosts: [String] = []
     ) {
+        self.stateDirectory = stateDirectory ?? storeDirectory + "-state"
         self.hydrates = hydrates
         self.certificateHosts = certificateHosts
         self.apiURL = apiURL

@@ -90,6 +90,7 @@ public enum Trigger: String, Sendable, Codable, CaseIterable {
     case reverseFollows = "reverse cuts follow"
     case failbackReady = "failback ready"
     case failbackFailed = "failback failed"
+    case failedOverElsewhere = "failed over elsewhere"
 
     public var isOperation: Bool { Trigger.operations.contains(self) }
 

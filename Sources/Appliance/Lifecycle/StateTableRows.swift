@@ -78,12 +78,14 @@ extension StateTable {
         ],
         .reversedEnableReplicating: [
             .startMachine: .stays, .stopReverse: .to(.reversedInitialized), .reverseSyncStarted: .to(.reversedFullSync), .reverseFollows: .to(.reversedReplicating),
+            .failedOverElsewhere: .to(.failbackInProgress),
         ],
         .reversedFullSync: [
-            .startMachine: .stays, .stopReverse: .to(.reversedInitialized), .reverseFollows: .to(.reversedReplicating),
+            .startMachine: .stays, .stopReverse: .to(.reversedInitialized), .reverseFollows: .to(.reversedReplicating), .failedOverElsewhere: .to(.failbackInProgress),
         ],
         .reversedReplicating: [
             .startMachine: .stays, .stopReverse: .to(.reversedInitialized), .failback: .to(.failbackInProgress), .reverseSyncStarted: .to(.reversedFullSync),
+            .failedOverElsewhere: .to(.failbackInProgress),
         ],
         .failbackInProgress: [
             .cancelFailback: .stays, .failbackReady: .to(.failedBack), .failbackFailed: .to(.reversedReplicating),
@@ -118,9 +120,9 @@ extension StateTable {
         case (.failover, .reversedRegister):
             return "Commit the failover first (afterimage failover commit)."
         case (.failover, .startReverse):
-            return state == .failoverCommitted ? "Register the disks that it is to go back to first (afterimage reverse register)." : "Commit the failover first (afterimage failover commit)."
+            return state == .failoverCommitted ? "Register the disks, or the appliance, that it is to go back to first (afterimage reverse register)." : "Commit the failover first (afterimage failover commit)."
         case (.reverse, .startReverse) where state == .reversedRegistering:
-            return "No fit disks are there yet: start the agent with them in rescue mode (afterimage agent rescue)."
+            return "What it goes back to is not there yet: start the agent with the original disks in rescue mode (afterimage agent rescue), or wait until the other appliance is connected."
         case (.reverse, .startReverse), (.reverse, .reversedRegister):
             return "Reverse replication of this server is running already."
         case (.setUp, .stopReverse), (.forward, .stopReverse), (.failover, .stopReverse), (.failback, .stopReverse):

@@ -271,7 +271,7 @@ extension ServerRecord {
         case .failedOver where machine?.step == .stopped, .failoverCommitted where machine?.step == .stopped:
             return "its machine has stopped: afterimage failover start-machine \(name)"
         case .failedOver: return "check the machine, then afterimage failover commit \(name) (or change-recovery-point)"
-        case .failoverCommitted: return "nothing: the machine runs here now; back to where it was: afterimage reverse register \(name)"
+        case .failoverCommitted: return "nothing: the machine runs here now; back to where it was: afterimage reverse register \(name) (--appliance TOKEN: to another appliance)"
         case .reversedRegistering: return "enrol an agent with the original disks and start it in rescue mode: afterimage agent rescue --disk NAME=DEVICE"
         case .reversedInitialized: return "afterimage reverse start \(name) --original-machine"
         case .reversedEnableReplicating, .reversedFullSync: return "wait: the original disks are brought up to what runs here"

@@ -124,7 +124,7 @@ public struct ApplianceService: Service {
         let linkHost = configuration.advertisedHost ?? (configuration.link.isEverywhere ? "127.0.0.1" : configuration.link.host)
         return LifecycleSettings(
             apiURL: "https://\(ListenAddress(host: apiHost, port: apiPort))", linkHost: linkHost, linkPort: linkPort,
-            storeDirectory: configuration.storeDirectory, hydrates: configuration.hydrates, certificateHosts: configuration.certificateHosts)
+            storeDirectory: configuration.storeDirectory, stateDirectory: configuration.stateDirectory, hydrates: configuration.hydrates, certificateHosts: configuration.certificateHosts)
     }
 
     private var profilePath: String { configuration.stateDirectory + "/client.json" }
