@@ -148,7 +148,8 @@ struct ReverseCrashTests {
         #expect(try await sites.machineBytes() == expected)
     }
 
-    @Test("and the agent, in each step", arguments: ReverseStep.allCases)
+    /// But `fenced`, which another appliance as the target has: `failback-appliance.sh`.
+    @Test("and the agent, in each step", arguments: ReverseStep.allCases.filter { $0 != .fenced })
     func agent(step: ReverseStep) async throws {
         let sites = try TwoSites()
         try await sites.failOver()
@@ -172,6 +173,7 @@ struct ReverseCrashTests {
         if ![.registered, .keeping, .sending].contains(step) { try await sites.follow() }
         let machine = try #require(try await sites.view().instances.first)
         switch step {
+        case .fenced: return
         case .registered:
             try killAgent()
             #expect(try await sites.cli(start).code == 0)

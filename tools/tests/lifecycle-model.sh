@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# alone
 # limit: 900
-# Random operations on appliances, agents and machines that are killed, against a model of the state table: 25 sequences. tools/lifecycle-model runs more.
+# Random operations on appliances, agents and machines that are killed, against a model of the state table: 10 sequences. tools/lifecycle-model runs more.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 
 # Machines without a system boot nothing: any QEMU that is here will do, and none is fetched.
@@ -14,6 +13,6 @@ if [ -z "$qemu" ]; then
 else
     make_run_dir
     seed=${LIFECYCLE_SEED:-$RANDOM$RANDOM}
-    check "25 random sequences from seed $seed against the model" "$(dirname "$AFTERIMAGE")/lifecycle-model" --sequences 25 --seed "$seed" --qemu "$qemu" --directory "$run_dir/m"
+    check "10 random sequences from seed $seed against the model" "$(dirname "$AFTERIMAGE")/lifecycle-model" --sequences 10 --seed "$seed" --qemu "$qemu" --directory "$run_dir/m"
 fi
 finish

@@ -54,6 +54,8 @@ actor MachineReplication: CommandedReplication {
     private var holding: Task<Void, Never>?
     private var endedHold: String?
     private(set) var fence: MachineFence?
+    /// The newest generation that it was fenced under by this process.
+    private var fencedUnder: Generation?
     private var isOver = false
 
     init(
@@ -84,6 +86,8 @@ actor MachineReplication: CommandedReplication {
     func carryOut(_ command: AgentCommand) async {
         switch command {
         case .startReplication(let order):
+            // One from before a fence comes too late: somebody else's machine may run by now.
+            if let fencedUnder, order.generation < fencedUnder { return }
             wanted = order
             await letGo("replication goes on")
             guard await keeper?.machineIsFollowed(server, order.generation) == true else { return }
@@ -99,7 +103,7 @@ actor MachineReplication: CommandedReplication {
         case .restart: await keeper?.otherWantsAnew(server)
         case .keepConfiguration(let text):
             do { try KeyFile.write(text, to: configurationFile, mode: 0o600) } catch { logger.error("cannot keep the other appliance's configuration: \(error)") }
-        case .keepOriginal, .startReverse, .disksReady: logger.error("the other appliance takes this machine for an agent in rescue mode: nothing is done")
+        case .keepOriginal, .startReverse, .disksReady, .followDisks: logger.error("the other appliance takes this machine for an agent in rescue mode: nothing is done")
         }
     }
 
@@ -185,6 +189,7 @@ actor MachineReplication: CommandedReplication {
         let outcome = await keeper?.machineFenced(server, generation, hold: held) ?? .notYet
         // A hold goes on until it is fenced or runs out.
         if outcome == .notYet { return await stopSending() }
+        fencedUnder = max(fencedUnder ?? generation, generation)
         fence = outcome
         switch outcome {
         case .handedOver: hold = held.map { WriteHold(id: $0, isQuiet: true, isFinal: true) }

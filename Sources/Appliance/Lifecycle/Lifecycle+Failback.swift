@@ -73,7 +73,7 @@ extension Lifecycle {
             case .stopping: try await handOver(ServerID(id), task)
             case .handedOver: break
             // The machine runs here again: nothing of it may go. It was this task's to take over.
-            case .registered, .keeping, .sending, .cancelling:
+            case .registered, .keeping, .sending, .cancelling, .fenced:
                 await revive(try await instance(task))
                 throw ApplianceError.failed("the failback had failed, and was taken back, when the appliance ended")
             }

@@ -95,6 +95,9 @@ extension Lifecycle {
             guard record.state.phase == .forward else {
                 throw ApplianceError.failed("\(record.name) is in \(record.state.rawValue): no recovery points follow any more")
             }
+            guard record.settings?.isPaused != true else {
+                throw ApplianceError.failed("replication of \(record.name) was paused: no recovery points follow until it is resumed (afterimage replication resume \(record.name))")
+            }
             guard ContinuousClock.now < deadline else {
                 throw ApplianceError.failed("no recovery point followed within \(Int(Self.pointSecondsMax)) s; the server is in \(record.state.rawValue)\(record.reason.map { ": " + $0 } ?? "")")
             }
