@@ -48,7 +48,7 @@ import Testing
         try await withBench { bench in
             await bench.replication.carryOut(.startReplication(bench.order(epochMilliseconds: 20)))
             try await bench.morePoints()
-            await bench.replication.carryOut(.holdWrites(HoldOrder(id: "move", seconds: 60)))
+            await bench.replication.carryOut(.holdWrites(HoldOrder(id: "move", seconds: 3600)))
             for _ in 0..<5000 where await bench.replication.status().hold?.isQuiet != true { try await Task.sleep(for: .milliseconds(2)) }
             #expect(try bench.store.raiseGeneration(GroupID(bench.id.rawValue)) == Generation(2))
             await bench.replication.carryOut(.fenced(Generation(2)))

@@ -59,6 +59,8 @@ import Testing
         #expect(received.withLock { $0 } == [.stopReplication, .startReplication(order)])
         try await appliance.server.send(.cutNow(.crash), to: ServerID("web-1"))
         try await eventually("three commands") { received.withLock { $0.last } == .cutNow(.crash) }
+        // It holds the appliance, which holds it.
+        appliance.policy.withLock { $0.beforeAnswer = nil }
         await client.stop()
         await appliance.stop()
     }

@@ -32,6 +32,7 @@ extension Lifecycle {
         }
         await forgetMounts()
         await removeUnfinishedCopies()
+        await removeEmptyGroups(but: Set(servers.map(\.group)))
         await resumeReverse()
         for task in running {
             if task.operation != .startReplication { await tasks.log(task, "the appliance was restarted: going on") }
@@ -48,6 +49,20 @@ extension Lifecycle {
                 try db.event("appliance", "Unexport recovery point", server: try ServerRecord.fetchOne(db, key: export.server), detail: "\(export.point): it is gone")
             }
         } catch { logger.error("cannot end the export of \(export.point): \(error)") }
+    }
+
+    /// Of servers that were unregistered in the moment in which their replication was started, and the appliance killed. One that holds anything stays: a
+    /// catalogue may have been lost.
+    private func removeEmptyGroups(but known: Set<GroupID>) async {
+        for group in store.groups() where !known.contains(group.id) {
+            guard group.recoveryPointCount == 0, group.layerCount == 0, !store.forks().contains(where: { $0.group == group.id }) else {
+                logger.warning("the store has a group of no server in the catalogue, and keeps it", metadata: ["group": "\(group.id)"])
+                continue
+            }
+            do { try await blocking { [store] in try store.deleteGroup(group.id) } } catch {
+                logger.error("an empty group of no server cannot be removed: \(error)", metadata: ["group": "\(group.id)"])
+            }
+        }
     }
 
     /// Starts a task's work in the background.
