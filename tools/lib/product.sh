@@ -75,11 +75,14 @@ server_json() { "$afterimage" server show "$1" --json </dev/null; }
 server_field() { server_json "$1" | json "$2"; }
 server_state_is() { [ "$(server_field "$1" state)" = "$2" ]; }
 
-# points SERVER: one line per recovery point, oldest first: ID CUT-TIME-IN-SECONDS
+# points SERVER: one line per recovery point, oldest first: ID CUT-TIME-IN-SECONDS. Whoever reads only the first line may end before the last.
 points() {
     "$afterimage" recovery-point list "$1" --json </dev/null | python3 -c '
-import json, sys
-for p in json.load(sys.stdin): print(p["id"], "%d.%09d" % divmod(p["cutTimeNanoseconds"], 10**9))'
+import json, os, sys
+try:
+    for p in json.load(sys.stdin): print(p["id"], "%d.%09d" % divmod(p["cutTimeNanoseconds"], 10**9))
+    sys.stdout.flush()
+except BrokenPipeError: os._exit(0)'
 }
 point_after() { points "$1" | awk -v t="$2" '!found && $2 + 0 > t + 0 { print $1; found = 1 }'; }
 has_point_after() { [ -n "$(point_after "$1" "$2")" ]; }
