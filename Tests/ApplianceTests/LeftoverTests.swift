@@ -39,6 +39,32 @@ import Testing
         try await bed.end()
     }
 
+    @Test("a point that several ask to have exported at once is served once, for all of them")
+    func exportedAtOnce() async throws {
+        let bed = try LifecycleBed()
+        try await protect(bed)
+        let server = try await bed.lifecycle.server("web")
+        try bed.store.createGroup(server.group, volumes: volumes)
+        let cut = Cut(epoch: EpochNumber(1), kind: .exact, timeNanoseconds: 1, blockCount: 0)
+        let point = try #require(try bed.store.sealNothing(server.group, generation: Generation(1), cut: cut, instance: "i"))
+        try await bed.catalogue.write { db in
+            var record = try db.server(server.id)
+            record.settings = ReplicationSettings(disks: ["vda"], epochMilliseconds: 1000, throttleBytesPerSecond: 0, automaticRestart: true, cpus: 1, memoryMiB: 64)
+            try record.update(db)
+        }
+        for _ in 0..<20 {
+            let lifecycle = bed.lifecycle
+            let paths = try await withThrowingTaskGroup(of: String.self) { group in
+                for _ in 0..<8 { group.addTask { try await lifecycle.export("web", point: point.id.rawValue, who: "me").socketPath } }
+                return try await group.reduce(into: Set<String>()) { $0.insert($1) }
+            }
+            #expect(paths.count == 1)
+            try await lifecycle.unexport("web", point: point.id.rawValue, who: "me")
+            #expect(!FileManager.default.fileExists(atPath: paths.first ?? ""))
+        }
+        try await bed.end()
+    }
+
     @Test("the unfinished file of a copy that was cancelled goes; that of one that goes on, and other files, stay")
     func copies() async throws {
         let bed = try LifecycleBed()

@@ -7,6 +7,8 @@ actor PointExporter {
     private let store: ReplicaStore
     private let runtimeDirectory: String
     private var serving: [String: ServedDisks] = [:]
+    /// Being opened: whoever asks for the same waits for it.
+    private var starting: [String: Task<Void, any Error>] = [:]
 
     init(store: ReplicaStore, runtimeDirectory: String) {
         self.store = store
@@ -15,24 +17,29 @@ actor PointExporter {
 
     /// Serves, or goes on serving, the record's point.
     func begin(_ record: PointExportRecord, serverName: String) async throws -> PointExport {
-        if serving[record.id] == nil {
-            let group = GroupID(record.server)
+        if let underway = starting[record.id] {
+            try await underway.value
+        } else if serving[record.id] == nil {
             let path = socketPath(record.id)
-            let disks = try await blocking { [store] in
-                try ServedDisks.point(group, record.point, store: store, socketPath: path)
+            let opening = Task {
+                serving[record.id] = try await blocking { [store] in try ServedDisks.point(GroupID(record.server), record.point, store: store, socketPath: path) }
             }
-            if serving[record.id] == nil { serving[record.id] = disks } else { await disks.stop() }
+            starting[record.id] = opening
+            defer { starting[record.id] = nil }
+            try await opening.value
         }
         return view(record, serverName: serverName)
     }
 
     func end(_ id: String) async throws {
+        try? await starting[id]?.value
         await serving.removeValue(forKey: id)?.stop()
         // Of a process that was killed, and whose point could not be served again.
         unlink(socketPath(id))
     }
 
     func stop() async {
+        for opening in starting.values { try? await opening.value }
         let all = serving
         serving.removeAll()
         for disks in all.values { await disks.stop() }
