@@ -35,7 +35,7 @@ import Testing
         try await bed.restart()
         #expect(try await bed.catalogue.read { db in try PointExportRecord.fetchCount(db) } == 0)
         #expect(!FileManager.default.fileExists(atPath: socket))
-        #expect(try await bed.lifecycle.events(server: "web", limit: 1).first?.what == "Unexport recovery point")
+        #expect(try await bed.lifecycle.events(server: "web", limit: 1).first?.what == "End export")
         try await bed.end()
     }
 

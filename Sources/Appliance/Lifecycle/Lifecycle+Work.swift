@@ -46,7 +46,7 @@ extension Lifecycle {
             try await exports.end(export.id)
             try await catalogue.write { db in
                 try PointExportRecord.deleteOne(db, key: export.id)
-                try db.event("appliance", "Unexport recovery point", server: try ServerRecord.fetchOne(db, key: export.server), detail: "\(export.point): it is gone")
+                try db.event("appliance", "End export", server: try ServerRecord.fetchOne(db, key: export.server), detail: "\(export.point): it is gone")
             }
         } catch { logger.error("cannot end the export of \(export.point): \(error)") }
     }
