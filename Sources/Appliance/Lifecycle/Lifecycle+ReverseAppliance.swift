@@ -419,14 +419,8 @@ extension Lifecycle: MachineKeeper {
     private func endWithOther(_ server: String) {
         guard otherEndings[server] == nil, !isStopping else { return }
         otherEndings[server] = Task {
-            while !self.isStopping {
-                do {
-                    try await self.finishWithOther(server)
-                    break
-                } catch {
-                    self.logger.error("what was handed over cannot be put in order here yet: \(error)", metadata: ["server": "\(server)"])
-                    try? await Task.sleep(for: .seconds(5))
-                }
+            do { try await self.finishWithOther(server) } catch {
+                self.logger.error("what was handed over cannot be put in order here yet: \(error)", metadata: ["server": "\(server)"])
             }
             self.otherEndings[server] = nil
         }
