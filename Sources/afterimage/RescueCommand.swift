@@ -13,12 +13,15 @@ extension AgentCommand {
                 afterimage reverse register first, into a state directory of its own.
                 """)
         @Option(help: "State directory: enrolment.") var state: String = "/var/lib/afterimage/rescue"
+        @Option(help: ArgumentHelp("State directory of the agent that followed these disks on this machine, and has ended: what its live tap knows need not be found by comparing.", valueName: "directory"))
+        var followedBy: String = "/var/lib/afterimage/agent"
         @Option(help: ArgumentHelp("A disk to bring back; repeat it, all disks of the server in their order.", valueName: "name=device")) var disk: [String]
         @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
 
         func agentConfiguration() throws -> AgentConfiguration {
             var configuration = AgentConfiguration(stateDirectory: absolute(state), tapKind: .nbd, socketDirectory: "", disks: try AgentCommand.disks(disk))
             configuration.isRescue = true
+            configuration.followerStateDirectory = absolute(followedBy)
             return configuration
         }
 

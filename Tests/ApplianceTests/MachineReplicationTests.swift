@@ -57,7 +57,7 @@ import Testing
     @Test("a fence while the machine is held hands it over, and is confirmed from then on")
     func handedOver() async throws {
         let replication = replication()
-        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 60)))
+        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 3600)))
         try await until { await replication.snapshot().hold?.isQuiet == true }
         await replication.carryOut(.fenced(Generation(7)))
         #expect(await replication.status().hold == WriteHold(id: "h1", isQuiet: true, isFinal: true))
@@ -72,7 +72,7 @@ import Testing
     func notYet() async throws {
         let replication = replication()
         await replication.carryOut(.startReplication(ReplicationOrder(group: GroupID("m-1"), generation: Generation(7), disks: ["vda"])))
-        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 60)))
+        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 3600)))
         try await until { await replication.snapshot().hold?.isQuiet == true }
         await replication.carryOut(.fenced(Generation(7)))
         #expect(await replication.status().hold == WriteHold(id: "h1", isQuiet: true))
@@ -85,11 +85,11 @@ import Testing
     @Test("a hold that is not repeated ends, and never begins again")
     func runsOut() async throws {
         let replication = replication(endedHold: "h0")
-        await replication.carryOut(.holdWrites(HoldOrder(id: "h0", seconds: 60)))
+        await replication.carryOut(.holdWrites(HoldOrder(id: "h0", seconds: 3600)))
         await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 0.2)))
         try await until { keeper.said.contains("release h1") }
         #expect(await replication.status().hold == nil)
-        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 60)))
+        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 3600)))
         await replication.carryOut(.fenced(Generation(7)))
         #expect(await replication.status().hold == nil, "nothing is confirmed")
         #expect(keeper.said == ["hold h1", "release h1", "fenced 7 -"])
@@ -100,7 +100,7 @@ import Testing
     func goesOn() async throws {
         keeper.state.withLock { $0.stops = false }
         let replication = replication()
-        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 60)))
+        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 3600)))
         try await until { await replication.snapshot().hold == nil }
         #expect(keeper.said == ["hold h1"])
         await replication.end()
@@ -109,7 +109,7 @@ import Testing
     @Test("an order to replicate, or to stop it, ends a hold", arguments: [true, false])
     func replicationGoesOn(isStart: Bool) async throws {
         let replication = replication()
-        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 60)))
+        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 3600)))
         try await until { await replication.snapshot().hold?.isQuiet == true }
         await replication.carryOut(isStart ? .startReplication(ReplicationOrder(group: GroupID("m-1"), generation: Generation(8), disks: ["vda"])) : .stopReplication)
         #expect(await replication.status().hold == nil)
@@ -121,7 +121,7 @@ import Testing
     func notPermitted() async throws {
         let replication = replication(isPermitted: false)
         await replication.carryOut(.startReplication(ReplicationOrder(group: GroupID("m-1"), generation: Generation(8), disks: ["vda"])))
-        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 60)))
+        await replication.carryOut(.holdWrites(HoldOrder(id: "h1", seconds: 3600)))
         let status = await replication.status()
         #expect(status.phase == .interrupted && status.reason?.contains("not initiated") == true && status.hold == nil)
         #expect(keeper.said.isEmpty)

@@ -5,14 +5,14 @@ import measure
 class Paired:
     """Two figures of one run of a script: whichever is asked for first runs it, the other is what came of it."""
 
-    def __init__(self, *command):
-        self.command, self.left = command, {}
+    def __init__(self, other, *command):
+        self.other, self.command, self.left = other, command, {}
 
     def side(self, name):
         def take():
             if name not in self.left:
                 result, more = measure.figures(*self.command, seconds=600)
-                self.left = {"result": (result, more), "before": more["before-iops"]}
+                self.left = {"result": (result, more), "other": more[self.other]}
             return self.left.pop(name)
         return take
 
@@ -31,7 +31,9 @@ def rows(Row, quick):
 
     made = rto(1024) + rto(1024, "--disk", "1T")
     made.append(Row("boot-io", "s", boot, {"plain QEMU boot": lambda: measure.script("plain-boot.sh")}, target=1 / 1.05, bigger=False, rounds=5))
-    pair = Paired("drill-beside.sh", 6 if quick else 20)
-    made.append(Row("drill-beside-iops", "IO/s", pair.side("result"), {"before the drill": pair.side("before")}, target=0.95, rounds=3))
+    pair = Paired("before-iops", "drill-beside.sh", 6 if quick else 20)
+    made.append(Row("drill-beside-iops", "IO/s", pair.side("result"), {"before the drill": pair.side("other")}, target=0.95, rounds=3))
     made.append(Row("ten-machines", "s", lambda: measure.figures("ten-machines.sh"), {}, bigger=False, rounds=3))
+    back = Paired("full-sync-s", "failback.sh", *((512, 12) if quick else (4096, 100)))
+    made.append(Row("failback-delta", "s", back.side("result"), {"full sync": back.side("other")}, bigger=False, limit=lambda peer: peer / 10, rounds=3))
     return made

@@ -37,6 +37,8 @@ public struct AgentConfiguration: Sendable {
     public var watchedDevices: [String] = []
     /// The disks are held for nothing but to be brought up to what runs at the appliance: nobody uses them meanwhile.
     public var isRescue = false
+    /// In rescue mode: state directory of the agent that followed these disks on this machine until now, or may have.
+    public var followerStateDirectory: String?
 
     public init(
         stateDirectory: String, tapKind: TapKind, socketDirectory: String, disks: [Disk], acceptsSmallerDisks: Bool = false,

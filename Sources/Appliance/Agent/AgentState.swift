@@ -83,6 +83,9 @@ final class AgentState: @unchecked Sendable {
 
     // MARK: live tap
 
+    /// Whether the agent with this state directory has ever followed disks.
+    static func hasTap(_ directory: String) -> Bool { access(URL(fileURLWithPath: directory, isDirectory: true).appendingPathComponent("tap-name").path, F_OK) == 0 }
+
     /// Made once.
     func tapName() throws -> String {
         let file = directory.appendingPathComponent("tap-name")

@@ -15,7 +15,7 @@ final class LiveTaps: AgentTap {
     private static let secondsBetweenLooks = 5
     private let state: AgentState
     private let logger: Logger
-    private static let bpffs = "/sys/fs/bpf"
+    static let bpffs = "/sys/fs/bpf"
 
     init(configuration: AgentConfiguration, state: AgentState, logger: Logger) async throws {
         self.state = state
@@ -91,7 +91,7 @@ final class LiveTaps: AgentTap {
     func stop() async { group.close() }
 
     /// One per state directory, under a name that the next process finds.
-    private static func pinDirectory(_ state: AgentState) throws -> String { "\(bpffs)/afterimage-\(try state.tapName())" }
+    static func pinDirectory(_ state: AgentState) throws -> String { "\(bpffs)/afterimage-\(try state.tapName())" }
 
     /// Ends the following of disks by an agent that does not run; what was written from then on is unknown.
     static func detach(_ state: AgentState) throws {

@@ -5,26 +5,36 @@ import Replica
 
 /// The disks of an agent in rescue mode: held, so that nobody else uses them, and neither followed nor served.
 ///
-/// They can be read as a source, as they are, for the copy that is kept of them; and they are what reverse replication writes onto.
+/// They can be read as a source, as they are, for the copy that is kept of them; and they are what reverse replication writes onto. Where the live tap has followed
+/// them until now, what it knows is taken over: then only what they wrote since their replica has to be read.
 final class RescueDisks: AgentTap {
     static let tapName = "rescue"
     let source: any EpochSource
-    let base = ReplicationBase()
+    let base: ReplicationBase
     let hello: AgentHello
     let disks: [(name: String, device: BlockDevice, serial: String?)]
     private let loop: EventLoop
+    private let followed: Followed?
 
     init(configuration: AgentConfiguration, logger: Logger) async throws {
         disks = try configuration.disks.map { disk in
             let device = try BlockDevice.open(path: disk.devicePath, access: .readWrite, exclusive: true, patienceMilliseconds: 5000)
             return (disk.name, device, DiskSerial.of(path: disk.devicePath))
         }
-        let instance = "rescue-" + UUID().uuidString.lowercased()
         loop = try EventLoop(name: "rescue")
-        source = await TapGroup(loop: loop, disks: disks.map { ($0.name, $0.device) }, instance: instance)
+        followed = await Followed.found(configuration, logger: logger)
+        let instance = followed?.tap.instance ?? "rescue-" + UUID().uuidString.lowercased()
+        if let followed {
+            source = followed.tap
+            base = ReplicationBase(resuming: followed.group, instance: instance, from: followed.resumption)
+        } else {
+            source = await TapGroup(loop: loop, disks: disks.map { ($0.name, $0.device) }, instance: instance)
+            base = ReplicationBase()
+        }
         var hello = configuration.hello(
             instance: instance,
             disks: disks.map { DiskReport(name: $0.name, devicePath: $0.device.path, geometry: $0.device.geometry, tap: Self.tapName) })
+        hello.followedSince = followed?.resumption.acknowledged
         hello.rescue = disks.map { RescueDisk(name: $0.name, serial: $0.serial) }
         self.hello = hello
         for disk in disks {
@@ -35,7 +45,49 @@ final class RescueDisks: AgentTap {
     /// What an operator confirms a disk by.
     static func confirmation(serial: String?, path: String) -> String { serial ?? path }
 
-    func stop() async { loop.shutdown() }
+    /// The epoch of `group` that the disks hold, if nobody has changed them since it was acknowledged. Nobody may be sending it.
+    func unchangedSince(_ group: GroupID) async -> DurablePosition? {
+        guard let epoch = base.acknowledged(of: group) else { return nil }
+        if let followed {
+            // They are held, but what an earlier process wrote to them, or who does not ask, is in the bitmaps.
+            let cut = try? await followed.tap.cut(fuzzyBytesMax: 1, consistency: .crash)
+            await followed.tap.abandonAll()
+            guard let cut, cut.kind == .exact, cut.blockCount == 0 else { return nil }
+        }
+        return DurablePosition(instance: source.instance, epoch: epoch, kind: .exact)
+    }
+
+    func stop() async {
+        followed?.tap.close()
+        loop.shutdown()
+    }
+
+    /// The live tap of an agent that ran on this machine and has ended.
+    private struct Followed {
+        var tap: LiveTapGroup
+        var group: GroupID
+        var resumption: SourceResumption
+        /// So that agent does not start meanwhile.
+        var state: AgentState
+
+        static func found(_ configuration: AgentConfiguration, logger: Logger) async -> Followed? {
+            guard let directory = configuration.followerStateDirectory, AgentState.hasTap(directory), LiveTapGroup.isAvailable else { return nil }
+            do {
+                let state = try AgentState(directory: directory)
+                let tap = try await LiveTapGroup(
+                    disks: configuration.disks.map { ($0.name, $0.devicePath) }, pinDirectory: try LiveTaps.pinDirectory(state), configuration: configuration.live, mayAttach: false)
+                guard let resumption = tap.resumption, let known = try state.tracked(), known.instance == tap.instance else {
+                    tap.close()
+                    throw AgentError("what it knows is of no replica")
+                }
+                logger.notice("the live tap has followed the disks until now: what they wrote since \(resumption.acknowledged) is known")
+                return Followed(tap: tap, group: GroupID(known.group), resumption: resumption, state: state)
+            } catch {
+                logger.notice("what the disks wrote since they were replicated has to be found by comparing them (\(directory): \(error))")
+                return nil
+            }
+        }
+    }
 }
 
 /// What the appliance's commands amount to in rescue mode: sending what the disks hold, or writing onto them; never both, and never forward replication.
@@ -96,10 +148,11 @@ actor RescueReplication: CommandedReplication {
             guard known == confirmed else { return refuse("disk \(disk.name) is \(known), but \(confirmed) was confirmed: it is not overwritten") }
         }
         guard order.confirmed.count == disks.disks.count else { return refuse("not every disk was confirmed") }
+        let original = await disks.unchangedSince(order.group)
         do {
             let target = try DiskTarget(disks: zip(order.disks, disks.disks).map { .init(spec: $0, device: $1.device) })
             let receiver = ReverseReceiver(
-                endpoint: endpoint, group: order.group, generation: order.generation, specs: order.disks, target: target, logger: logger)
+                endpoint: endpoint, group: order.group, generation: order.generation, specs: order.disks, target: target, original: original, logger: logger)
             (self.target, self.receiver, self.order) = (target, receiver, order)
             (trouble, hasToldReady) = (nil, false)
             // A copy of them that is kept later has to find what is written from here on.

@@ -58,12 +58,12 @@ enum AlertTransport {
     static func curl() throws(ApplianceError) -> HostProgram { try HostProgram.find("curl", package: "curl") }
 
     private static func submit(_ message: AlertMessage, to mail: AlertTarget.Mail) async throws {
-        let file = FileManager.default.temporaryDirectory.appendingPathComponent("afterimage-mail-\(Secrets.random().prefix(12))").path
-        try KeyFile.write(MailText.text(message, mail), to: file, mode: 0o600)
-        defer { try? FileManager.default.removeItem(atPath: file) }
+        let file = try NamelessFile("afterimage-mail")
+        defer { file.close() }
+        try file.write(MailText.text(message, mail))
         // Its configuration on standard input, so that a password is not among a process's arguments.
         var options = [
-            ("url", mail.server), ("mail-from", mail.from), ("upload-file", file), ("max-time", "\(secondsMax)"), ("connect-timeout", "10"),
+            ("url", mail.server), ("mail-from", mail.from), ("upload-file", file.path), ("max-time", "\(secondsMax)"), ("connect-timeout", "10"),
         ]
         options += mail.to.map { ("mail-rcpt", $0) }
         if let user = mail.user, let password = mail.password { options.append(("user", "\(user):\(password)")) }

@@ -288,6 +288,9 @@ extension Catalogue {
                 t.add(column: "generation", .integer)
             }
         }
+        migrator.registerMigration("13.1: where the source was at a machine's recovery point") { db in
+            try db.alter(table: "instance") { t in t.add(column: "pointPosition", .text) }
+        }
         return migrator
     }
 }

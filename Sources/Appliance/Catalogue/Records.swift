@@ -112,6 +112,8 @@ public struct InstanceRecord: Codable, Sendable, Hashable, FetchableRecord, Pers
     public var point: RecoveryPointID?
     /// Cut time of `point`, nanoseconds since 1970.
     public var pointCutTimeNanoseconds: Int64
+    /// Where the source was at `point`: known from Commit Failover on, which the point itself does not outlive.
+    public var pointPosition: DurablePosition?
     public var settings: MachineSettings
     /// Names of the group's volumes, in order; also the NBD export names.
     public var volumes: [String]

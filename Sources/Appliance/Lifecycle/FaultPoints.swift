@@ -45,6 +45,8 @@ enum FaultPoint: String, CaseIterable, Sendable {
     case requestStored
     /// A group that was committed has a position again; its recovery point does not say what it is.
     case positionGiven
+    /// A group is again what its source was when it was failed over, if that is known.
+    case turnedBack
     /// What the original disks hold is a recovery point, which nothing holds yet.
     case originalReceived
     case originalHeld
@@ -82,7 +84,7 @@ enum FaultPoint: String, CaseIterable, Sendable {
         case .unregister: [.intentStored, .accessRevoked] + takesDown + [.groupDeleted, .serverRemoved]
         case .hydrateMachine: [.intentStored]
         case .reversedRegister, .registration: [.requestStored]
-        case .startReverse: [.intentStored, .positionGiven, .originalReceived, .originalHeld, .originalStored, .offerMade, .stateMoved]
+        case .startReverse: [.intentStored, .positionGiven, .turnedBack, .originalReceived, .originalHeld, .originalStored, .offerMade, .stateMoved]
         case .stopReverse: [.requestStored, .offerEnded, .marksForgotten]
         case .failback:
             [.intentStored, .stopStored, .machineStopped, .lastCutAcknowledged, .handedOver, .offerEnded, .marksForgotten, .forkCommitted, .positionGiven, .stateMoved]

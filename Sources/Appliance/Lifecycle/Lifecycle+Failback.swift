@@ -258,7 +258,7 @@ extension Lifecycle {
             // A stop that was cut off leaves marks of a fork that is not sent any more.
             let sent = Set(records.filter { [.sending, .stopping, .cancelling, .fenced].contains($0.step) }.map(\.instance))
             try await blocking { [store] in
-                for fork in store.forks() where fork.purpose != ForkSource.purpose && !sent.contains(fork.id.rawValue) { try ForkSource.forget(fork.id, in: store) }
+                for fork in store.forks() where !fork.isMark && !sent.contains(fork.id.rawValue) { try ForkSource.forget(fork.id, in: store) }
             }
         } catch { return logger.error("reverse replication cannot go on: \(error)") }
         for reverse in records {

@@ -305,6 +305,9 @@ extension Lifecycle {
         let machine = try await instance(task)
         let group = GroupID(machine.server)
         let before = store.recoveryPoints(group).count
+        if let point = store.recoveryPoints(group).first(where: { $0.id == machine.point }) {
+            try await update(machine.id) { $0.pointPosition = DurablePosition(instance: point.instance, epoch: point.epoch, kind: .exact) }
+        }
         try await blocking { [store] in try store.commitFork(machine.forkID) }
         FaultPoint.forkCommitted.reached(task.operation)
         let points = store.recoveryPoints(group)

@@ -52,7 +52,9 @@ extension Lifecycle {
         var words = reverse.disks.map { "disk \($0.name): \($0.devicePath) (\(Amount.bytes($0.sizeBytes))) is overwritten with what runs here; confirmed by \($0.confirmation)" }
         words.append("what these disks hold now is kept first, as a held recovery point; with --discard-original it is lost for good")
         words.append("the machine goes on here; what it writes follows")
-        words.append("only what differs travels; both sides read everything once")
+        words.append(
+            agents[ServerID(found.id)]?.followedSince == nil
+                ? "only what differs travels; both sides read everything once" : "only what differs travels; what the disks wrote since is known from their live tap")
         return OperationPreview(server: found.name, operation: .startReverse, deletedPointCount: 0, needsConfirmation: true, words: words)
     }
 
@@ -132,13 +134,18 @@ extension Lifecycle {
     private func keepOriginal(_ server: ServerID, _ task: TaskRecord) async throws {
         let group = GroupID(server.rawValue)
         let settings = try await self.server(server.rawValue).settings
-        try await givePosition(group, instance: "committed", note: "as the failover was committed", for: task.operation)
+        try await givePosition(group, instance: Self.committed, note: "as the failover was committed", for: task.operation)
+        let position = try await turnBack(server, task)
+        FaultPoint.turnedBack.reached(task.operation)
         let begun = UInt64(task.created.timeIntervalSince1970 * 1e9)
         guard let settings else { throw ApplianceError.failed("the server has no settings of replication") }
         await tell(server, .keepOriginal(try order(server.rawValue, settings)))
         await tasks.log(task, "what the disks hold is taken into a recovery point first")
         while true {
-            let received = store.recoveryPoints(group).filter { $0.instance == agents[server]?.rescueInstance && $0.receivedTimeNanoseconds > begun }
+            let received = store.recoveryPoints(group).filter {
+                // Not what the group was turned back to: that has an epoch of the disks, too.
+                $0.instance == agents[server]?.rescueInstance && $0.receivedTimeNanoseconds > begun && !($0.instance == position?.instance && $0.epoch <= position!.epoch)
+            }
             // One that is held already was, before a restart.
             if let point = received.first(where: { $0.hold != nil }) ?? received.last {
                 FaultPoint.originalReceived.reached(task.operation)
@@ -167,6 +174,37 @@ extension Lifecycle {
             }
             try await Task.sleep(for: .milliseconds(Self.reversePollMilliseconds))
         }
+    }
+
+    static let committed = "committed"
+
+    /// When what the disks wrote is known since the recovery point that the machine was made of, or earlier: that point is what their next epoch goes on top of.
+    /// Returns where the source was at that point, whether the group is there or not.
+    private func turnBack(_ server: ServerID, _ task: TaskRecord) async throws -> DurablePosition? {
+        let reverse = try await catalogue.read { db in try db.reverse(of: server.rawValue) }
+        guard let machine = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: reverse.instance) }), let position = machine.pointPosition else { return nil }
+        guard let agent = agents[server], let since = agent.followedSince, position.instance == agent.rescueInstance, since <= position.epoch else { return position }
+        let group = GroupID(server.rawValue)
+        let isBack = try await blocking { [store] () throws -> Bool in
+            // Only on top of what was committed: once what the disks hold has come, it stays.
+            guard let info = store.group(group), info.lastDurable?.instance == "\(Self.committed)-\(info.generation.rawValue)" else { return false }
+            let point = try store.turnBack(
+                group, generation: info.generation, toBirthOf: machine.forkID, as: position, cutTimeNanoseconds: UInt64(Date().timeIntervalSince1970 * 1e9))
+            guard let point else { return false }
+            try store.markRecoveryPoint(group, point.id, note: "as the source was when it was failed over", isOnDemand: true)
+            return true
+        }
+        if isBack { await tasks.log(task, "the disks were followed all the time: only what they wrote since the failover is read") }
+        return position
+    }
+
+    /// What the disks held, for a source that knows then in what they can differ.
+    private func original(_ reverse: ReverseRecord, _ group: GroupID) -> ForkSource.Original? {
+        let points = store.recoveryPoints(group)
+        guard let kept = points.firstIndex(where: { $0.id == reverse.originalPoint }), let generation = store.group(group)?.generation.rawValue,
+            let committed = points[..<kept].last(where: { $0.instance == "\(Self.committed)-\(generation)" })
+        else { return nil }
+        return ForkSource.Original(committed: committed.id, kept: points[kept])
     }
 
     private static func stamp(_ date: Date) -> String {
@@ -199,8 +237,8 @@ extension Lifecycle {
         if let offer = offers[reverse.server] { return offer }
         let record = try await server(reverse.server)
         guard let info = store.group(record.group), let settings = record.settings else { throw ApplianceError.failed("the store has lost group \(record.group)") }
-        let (store, logger) = (store, logger)
-        let source = try await blocking { try ForkSource(store: store, fork: ForkID(reverse.instance), instance: reverse.source, logger: logger) }
+        let (store, logger, original) = (store, logger, original(reverse, record.group))
+        let source = try await blocking { try ForkSource(store: store, fork: ForkID(reverse.instance), instance: reverse.source, original: original, logger: logger) }
         let order = ReplicationOrder(
             group: record.group, generation: info.generation, disks: source.disks.map(\.name), epochMilliseconds: settings.epochMilliseconds,
             throttleBytesPerSecond: reverse.throttleBytesPerSecond)
@@ -276,6 +314,7 @@ extension Lifecycle {
     func rescueConnected(_ server: ServerID, _ hello: AgentHello, _ rescue: [RescueDisk]) async -> [AgentCommand] {
         var live = LiveAgent(connected: true)
         live.rescueInstance = hello.instance
+        live.followedSince = hello.followedSince
         agents[server] = live
         do {
             let (record, reverse) = try await catalogue.write { [store] db -> (ServerRecord, ReverseRecord?) in

@@ -179,6 +179,8 @@ struct LiveAgent: Sendable {
     var configuration: Int?
     /// In rescue mode: the instance of its disks' source.
     var rescueInstance: String?
+    /// Its disks have been followed since this epoch of `rescueInstance` was acknowledged.
+    var followedSince: EpochNumber?
     /// Disks of its host that it was told to follow, too, by identity.
     var addedDisks: Set<String> = []
 }

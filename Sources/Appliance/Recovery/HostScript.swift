@@ -30,13 +30,10 @@ struct HostScript: Sendable {
     /// Its output goes into a file: a child that it leaves behind would keep a pipe open, and this waiting.
     func run(log: @Sendable (String) async -> Void) async throws {
         if let refusal = Self.refusal(path) { throw ApplianceError.failed(refusal) }
-        var template = Array((NSTemporaryDirectory() + "/afterimage-script-XXXXXX").utf8CString)
-        let fd = mkstemp(&template)
-        guard fd >= 0, fcntl(fd, F_SETFD, FD_CLOEXEC) == 0 else { throw ApplianceError.failed("cannot make a file for the output of \(path): \(String(cString: strerror(errno)))") }
-        unlink(template)
-        defer { close(fd) }
-        let outcome = await ended(output: fd)
-        for line in Self.lines(fd) { await log(line) }
+        let file = try NamelessFile("afterimage-script")
+        defer { file.close() }
+        let outcome = await ended(output: file.fd)
+        for line in Self.lines(file.fd) { await log(line) }
         try Task.checkCancellation()
         switch outcome {
         case .success(nil): throw ApplianceError.failed("\(path) did not end within \(limitSeconds) s and was killed")

@@ -111,6 +111,8 @@ actor RecoveryHost {
             if !store.hasFork(instance.forkID) {
                 try store.fork(instance.forkID, of: GroupID(instance.server), at: point, purpose: instance.kind.rawValue)
             }
+            // Its way back needs to know what it has written.
+            if instance.kind == .failover, isNew { try store.markBirth(of: instance.forkID) }
             if isNew { FaultPoint.forkMade.reached() }
             return try ServedDisks.fork(instance.forkID, names: instance.volumes, store: store, socketPath: socketPath)
         }
@@ -291,6 +293,7 @@ actor RecoveryHost {
         try await bridges.release(instance)
         FaultPoint.machineGone.reached()
         try await blocking { [store] in
+            try store.forgetBirth(of: instance.forkID)
             if store.hasFork(instance.forkID) { try store.dropFork(instance.forkID) }
         }
         FaultPoint.forkDropped.reached()
@@ -353,7 +356,7 @@ actor RecoveryHost {
     /// Says what the catalogue does not know. A crash leaves nothing of the kind (records are made first and go last), so it comes
     /// from another catalogue, perhaps an older copy: it may be somebody's running machine and is left alone.
     func reportUnknown(known: Set<String>) {
-        for fork in store.forks() where !known.contains(fork.id.rawValue) && fork.purpose != ForkSource.purpose {
+        for fork in store.forks() where !known.contains(fork.id.rawValue) && !fork.isMark {
             logger.warning("the store has a fork \(fork.id) of \(fork.group) that the catalogue does not know; it is left alone")
         }
         for id in (try? FileManager.default.contentsOfDirectory(atPath: instancesDirectory)) ?? [] where !known.contains(id) {

@@ -23,15 +23,16 @@ final class LiveTapAttachment {
     /// Whether this build has the program (tools/lib/bpf.sh).
     static var isAvailable: Bool { clivetap_program_bytes > 0 }
 
-    /// Adopts what is pinned in `directory` if it is of this ABI and for exactly these disks, otherwise attaches afresh.
-    init(directory: String, disks: [LiveDisk]) throws(SystemError) {
+    /// Adopts what is pinned in `directory` if it is of this ABI and for exactly these disks, otherwise attaches afresh, or throws.
+    init(directory: String, disks: [LiveDisk], mayAttach: Bool = true) throws(SystemError) {
         guard Self.isAvailable else {
             throw SystemError(errno: ENOSYS, what: "this build has no live tap: its BPF program was not compiled (run tools/lib/bpf.sh, then build again)")
         }
         guard disks.count <= Int(CLIVETAP_DISKS_MAX) else { throw SystemError(errno: E2BIG, what: "a live tap follows at most \(CLIVETAP_DISKS_MAX) disks") }
-        let lock = try Self.locked(directory)
+        let lock = try Self.locked(directory, mayMake: mayAttach)
         do throws(SystemError) {
             let adopted = try Self.adopt(directory, disks)
+            if adopted == nil, !mayAttach { throw SystemError(errno: ENOENT, what: "nothing in \(directory) follows exactly these disks") }
             (maps, links) = if let adopted { adopted } else { try Self.attach(directory, disks) }
             wasAdopted = adopted != nil
         } catch {
@@ -57,8 +58,8 @@ final class LiveTapAttachment {
         close(lock)
     }
 
-    private static func locked(_ directory: String) throws(SystemError) -> Int32 {
-        guard mkdir(directory, 0o700) == 0 || errno == EEXIST else { throw SystemError(errno: errno, doing: "make \(directory) (is its parent a bpffs?)") }
+    private static func locked(_ directory: String, mayMake: Bool) throws(SystemError) -> Int32 {
+        guard !mayMake || mkdir(directory, 0o700) == 0 || errno == EEXIST else { throw SystemError(errno: errno, doing: "make \(directory) (is its parent a bpffs?)") }
         let fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
         guard fd >= 0 else { throw SystemError(errno: errno, doing: "open \(directory)") }
         if lockFile(fd) == 0 { return fd }

@@ -27,9 +27,9 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
     /// Whether this build and this kernel can.
     public static var isAvailable: Bool { LiveTapAttachment.isAvailable && access("/sys/kernel/btf/vmlinux", R_OK) == 0 }
 
-    /// `pinDirectory`: on a bpffs, one per group; its parent must exist.
+    /// `pinDirectory`: on a bpffs, one per group; its parent must exist. Without `mayAttach` it throws unless these disks have been followed there until now.
     public init(
-        disks: [(name: String, path: String)], pinDirectory: String, configuration: LiveTapConfiguration = LiveTapConfiguration(),
+        disks: [(name: String, path: String)], pinDirectory: String, configuration: LiveTapConfiguration = LiveTapConfiguration(), mayAttach: Bool = true,
         log: (@Sendable (String) -> Void)? = nil
     ) async throws {
         let loop = try EventLoop(name: "live-tap", entries: 64)
@@ -37,7 +37,7 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
             let engine = try await loop.run { () -> Result<EpochEngineBox, any Error> in
                 Result {
                     let followed = try disks.map { try LiveDisk(name: $0.name, path: $0.path) }
-                    let attachment = try LiveTapAttachment(directory: pinDirectory, disks: followed)
+                    let attachment = try LiveTapAttachment(directory: pinDirectory, disks: followed, mayAttach: mayAttach)
                     return EpochEngineBox(try LiveEpochEngine(attachment: attachment, disks: followed, configuration: configuration))
                 }
             }.get()

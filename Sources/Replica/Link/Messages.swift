@@ -33,6 +33,8 @@ public struct AgentHello: Sendable, Codable, Hashable {
     public var specification: HostSpecification?
     /// Only of an agent in rescue mode: what its disks are to be confirmed by, in the order of `disks`.
     public var rescue: [RescueDisk]?
+    /// Only of an agent in rescue mode: its disks have been followed since this epoch of `instance` was acknowledged.
+    public var followedSince: EpochNumber?
     public init(agentVersion: String, hostName: String, kernel: String, instance: String, disks: [DiskReport], specification: HostSpecification? = nil) {
         self.agentVersion = agentVersion
         self.hostName = hostName

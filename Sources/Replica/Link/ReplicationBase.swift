@@ -91,6 +91,14 @@ public final class ReplicationBase: Sendable {
         }
     }
 
+    /// The epoch that the replica of `group` holds whole, and that the bitmaps are relative to; nil while that is not so.
+    public func acknowledged(of group: GroupID) -> EpochNumber? {
+        state.withLock { state in
+            guard let known = state.known, known.group == group, !known.isFullSyncing, known.floor == state.lastAcknowledged else { return nil }
+            return known.floor
+        }
+    }
+
     /// Somebody has written to the disks past their source: what its bitmaps say is not all. The next replication compares everything.
     public func forget() { state.withLock { $0.known = nil } }
 

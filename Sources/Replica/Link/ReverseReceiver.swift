@@ -20,6 +20,7 @@ public final class ReverseReceiver: FrameStream, @unchecked Sendable {
     private let generation: Generation
     private let specs: [VolumeSpec]
     private let target: DiskTarget
+    private let original: DurablePosition?
     private let logger: Logger
     private let timing: LinkTiming
     private let eventLoop: any NIOCore.EventLoop
@@ -30,9 +31,10 @@ public final class ReverseReceiver: FrameStream, @unchecked Sendable {
     private var retries = 0
     private var isFinal = false
 
-    /// `specs`: of the target's disks. `target` is not used any more once `stop` has returned; its owner closes it.
+    /// `specs`: of the target's disks. `original`: the recovery point that they are, if they are one. `target` is not used any more once `stop` has returned; its owner closes it.
     public init(
-        endpoint: LinkEndpoint, group: GroupID, generation: Generation, specs: [VolumeSpec], target: DiskTarget, logger: Logger,
+        endpoint: LinkEndpoint, group: GroupID, generation: Generation, specs: [VolumeSpec], target: DiskTarget, original: DurablePosition? = nil,
+        logger: Logger,
         timing: LinkTiming = LinkTiming(), eventLoopGroup: any EventLoopGroup = MultiThreadedEventLoopGroup.singleton
     ) {
         self.endpoint = endpoint
@@ -40,6 +42,7 @@ public final class ReverseReceiver: FrameStream, @unchecked Sendable {
         self.generation = generation
         self.specs = specs
         self.target = target
+        self.original = original
         var logger = logger
         logger[metadataKey: "group"] = "\(group)"
         self.logger = logger
@@ -119,9 +122,10 @@ public final class ReverseReceiver: FrameStream, @unchecked Sendable {
 
     func opened(_ handler: FrameHandler) {
         let position = target.figures.position
-        let hello = ReverseHello(
+        var hello = ReverseHello(
             group: group, generation: generation, disks: specs.map(\.name), windowBytes: target.windowBytes,
             position: .init(instance: position.instance, epoch: position.epoch, kind: position.kind))
+        hello.original = original.map { .init(instance: $0.instance, epoch: $0.epoch, kind: $0.kind) }
         handler.send(.hello) { $0.putJSON(Hello(reverse: hello)) }
     }
 

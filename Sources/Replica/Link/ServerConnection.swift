@@ -145,7 +145,8 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
             guard server.reverseOffer(of: hello.group) === offer, server.registry.data(of: hello.group) === self else {
                 return handler.refuse(Refusal(.superseded, "reverse replication of group \(hello.group) was begun anew"))
             }
-            let sender = offer.sender(timing: server.timing, eventLoop: eventLoop)
+            let original = hello.original.map { DurablePosition(instance: $0.instance, epoch: $0.epoch, kind: $0.kind) }
+            let sender = offer.sender(to: original, timing: server.timing, eventLoop: eventLoop)
             let answer = DataHello(group: hello.group, generation: hello.generation, instance: offer.source.instance, disks: offer.source.disks)
             handler.send(.welcome) { $0.putJSON(Welcome(reverse: answer)) }
             state = .reverse(handler, sender)

@@ -49,6 +49,8 @@ struct ReverseHello: Codable, Hashable {
     var windowBytes: UInt64
     /// What the disks hold, if it is of this stream's history; else only a name for whatever they hold.
     var position: Welcome.Position
+    /// A recovery point that the disks were, when nothing but this stream has changed them since.
+    var original: Welcome.Position?
 }
 
 struct Refusal: Codable, Hashable {

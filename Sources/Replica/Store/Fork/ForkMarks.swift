@@ -60,23 +60,19 @@ extension ReplicaStore {
     }
 
     /// The blocks that any of these layers says something about.
-    private func written(_ chain: [LayerRecord], blockCount: UInt64) throws(StoreError) -> [Range<UInt64>] {
+    func written(_ chain: [LayerRecord], blockCount: UInt64) throws(StoreError) -> [Range<UInt64>] {
         var runs: [Range<UInt64>] = []
         for record in chain {
             let reader = try LayerReader(storage, store: uuid, record: record)
             try reader.forEachExtents { extents throws(StoreError) in
-                for extent in extents where extent.startBlock < blockCount { runs.append(extent.startBlock..<min(extent.endBlock, blockCount)) }
+                for extent in extents { runs.append(extent.startBlock..<extent.endBlock) }
             }
         }
-        runs.sort { $0.lowerBound < $1.lowerBound }
-        var merged: [Range<UInt64>] = []
-        for run in runs {
-            if let last = merged.last, run.lowerBound <= last.upperBound {
-                merged[merged.count - 1] = last.lowerBound..<max(last.upperBound, run.upperBound)
-            } else {
-                merged.append(run)
-            }
-        }
-        return merged
+        return ForkSource.union(runs, [], blockCount: blockCount)
     }
+}
+
+extension ForkInfo {
+    /// Nobody's disk: what another fork was at one moment.
+    public var isMark: Bool { purpose == ForkSource.purpose || purpose == ReplicaStore.birthPurpose }
 }

@@ -13,6 +13,8 @@ import Synchronization
 /// - `F-sent-N`: epoch N. The oldest one is acknowledged; those after it are on their way. A start goes on from the oldest, under numbers far
 ///   above all that can have been cut before.
 ///
+/// A full sync compares the whole disk, or, where it is known block by block in what the other side may differ, only that (`Original`).
+///
 /// Cuts, marks and reads are made on a thread of its own, one after the other; items wait in a queue that is as long as there are buffers.
 public final class ForkSource: EpochSource, @unchecked Sendable {
     public static let drainBufferBytes = 1 << 20
@@ -20,6 +22,17 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
     public static let purpose = "reverse"
     /// More than the epochs of one process.
     private static let restartDistance: UInt64 = 1 << 32
+
+    /// What the other side's disks held before anything was sent: what the fork's group holds since `kept`, where it was `committed` from this fork before. In
+    /// what was written to the group between those, and in what the fork has written since it was made, the disks may differ from the fork, in nothing else.
+    public struct Original: Sendable {
+        public var committed: RecoveryPointID
+        public var kept: RecoveryPoint
+        public init(committed: RecoveryPointID, kept: RecoveryPoint) {
+            self.committed = committed
+            self.kept = kept
+        }
+    }
 
     private struct Piece {
         var disk: Int
@@ -53,6 +66,8 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         var statistics = SourceStatistics()
         var wantsFullSync = false
         var needsFuzzyCut = false
+        /// What the other side's disks were, if nobody but this source has changed them since.
+        var peerWas: DurablePosition?
     }
 
     public let instance: String
@@ -61,6 +76,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
     public let resumption: SourceResumption?
     private let store: ReplicaStore
     private let fork: ForkID
+    private let original: Original?
     private let logger: Logger
     private let thread = StoreThread()
     private let queue: Mutex<Queue>
@@ -78,10 +94,11 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
     private var unacknowledged: [Epoch] = []
 
     /// `instance`: the same for all processes that send this fork to the same disks. Throws `.unknownFork`.
-    public init(store: ReplicaStore, fork: ForkID, instance: String, logger: Logger) throws(StoreError) {
+    public init(store: ReplicaStore, fork: ForkID, instance: String, original: Original? = nil, logger: Logger) throws(StoreError) {
         guard let record = store.read({ $0.forks[fork] }) else { throw .unknownFork(fork) }
         self.store = store
         self.fork = fork
+        self.original = original
         self.instance = instance
         self.logger = logger
         disks = record.volumes.map { SourceDisk(name: $0.spec.name, geometry: $0.spec.geometry) }
@@ -207,14 +224,52 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         let mark = ForkID("\(fork)-base-\(lastEpoch)")
         _ = try store.mark(mark, of: fork, purpose: Self.purpose, unlessEqual: nil)
         base = mark
+        let known = try differing(mark)
+        if let known {
+            let blocks = known.reduce(0) { $0 + $1.reduce(0) { $0 + UInt64($1.count) } }
+            logger.info("fork \(fork): the disks can differ in \(blocks) blocks only: those are compared")
+        }
         for disk in disks.indices {
             let (reader, whole) = try store.openMark(mark, volume: disk, above: nil)
             baseReaders.append(reader)
-            unsynced += whole.map { Piece(disk: disk, blocks: $0) }
+            unsynced += (known?[disk] ?? whole).map { Piece(disk: disk, blocks: $0) }
         }
         queue.withLock { $0.wantsFullSync = false }
         count()
     }
+
+    /// The blocks, per disk, in which the other side may differ from `mark`; nil when that is not known.
+    private func differing(_ mark: ForkID) throws(StoreError) -> [[Range<UInt64>]]? {
+        guard let original, let peer = queue.withLock({ $0.peerWas }), let group = store.read({ $0.forks[fork]?.group }),
+            // Epochs with nothing in them may have followed, and be acknowledged or not.
+            let now = store.group(group)?.lastDurable, now.instance == original.kept.instance, peer.instance == now.instance,
+            original.kept.epoch <= peer.epoch, peer.epoch <= now.epoch
+        else { return nil }
+        var all: [[Range<UInt64>]] = []
+        for (disk, source) in disks.enumerated() {
+            guard let written = try store.written(to: fork, upTo: mark, volume: disk),
+                let before = try store.written(to: group, since: original.committed, volume: disk)
+            else { return nil }
+            all.append(Self.union(written, before, blockCount: source.geometry.blockCount))
+        }
+        return all
+    }
+
+    static func union(_ a: [Range<UInt64>], _ b: [Range<UInt64>], blockCount: UInt64) -> [Range<UInt64>] {
+        var merged: [Range<UInt64>] = []
+        for run in (a + b).sorted(by: { $0.lowerBound < $1.lowerBound }) where run.lowerBound < blockCount {
+            let run = run.clamped(to: 0..<blockCount)
+            if let last = merged.last, run.lowerBound <= last.upperBound {
+                merged[merged.count - 1] = last.lowerBound..<max(last.upperBound, run.upperBound)
+            } else {
+                merged.append(run)
+            }
+        }
+        return merged
+    }
+
+    /// Of whoever has the disks now: what they were, if nobody but this source has changed them since.
+    func peerWas(_ position: DurablePosition?) { queue.withLock { $0.peerWas = position } }
 
     private func takeUnsynced(_ bytesMax: UInt64) -> [Piece] {
         var left = max(1, bytesMax / UInt64(blockBytes))
