@@ -48,6 +48,10 @@ public final class Simulation {
         public var forkSealCount = 0
         public var forkForkCount = 0
         public var commitCount = 0
+        /// Marks of forks that were made, and times that what lies between two was looked at; groups that were turned back to what a committed fork was made of.
+        public var markCount = 0
+        public var markCheckCount = 0
+        public var turnBackCount = 0
         public var upkeep = UpkeepCounts()
         /// What open forks did of themselves.
         public var forkTaskCount = 0
@@ -71,6 +75,9 @@ public final class Simulation {
             left.forkSealCount += right.forkSealCount
             left.forkForkCount += right.forkForkCount
             left.commitCount += right.commitCount
+            left.markCount += right.markCount
+            left.markCheckCount += right.markCheckCount
+            left.turnBackCount += right.turnBackCount
             left.upkeep += right.upkeep
             left.forkTaskCount += right.forkTaskCount
             left.indexesMade += right.indexesMade
@@ -82,7 +89,7 @@ public final class Simulation {
         }
 
         public var words: String {
-            "\(stepCount) steps with \(operationCount) operations on files, \(crashCount) crashes, \(refusedCount) refusals; at the end \(pointCount) recovery points; forks sealed \(forkSealCount), of forks \(forkForkCount), committed \(commitCount), of themselves \(forkTaskCount); \(upkeep); indexes written \(indexesMade), opened \(indexesOpened), rotten \(indexRotCount); repairs \(repairCount), refused \(repairRefusedCount); full \(refusedForSpace)"
+            "\(stepCount) steps with \(operationCount) operations on files, \(crashCount) crashes, \(refusedCount) refusals; at the end \(pointCount) recovery points; forks sealed \(forkSealCount), of forks \(forkForkCount), committed \(commitCount), marked \(markCount) and looked at \(markCheckCount), turned back \(turnBackCount), of themselves \(forkTaskCount); \(upkeep); indexes written \(indexesMade), opened \(indexesOpened), rotten \(indexRotCount); repairs \(repairCount), refused \(repairRefusedCount); full \(refusedForSpace)"
         }
     }
 
@@ -401,7 +408,7 @@ public final class Simulation {
         }
         try end(.close)
         try checkPoints(all: true)
-        for name in state.forks.keys.sorted() {
+        for name in state.machines {
             for volume in state.forks[name]!.volumes.indices { try openFork(name, volume) }
         }
         result.pointCount = state.groups.values.reduce(0) { $0 + $1.points.count }

@@ -13,7 +13,14 @@ extension Simulation {
         let done: Void? = try attempt("fork \(name)", .fork(name, fork)) { () throws(StoreError) in
             try store.fork(ForkID(name), of: GroupID(group), at: point.id!, purpose: "simulation")
         }
-        if done != nil { state.forks[name] = fork }
+        guard done != nil else { return }
+        state.forks[name] = fork
+        if !storage.isDown, random.oneIn(2) { try markBirth() }
+    }
+
+    private func anyMachine() -> String? {
+        let machines = state.machines
+        return machines.isEmpty ? nil : machines[random.below(machines.count)]
     }
 
     /// Whether what the model has written is what the fork holds, on all its disks: none was opened again after a crash that nobody looked at.
@@ -21,9 +28,8 @@ extension Simulation {
         state.forks[name]!.volumes.indices.allSatisfy { openForks["\(name)/\($0)"] != nil || state.forks[name]!.volumes[$0].writes.isEmpty }
     }
 
-    private func knownFork() throws -> String? {
-        guard !state.forks.isEmpty else { return nil }
-        let name = state.forks.keys.sorted()[random.below(state.forks.count)]
+    func knownFork() throws -> String? {
+        guard let name = anyMachine() else { return nil }
         if !isKnown(name) || random.oneIn(2) {
             for volume in state.forks[name]!.volumes.indices where !storage.isDown { try openFork(name, volume) }
         }
@@ -31,7 +37,7 @@ extension Simulation {
     }
 
     /// After something that may have sealed it.
-    private func sealEnded(_ name: String, _ isDone: Bool) throws {
+    func sealEnded(_ name: String, _ isDone: Bool) throws {
         if isDone { return state.forks[name]!.settle() }
         for volume in state.forks[name]!.volumes.indices {
             let key = "\(name)/\(volume)"
@@ -79,6 +85,7 @@ extension Simulation {
         PossibleChange.commit(fork: name, images).apply(to: &state)
         possible = []
         result.commitCount += 1
+        if !storage.isDown, random.oneIn(2) { try turnBack() }
     }
 
     private func canCommit(_ fork: SimulationState.Fork, _ group: SimulationState.Group) -> Bool {
@@ -87,25 +94,25 @@ extension Simulation {
 
     /// Asks for a fork to become independent, or no longer to; upkeep does it, some time. What it shows stays.
     func hydrateFork() throws {
-        guard !state.forks.isEmpty else { return }
+        guard let name = anyMachine() else { return }
         try drain()
-        let name = state.forks.keys.sorted()[random.below(state.forks.count)]
         if random.oneIn(8) { return store.endHydration(ForkID(name)) }
         _ = try attempt("hydrate fork \(name)") { () throws(StoreError) in try store.beginHydration(ForkID(name)) }
     }
 
     func dropFork() throws {
-        guard !state.forks.isEmpty else { return }
+        guard let name = anyMachine() else { return }
         try drain()
-        let name = state.forks.keys.sorted()[random.below(state.forks.count)]
+        // Its marks go first: none is ever without its fork.
+        for mark in marks(of: name) where !storage.isDown { try dropMark(mark) }
+        guard marks(of: name).isEmpty else { return }
         // The files of an open one stay until it is closed; from here on nobody may write to it.
         for key in openForks.keys.sorted() where key.hasPrefix(name + "/") { try closeFork(key) }
-        if try attempt("drop fork \(name)", .drop(name), { () throws(StoreError) in try store.dropFork(ForkID(name)) }) != nil { state.forks[name] = nil }
+        if try attempt("drop fork \(name)", .drop(name), { () throws(StoreError) in try store.dropFork(ForkID(name)) }) != nil { PossibleChange.drop(name).apply(to: &state) }
     }
 
     func useFork() throws {
-        guard !state.forks.isEmpty else { return }
-        let name = state.forks.keys.sorted()[random.below(state.forks.count)]
+        guard let name = anyMachine() else { return }
         let volume = random.below(state.forks[name]!.volumes.count)
         let key = "\(name)/\(volume)"
         guard let fork = openForks[key] else { return try openFork(name, volume) }

@@ -54,6 +54,8 @@ struct SimulationState {
         var points: [Point] = []
         var generation: UInt64 = 1
         var lastEpoch: UInt64 = 0
+        /// The fork that it was committed from, as long as nothing has come since.
+        var committed: String?
     }
 
     struct Fork {
@@ -88,7 +90,10 @@ struct SimulationState {
     }
 
     var groups: [String: Group] = [:]
+    /// Marks of a fork are forks that are called after it (`MACHINE-…`).
     var forks: [String: Fork] = [:]
+    /// Forks that are somebody's disk.
+    var machines: [String] { forks.keys.filter { !$0.contains("-") }.sorted() }
 
     /// What an observer sees without reading a block.
     var summary: String {
@@ -136,6 +141,7 @@ enum PossibleChange {
                     group.images.append(Image(repeating: 0, count: size))
                 }
             }
+            group.committed = nil
             state.groups[name] = group
         case .delete(let name): state.groups[name] = nil
         case .raise(let name): state.groups[name]?.generation += 1
@@ -143,9 +149,13 @@ enum PossibleChange {
             guard state.groups[name] != nil else { return }
             state.groups[name]!.images = images
             state.groups[name]!.lastEpoch = epoch
+            state.groups[name]!.committed = nil
             if isExact { state.groups[name]!.points.append(.init(id: nil, epoch: epoch, images: images)) }
         case .fork(let name, let fork): state.forks[name] = fork
-        case .drop(let name): state.forks[name] = nil
+        case .drop(let name):
+            state.forks[name] = nil
+            // Another one may be called so later.
+            for group in state.groups.keys where state.groups[group]!.committed == name { state.groups[group]!.committed = nil }
         case .dropPoints(let name, let ids): state.groups[name]?.points.removeAll { $0.id.map(ids.contains) ?? false }
         case .mark(let name, let id, let note, let hold, let isOnDemand):
             guard let index = state.groups[name]?.points.firstIndex(where: { $0.id == id }) else { return }
@@ -161,6 +171,7 @@ enum PossibleChange {
             state.groups[group]!.points.removeAll { $0.hold == nil }
             state.groups[group]!.generation += 1
             state.groups[group]!.lastEpoch = 0
+            state.groups[group]!.committed = name
         }
     }
 }

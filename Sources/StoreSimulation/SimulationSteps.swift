@@ -70,7 +70,7 @@ extension Simulation {
     private func useAny() throws {
         if state.groups.count < 2, random.oneIn(state.groups.isEmpty ? 1 : 10) { return try createGroup() }
         let name = anyGroup()
-        switch random.below(115) {
+        switch random.below(125) {
         case 0..<20: try begin(name)
         case 20..<35: try append(name)
         case 35..<52: try seal(name)
@@ -94,6 +94,12 @@ extension Simulation {
         case 107 where random.oneIn(2): try hydrateFork()
         case 103 where random.oneIn(3): try delete(name)
         case 104, 105: try checkReaders()
+        case 115...117: try markFork()
+        case 118: try markBirth()
+        case 119, 120: try checkMarks()
+        case 121: try dropAnyMark()
+        case 122 where random.oneIn(2): try commitFork()
+        case 122...124: try turnBack()
         case 106...108: try forkUpkeep()
         default: readers.removeAll { _ in random.oneIn(2) }
         }
@@ -203,7 +209,7 @@ extension Simulation {
         }
     }
 
-    private func seal(_ name: String) throws {
+    func seal(_ name: String) throws {
         guard let epoch = incoming[name] else { return }
         incoming[name] = nil
         sealing.append(epoch)
@@ -321,7 +327,7 @@ extension Simulation {
         try end(.close)
         guard store != nil else { return }
         try checkPoints(all: true)
-        for name in state.forks.keys.sorted() {
+        for name in state.machines {
             for volume in state.forks[name]!.volumes.indices { try openFork(name, volume) }
         }
     }

@@ -10,6 +10,7 @@ import Testing
         for seed in 1...300 as ClosedRange<UInt64> { total += try Simulation.run(seed: seed, steps: 400) }
         #expect(total.crashCount > 1000 && total.pointCount > 300 && total.refusedCount > 300, "\(total.words)")
         #expect(total.forkSealCount > 300 && total.forkForkCount > 30 && total.commitCount > 30 && total.forkTaskCount > 50, "\(total.words)")
+        #expect(total.markCount > 100 && total.markCheckCount > 100 && total.turnBackCount > 10, "\(total.words)")
         // Each of them many times, or what is found out about them is luck.
         let upkeep = total.upkeep
         #expect(upkeep.expiredPoints > 100 && upkeep.merges > 100 && upkeep.holes > 300 && upkeep.evacuations > 30 && upkeep.removals > 100 && upkeep.rewrites > 30 && upkeep.hydrations > 30, "\(upkeep)")

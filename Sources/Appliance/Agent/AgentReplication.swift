@@ -131,6 +131,7 @@ actor AgentReplication: CommandedReplication {
         status.live = await tap.live()
         status.hostDisks = tap.hostDisks
         status.hold = hold
+        status.endedHold = endedHold
         return status
     }
 

@@ -207,6 +207,7 @@ actor MachineReplication: CommandedReplication {
         var status = sender?.status ?? AgentStatus()
         if let source { status.source = source.statistics }
         status.hold = hold
+        status.endedHold = endedHold
         if sender == nil {
             (status.phase, status.reason) = idleReason
         } else if status.reason == nil, let endedWhy, ContinuousClock.now - endedWhy.time < .seconds(10) {

@@ -92,7 +92,7 @@ extension Lifecycle {
                 if let held = status.hold, held.id == hold {
                     hasBegun = true
                     if isEnough(held) { return held }
-                } else if hasBegun {
+                } else if hasBegun || status.endedHold == hold {
                     throw ApplianceError.failed("the source let go of its writes again\(status.phase == .replicating ? status.reason.map { ": \($0)" } ?? "" : "")")
                 }
             }

@@ -285,6 +285,8 @@ public struct AgentStatus: Sendable, Codable, Hashable {
     public var proofs: [PointProof] = []
     /// Since it began, no write has reached the disks.
     public var hold: WriteHold?
+    /// The last hold that has ended, which never begins again; it may have begun and ended between two of these.
+    public var endedHold: String?
     /// In force now; 0 = none.
     public var throttleBytesPerSecond: UInt64?
     /// Disks of the host that could be followed and are not; nil: nobody has looked.
@@ -308,6 +310,7 @@ public struct AgentStatus: Sendable, Codable, Hashable {
         unprovenEpochs = try container.decodeIfPresent(UInt64.self, forKey: .unprovenEpochs) ?? 0
         proofs = try container.decodeIfPresent([PointProof].self, forKey: .proofs) ?? []
         hold = try container.decodeIfPresent(WriteHold.self, forKey: .hold)
+        endedHold = try container.decodeIfPresent(String.self, forKey: .endedHold)
         throttleBytesPerSecond = try container.decodeIfPresent(UInt64.self, forKey: .throttleBytesPerSecond)
         hostDisks = try container.decodeIfPresent([HostDisk].self, forKey: .hostDisks)
         // Figures for people: those of another version are no reason to take nothing.

@@ -83,6 +83,8 @@ enum DeliberateFault: CaseIterable, Sendable {
     case forksFollowBackwards
     /// Bad blocks are repaired with whatever is offered.
     case repairsNotChecked
+    /// Of what was written between two states only the newest layer is known.
+    case olderWritesForgotten
 }
 
 /// The replica's data: volumes as chains of layers, recovery points, forks. One per directory, held by one process at a time.

@@ -43,7 +43,7 @@ extension ReplicaStore {
         }
         defer { unpin(pin) }
         guard let above else { return nil }
-        return try written(Array(above), blockCount: blockCount)
+        return try written(Array(options.deliberateFault == .olderWritesForgotten ? above.suffix(1) : above), blockCount: blockCount)
     }
 
     private struct VolumeTop {
@@ -77,9 +77,19 @@ extension ReplicaStore {
     public func turnBack(
         _ group: GroupID, generation: Generation, toBirthOf fork: ForkID, as position: DurablePosition, cutTimeNanoseconds: UInt64
     ) throws(StoreError) -> RecoveryPoint? {
-        guard let count = read({ $0.forks[fork]?.volumes.count }), hasBirth(fork) else { return nil }
+        guard let writer = try beginTurnBack(group, generation: generation, toBirthOf: fork, as: position, cutTimeNanoseconds: cutTimeNanoseconds) else { return nil }
+        return try sealed(writer)
+    }
+
+    /// All of that epoch, to be sealed.
+    func beginTurnBack(
+        _ group: GroupID, generation: Generation, toBirthOf fork: ForkID, as position: DurablePosition, cutTimeNanoseconds: UInt64
+    ) throws(StoreError) -> EpochWriter? {
+        let specs = read { state in (state.forks[fork]?.volumes.map(\.spec) ?? [], state.groups[group]?.volumes.map(\.spec) ?? []) }
+        // A disk that has grown meanwhile may end in a block that the fork has a part of.
+        guard hasBirth(fork), specs.0.count <= specs.1.count, zip(specs.0, specs.1).allSatisfy({ $0.geometry.sizeBytes == $1.geometry.sizeBytes }) else { return nil }
         var parts: [(reader: VolumeReader, blocks: [Range<UInt64>])] = []
-        for disk in 0..<count {
+        for disk in specs.0.indices {
             guard let blocks = try written(to: fork, upTo: fork, volume: disk) else { return nil }
             parts.append((try openMark(Self.birth(of: fork), volume: disk, above: nil).reader, blocks))
         }
@@ -92,7 +102,7 @@ extension ReplicaStore {
             writer.abandon()
             throw error
         }
-        return try sealed(writer)
+        return writer
     }
 
     private func copy(_ reader: VolumeReader, _ runs: [Range<UInt64>], to writer: EpochWriter, volume: Int) throws(StoreError) {

@@ -158,13 +158,30 @@ extension ReplicaStore {
 }
 
 extension StoreState {
-    /// Disks of a fork of which a recovery point shares a layer: any, or one that a new layer could stand for.
+    /// Disks of a fork of which a recovery point shares a layer: any, or one that a new layer could stand for. A point that stands on what was written to the fork
+    /// above its lowest mark was made by committing it: whatever the fork's layers become, they are that point's, too.
     func sharedDisks(_ fork: ForkRecord, belowMarks: Bool) -> [Int] {
-        var shared: Set<UInt64> = []
         // Only its own group's can: layers do not go from one group to another.
-        for point in groups[fork.group]?.points ?? [] { for volume in point.volumes { mark(volume.top, &shared) } }
+        let points = groups[fork.group]?.points ?? []
         return fork.volumes.indices.filter { number in
-            (belowMarks ? chainBelowMarks(fork, number) : chain(fork.volumes[number].parent)).contains { shared.contains($0.id) }
+            let whole = chain(fork.volumes[number].parent), below = chainBelowMarks(fork, number)
+            let own = Set(whole[below.count...].lazy.map(\.id))
+            var shared: Set<UInt64> = []
+            // Of layers that were looked at, whether one of `own` is in their chain.
+            var known: [UInt64: Bool] = [0: false]
+            for volume in points.lazy.flatMap(\.volumes) {
+                var path: [UInt64] = [], next = volume.top
+                while known[next] == nil {
+                    if own.contains(next) { known[next] = true } else {
+                        path.append(next)
+                        next = layers[next]?.parent ?? 0
+                    }
+                }
+                let isOwn = known[next]!
+                for layer in path { known[layer] = isOwn }
+                if !isOwn { shared.formUnion(path) }
+            }
+            return (belowMarks ? below : whole).contains { shared.contains($0.id) }
         }
     }
 
@@ -187,15 +204,24 @@ extension StoreState {
         return nil
     }
 
-    /// What lies on the last of the replaced layers in the fork's chain lies on the new one, and what stood on it stands on the new one: the fork, and forks that
-    /// were made of it. It says the same to whoever else names it.
+    /// What lies on the last of the replaced layers in the fork's chain lies on the new one, and what stood on it stands on the new one: the fork, forks that
+    /// were made of it, and those that were made of these; each with its marks, so that they stay in its chain. It says the same to whoever else names it.
     mutating func hydrate(_ id: ForkID, _ volume: Int, _ replaced: [UInt64], by layer: LayerRecord) {
         let last = replaced.last!
         let own = chain(forks[id]!.volumes[volume].parent)
         add(layer)
         if own.count > replaced.count { layers[own[replaced.count].id]!.parent = layer.id }
-        for (other, fork) in forks where (other == id || fork.parentFork == id) && fork.volumes.indices.contains(volume) && fork.volumes[volume].parent == last {
-            forks[other]!.volumes[volume].parent = layer.id
+        var moved: Set<ForkID> = [id], isMore = true
+        if forks[id]!.volumes[volume].parent == last { forks[id]!.volumes[volume].parent = layer.id }
+        while isMore {
+            isMore = false
+            for (other, fork) in forks where !moved.contains(other) && fork.parentFork.map(moved.contains) == true && fork.volumes.indices.contains(volume)
+                && fork.volumes[volume].parent == last
+            {
+                forks[other]!.volumes[volume].parent = layer.id
+                moved.insert(other)
+                isMore = true
+            }
         }
         dropUnreachableLayers()
     }
