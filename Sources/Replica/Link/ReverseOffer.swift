@@ -40,9 +40,8 @@ public final class ReverseOffer: Sendable {
         sender.eventLoop.execute { sender.cutNow(.crash) }
     }
 
-    /// For a new connection, to disks that were `original`; the one before is not used any more.
-    func sender(to original: DurablePosition?, timing: LinkTiming, eventLoop: any NIOCore.EventLoop) -> SenderLoop {
-        source.peerWas(original)
+    /// For a new connection; the one before is not used any more.
+    func sender(timing: LinkTiming, eventLoop: any NIOCore.EventLoop) -> SenderLoop {
         let sender = SenderLoop(source: source, endpoint: nil, order: order, logger: logger, base: base, timing: timing, eventLoop: eventLoop)
         current.withLock { $0 = sender }
         return sender

@@ -146,12 +146,12 @@ final class SenderLoop: FrameStream, @unchecked Sendable {
         connect()
     }
 
-    /// A connection that the other side has opened, and greeted on: this side's WELCOME is on its way.
-    func adopt(_ handler: FrameHandler, windowBytes: UInt64, position: Welcome.Position) {
+    /// A connection that the other side has opened, and greeted on: this side's WELCOME is on its way. `isToCompare`: what a full sync hands out may be there.
+    func adopt(_ handler: FrameHandler, windowBytes: UInt64, position: Welcome.Position, isToCompare: Bool) {
         guard case .stopped = link, !isStopping else { return }
         prepare()
         link = .greeting(handler)
-        do { try welcomed(Welcome(windowBytes: windowBytes, position: position, hashes: true), handler) } catch { handler.close("\(error)") }
+        do { try welcomed(Welcome(windowBytes: windowBytes, position: position, hashes: isToCompare), handler) } catch { handler.close("\(error)") }
     }
 
     /// The connection of `adopt` has ended, or is about to; the future succeeds when the source is not used any more.

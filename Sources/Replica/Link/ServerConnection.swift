@@ -146,12 +146,13 @@ final class ServerConnection: FrameStream, @unchecked Sendable {
                 return handler.refuse(Refusal(.superseded, "reverse replication of group \(hello.group) was begun anew"))
             }
             let original = hello.original.map { DurablePosition(instance: $0.instance, epoch: $0.epoch, kind: $0.kind) }
-            let sender = offer.sender(to: original, timing: server.timing, eventLoop: eventLoop)
+            let isDifferenceKnown = offer.source.peerWas(original)
+            let sender = offer.sender(timing: server.timing, eventLoop: eventLoop)
             let answer = DataHello(group: hello.group, generation: hello.generation, instance: offer.source.instance, disks: offer.source.disks)
             handler.send(.welcome) { $0.putJSON(Welcome(reverse: answer)) }
             state = .reverse(handler, sender)
             logger.info("reverse stream of group \(hello.group), \(hello.generation), to disks at \(hello.position.epoch)")
-            sender.adopt(handler, windowBytes: hello.windowBytes, position: hello.position)
+            sender.adopt(handler, windowBytes: hello.windowBytes, position: hello.position, isToCompare: !isDifferenceKnown)
         }
     }
 

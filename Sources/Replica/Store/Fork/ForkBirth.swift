@@ -29,47 +29,60 @@ extension ReplicaStore {
         if hasBirth(fork) { try dropFork(Self.birth(of: fork)) }
     }
 
-    /// Runs of blocks of a disk that may differ between two states of which one came of the other; nil when that is not known any more.
-    ///
-    /// Blocks that were written stay in it as long as both states are there: merging keeps what layers name, but at the bottom of a chain, where a block that
-    /// says nothing is one that never was. So it is not known above an empty disk.
-    private func changed(_ volume: Int, from lower: [VolumeTop], to upper: [VolumeTop]) throws(StoreError) -> [Range<UInt64>]? {
-        guard lower.indices.contains(volume), upper.indices.contains(volume), lower[volume].top != 0 else { return nil }
-        let blockCount = upper[volume].blockCount
-        let (above, pin) = try shared.withLock { shared throws(StoreError) -> (ArraySlice<LayerRecord>?, UInt64) in
-            if shared.isClosed { throw .closed }
-            let chain = shared.state.chain(upper[volume].top)
-            return (chain.lastIndex { $0.id == lower[volume].top }.map { chain[($0 + 1)...] }, shared.add(Pin(chain)))
-        }
-        defer { unpin(pin) }
-        guard let above else { return nil }
-        return try written(Array(options.deliberateFault == .olderWritesForgotten ? above.suffix(1) : above), blockCount: blockCount)
-    }
-
     private struct VolumeTop {
         var top: UInt64
         var blockCount: UInt64
     }
+    private typealias States = (lower: VolumeTop, upper: VolumeTop)
 
-    /// What a fork may have written to a disk since it was made, up to `mark`, one of its marks.
-    func written(to fork: ForkID, upTo mark: ForkID, volume: Int) throws(StoreError) -> [Range<UInt64>]? {
-        func tops(_ id: ForkID) -> [VolumeTop]? {
-            read { $0.forks[id]?.volumes.map { VolumeTop(top: $0.parent, blockCount: $0.spec.geometry.blockCount) } }
-        }
-        guard let born = tops(Self.birth(of: fork)), let now = tops(mark) else { return nil }
-        return try changed(volume, from: born, to: now)
+    /// The layers between two states of a disk of which one came of the other; nil when that is not known any more.
+    ///
+    /// Blocks that were written stay in them as long as both states are there: merging keeps what layers name, but at the bottom of a chain, where a block that
+    /// says nothing is one that never was. So nothing is known above an empty disk.
+    private func between(_ states: States?, _ state: StoreState) -> [LayerRecord]? {
+        guard let states, states.lower.top != 0 else { return nil }
+        let chain = state.chain(states.upper.top)
+        return chain.lastIndex { $0.id == states.lower.top }.map { Array(chain[($0 + 1)...]) }
     }
 
-    /// In what a group's disk may differ now from what it was at a recovery point.
-    func written(to group: GroupID, since point: RecoveryPointID, volume: Int) throws(StoreError) -> [Range<UInt64>]? {
-        func tops(_ volumes: [VolumeRecord]) -> [VolumeTop] { volumes.map { VolumeTop(top: $0.top, blockCount: $0.spec.geometry.blockCount) } }
-        let found = read { state -> (before: [VolumeTop], now: [VolumeTop])? in
-            guard let record = state.groups[group], let before = record.points.last(where: { $0.point.id == point }) else { return nil }
-            return (tops(before.volumes), tops(record.volumes))
+    /// Runs of blocks in which they may differ.
+    private func changed(_ states: (StoreState) -> States?) throws(StoreError) -> [Range<UInt64>]? {
+        let found = try shared.withLock { shared throws(StoreError) -> (layers: [LayerRecord], blockCount: UInt64, pin: UInt64)? in
+            if shared.isClosed { throw .closed }
+            guard let states = states(shared.state), let layers = between(states, shared.state) else { return nil }
+            return (layers, states.upper.blockCount, shared.add(Pin(layers)))
         }
         guard let found else { return nil }
-        return try changed(volume, from: found.before, to: found.now)
+        defer { unpin(found.pin) }
+        return try written(options.deliberateFault == .olderWritesForgotten ? found.layers.suffix(1) : found.layers, blockCount: found.blockCount)
     }
+
+    private func sinceBirth(_ fork: ForkID, _ mark: ForkID, _ volume: Int) -> (StoreState) -> States? {
+        { state in
+            guard let born = state.forks[Self.birth(of: fork)]?.volumes, let now = state.forks[mark]?.volumes, born.indices.contains(volume), now.indices.contains(volume)
+            else { return nil }
+            func top(_ disk: ForkVolumeRecord) -> VolumeTop { VolumeTop(top: disk.parent, blockCount: disk.spec.geometry.blockCount) }
+            return (top(born[volume]), top(now[volume]))
+        }
+    }
+
+    private func since(_ point: RecoveryPointID, _ group: GroupID, _ volume: Int) -> (StoreState) -> States? {
+        { state in
+            guard let now = state.groups[group]?.volumes, let before = state.groups[group]?.points.last(where: { $0.point.id == point })?.volumes,
+                before.indices.contains(volume), now.indices.contains(volume)
+            else { return nil }
+            func top(_ disk: VolumeRecord) -> VolumeTop { VolumeTop(top: disk.top, blockCount: disk.spec.geometry.blockCount) }
+            return (top(before[volume]), top(now[volume]))
+        }
+    }
+
+    /// What a fork may have written to a disk since it was made, up to `mark`, one of its marks; nil when that is not known.
+    func written(to fork: ForkID, upTo mark: ForkID, volume: Int) throws(StoreError) -> [Range<UInt64>]? { try changed(sinceBirth(fork, mark, volume)) }
+    func isKnown(writtenTo fork: ForkID, volume: Int) -> Bool { read { between(sinceBirth(fork, fork, volume)($0), $0) != nil } }
+
+    /// In what a group's disk may differ now from what it was at a recovery point; nil when that is not known.
+    func written(to group: GroupID, since point: RecoveryPointID, volume: Int) throws(StoreError) -> [Range<UInt64>]? { try changed(since(point, group, volume)) }
+    func isKnown(writtenTo group: GroupID, since point: RecoveryPointID, volume: Int) -> Bool { read { between(since(point, group, volume)($0), $0) != nil } }
 
     /// Turns a group whose newest state is that of a committed fork back to what the fork was made of, as an epoch of its own that is `position`: whoever
     /// holds the disks of that time can go on from there. Only what the fork has written is read and written. Nil, and nothing is done, when that is not

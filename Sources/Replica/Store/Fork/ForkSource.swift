@@ -13,7 +13,8 @@ import Synchronization
 /// - `F-sent-N`: epoch N. The oldest one is acknowledged; those after it are on their way. A start goes on from the oldest, under numbers far
 ///   above all that can have been cut before.
 ///
-/// A full sync compares the whole disk, or, where it is known block by block in what the other side may differ, only that (`Original`).
+/// A full sync hands out the whole disk, to be compared, or, where it is known block by block in what the other side may differ, only that (`Original`), which
+/// is sent without a question: reading and hashing it over there would cost more than it saves.
 ///
 /// Cuts, marks and reads are made on a thread of its own, one after the other; items wait in a queue that is as long as there are buffers.
 public final class ForkSource: EpochSource, @unchecked Sendable {
@@ -55,7 +56,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         var epoch: Epoch
         var left: [Piece]
         var readers: [VolumeReader]
-        var isWhole: Bool
+        var isFullSync: Bool
     }
 
     private struct Queue {
@@ -90,6 +91,8 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
     private var baseReaders: [VolumeReader] = []
     /// Of the full sync, not cut yet.
     private var unsynced: [Piece] = []
+    /// The full sync is of what may differ only.
+    private var isDifferenceKnown = false
     private var draining: Drain?
     private var unacknowledged: [Epoch] = []
 
@@ -178,7 +181,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         if !unsynced.isEmpty {
             let pieces = takeUnsynced(fuzzyBytesMax)
             let epoch = Epoch(cut: cut(.fuzzy, pieces), pieces: pieces)
-            drain(Drain(epoch: epoch, left: pieces, readers: baseReaders, isWhole: true))
+            drain(Drain(epoch: epoch, left: pieces, readers: baseReaders, isFullSync: true))
             return epoch.cut
         }
         guard let previous = unacknowledged.last(where: { $0.mark != nil })?.mark ?? base ?? held else {
@@ -202,7 +205,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
             }
         }
         let epoch = Epoch(cut: cut(.exact, pieces), mark: isChanged ? mark : previous, isOwnMark: isChanged)
-        drain(Drain(epoch: epoch, left: pieces, readers: readers, isWhole: false))
+        drain(Drain(epoch: epoch, left: pieces, readers: readers, isFullSync: false))
         return epoch.cut
     }
 
@@ -225,9 +228,10 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         _ = try store.mark(mark, of: fork, purpose: Self.purpose, unlessEqual: nil)
         base = mark
         let known = try differing(mark)
+        isDifferenceKnown = known != nil
         if let known {
             let blocks = known.reduce(0) { $0 + $1.reduce(0) { $0 + UInt64($1.count) } }
-            logger.info("fork \(fork): the disks can differ in \(blocks) blocks only: those are compared")
+            logger.info("fork \(fork): the disks can differ in \(blocks) blocks only: those are sent")
         }
         for disk in disks.indices {
             let (reader, whole) = try store.openMark(mark, volume: disk, above: nil)
@@ -240,11 +244,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
 
     /// The blocks, per disk, in which the other side may differ from `mark`; nil when that is not known.
     private func differing(_ mark: ForkID) throws(StoreError) -> [[Range<UInt64>]]? {
-        guard let original, let peer = queue.withLock({ $0.peerWas }), let group = store.read({ $0.forks[fork]?.group }),
-            // Epochs with nothing in them may have followed, and be acknowledged or not.
-            let now = store.group(group)?.lastDurable, now.instance == original.kept.instance, peer.instance == now.instance,
-            original.kept.epoch <= peer.epoch, peer.epoch <= now.epoch
-        else { return nil }
+        guard let (original, group) = trusted(queue.withLock { $0.peerWas }) else { return nil }
         var all: [[Range<UInt64>]] = []
         for (disk, source) in disks.enumerated() {
             guard let written = try store.written(to: fork, upTo: mark, volume: disk),
@@ -268,8 +268,21 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         return merged
     }
 
-    /// Of whoever has the disks now: what they were, if nobody but this source has changed them since.
-    func peerWas(_ position: DurablePosition?) { queue.withLock { $0.peerWas = position } }
+    private func trusted(_ position: DurablePosition?) -> (original: Original, group: GroupID)? {
+        guard let original, let position, let group = store.read({ $0.forks[fork]?.group }),
+            // Epochs with nothing in them may have followed, and be acknowledged or not.
+            let now = store.group(group)?.lastDurable, now.instance == original.kept.instance, position.instance == now.instance,
+            original.kept.epoch <= position.epoch, position.epoch <= now.epoch
+        else { return nil }
+        return (original, group)
+    }
+
+    /// Of whoever has the disks now: what they were, if nobody but this source has changed them since. Returns whether a full sync is of what can differ only.
+    func peerWas(_ position: DurablePosition?) -> Bool {
+        queue.withLock { $0.peerWas = position }
+        guard let (original, group) = trusted(position) else { return false }
+        return disks.indices.allSatisfy { store.isKnown(writtenTo: fork, volume: $0) && store.isKnown(writtenTo: group, since: original.committed, volume: $0) }
+    }
 
     private func takeUnsynced(_ bytesMax: UInt64) -> [Piece] {
         var left = max(1, bytesMax / UInt64(blockBytes))
@@ -328,16 +341,17 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
             let (extent, pieceEnd) = reader.map.index.piece(at: piece.blocks.lowerBound, end: piece.blocks.upperBound)
             let offset = piece.blocks.lowerBound * UInt64(blockBytes)
             var end = pieceEnd
-            if extent == nil, !drain.isWhole {
+            let comparesZeroes = drain.isFullSync && !isDifferenceKnown
+            if extent == nil, !comparesZeroes {
                 push(.zero(epoch, disk: piece.disk, offsetBytes: offset, lengthBytes: min(end * UInt64(blockBytes), size) - offset))
             } else {
-                // Of a full sync zeroes are data, so that they are compared, too.
+                // Of what is compared zeroes are data, too.
                 guard let slot = queue.withLock({ $0.free.popLast() }) else { return }
                 let limit = min(piece.blocks.upperBound, piece.blocks.lowerBound + UInt64(Self.drainBufferBytes / blockBytes))
                 end = min(end, limit)
                 while end < limit {
                     let (next, nextEnd) = reader.map.index.piece(at: end, end: limit)
-                    guard drain.isWhole || next != nil else { break }
+                    guard comparesZeroes || next != nil else { break }
                     end = nextEnd
                 }
                 let buffer = memory + slot * Self.drainBufferBytes
@@ -366,7 +380,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
             if let newest, newest != held, newest != base {
                 held = newest
                 finishFullSync(nil)
-            } else if base != nil, unsynced.isEmpty, draining?.isWhole != true, !unacknowledged.contains(where: { !$0.pieces.isEmpty }) {
+            } else if base != nil, unsynced.isEmpty, draining?.isFullSync != true, !unacknowledged.contains(where: { !$0.pieces.isEmpty }) {
                 // What the full sync copied is there whole: the first epoch that counts.
                 finishFullSync(epoch)
             }
