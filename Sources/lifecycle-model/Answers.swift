@@ -52,6 +52,7 @@ struct EnrolmentAnswer: Decodable, Sendable {
 struct StatusAnswer: Decodable, Sendable {
     struct Store: Decodable, Sendable {
         var forkCount: Int
+        var markCount: Int
         var layerCount: Int
     }
     var servers: [ServerAnswer]

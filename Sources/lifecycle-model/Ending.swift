@@ -77,7 +77,7 @@ struct Ending: Sendable {
         await ledger.judge(tasks: tasks)
         let places = await ledger.judge(events: events, servers: sites.servers)
         let status: StatusAnswer = try await asks.get("/v1/status")
-        if !status.servers.isEmpty || status.store.forkCount > 0 { await ledger.violate("left at the end: \(status.servers.map(\.name)), \(status.store.forkCount) forks") }
+        if !status.servers.isEmpty || status.store.forkCount + status.store.markCount > 0 { await ledger.violate("left at the end: \(status.servers.map(\.name)), \(status.store.forkCount) forks, \(status.store.markCount) marks") }
         // A machine's process may need a moment to be gone after its end was waited for by somebody else; its files not.
         for machine in Machine.all(below: sites.runtime) where machine.isAlive { await ledger.violate("left at the end: machine \(machine.instance), pid \(machine.pid)") }
         for directory in [sites.runtime, sites.state + "/instances"] {

@@ -52,9 +52,9 @@ extension Lifecycle {
         var words = reverse.disks.map { "disk \($0.name): \($0.devicePath) (\(Amount.bytes($0.sizeBytes))) is overwritten with what runs here; confirmed by \($0.confirmation)" }
         words.append("what these disks hold now is kept first, as a held recovery point; with --discard-original it is lost for good")
         words.append("the machine goes on here; what it writes follows")
-        words.append(
-            agents[ServerID(found.id)]?.followedSince == nil
-                ? "only what differs travels; both sides read everything once" : "only what differs travels; what the disks wrote since is known from their live tap")
+        let machine = try await catalogue.read { db in try InstanceRecord.fetchOne(db, key: reverse.instance) }
+        let isKnown = machine?.pointPosition.map { isFollowed(ServerID(found.id), since: $0) && store.hasBirth(ForkID(reverse.instance)) } == true
+        words.append("only what differs travels; " + (isKnown ? "what the disks wrote since is known from their live tap" : "both sides read everything once"))
         return OperationPreview(server: found.name, operation: .startReverse, deletedPointCount: 0, needsConfirmation: true, words: words)
     }
 
@@ -135,8 +135,13 @@ extension Lifecycle {
         let group = GroupID(server.rawValue)
         let settings = try await self.server(server.rawValue).settings
         try await givePosition(group, instance: Self.committed, note: "as the failover was committed", for: task.operation)
+        // What is to be turned back depends on who holds the disks.
+        while agents[server]?.connected != true || agents[server]?.rescueInstance == nil { try await Task.sleep(for: .milliseconds(Self.reversePollMilliseconds)) }
         let position = try await turnBack(server, task)
         FaultPoint.turnedBack.reached(task.operation)
+        // Not before: an epoch of the disks would take the place of that one.
+        keeping.insert(server)
+        defer { keeping.remove(server) }
         let begun = UInt64(task.created.timeIntervalSince1970 * 1e9)
         guard let settings else { throw ApplianceError.failed("the server has no settings of replication") }
         await tell(server, .keepOriginal(try order(server.rawValue, settings)))
@@ -183,19 +188,32 @@ extension Lifecycle {
     private func turnBack(_ server: ServerID, _ task: TaskRecord) async throws -> DurablePosition? {
         let reverse = try await catalogue.read { db in try db.reverse(of: server.rawValue) }
         guard let machine = try await catalogue.read({ db in try InstanceRecord.fetchOne(db, key: reverse.instance) }), let position = machine.pointPosition else { return nil }
-        guard let agent = agents[server], let since = agent.followedSince, position.instance == agent.rescueInstance, since <= position.epoch else { return position }
+        guard isFollowed(server, since: position) else { return position }
         let group = GroupID(server.rawValue)
-        let isBack = try await blocking { [store] () throws -> Bool in
-            // Only on top of what was committed: once what the disks hold has come, it stays.
-            guard let info = store.group(group), info.lastDurable?.instance == "\(Self.committed)-\(info.generation.rawValue)" else { return false }
-            let point = try store.turnBack(
-                group, generation: info.generation, toBirthOf: machine.forkID, as: position, cutTimeNanoseconds: UInt64(Date().timeIntervalSince1970 * 1e9))
-            guard let point else { return false }
-            try store.markRecoveryPoint(group, point.id, note: "as the source was when it was failed over", isOnDemand: true)
-            return true
+        do {
+            let isBack = try await onThread("turn-back") { [store] isCancelled in
+                // Only on top of what was committed: once what the disks hold has come, it stays.
+                guard let info = store.group(group), info.lastDurable?.instance == "\(Self.committed)-\(info.generation.rawValue)" else { return false }
+                let point = try store.turnBack(
+                    group, generation: info.generation, toBirthOf: machine.forkID, as: position, cutTimeNanoseconds: UInt64(Date().timeIntervalSince1970 * 1e9),
+                    goesOn: { !isCancelled() })
+                guard let point else { return false }
+                try store.markRecoveryPoint(group, point.id, note: "as the source was when it was failed over", isOnDemand: true)
+                return true
+            }
+            if isBack { await tasks.log(task, "the disks were followed all the time: only what they wrote since the failover is read") }
+        } catch StoreError.closed { throw StoreError.closed } catch {
+            try Task.checkCancellation()
+            // It only saves reading: everything is compared.
+            await tasks.log(task, "what the disks wrote since the failover cannot be used, and they are compared: \(error)")
         }
-        if isBack { await tasks.log(task, "the disks were followed all the time: only what they wrote since the failover is read") }
         return position
+    }
+
+    /// Whether what the disks of the agent in rescue mode wrote is known from there on.
+    private func isFollowed(_ server: ServerID, since position: DurablePosition) -> Bool {
+        guard let agent = agents[server], let since = agent.followedSince else { return false }
+        return position.instance == agent.rescueInstance && since <= position.epoch
     }
 
     /// What the disks held, for a source that knows then in what they can differ.
@@ -345,7 +363,7 @@ extension Lifecycle {
             guard let reverse else { return [.stopReplication] }
             switch (record.state, reverse.step) {
             case (.reversedEnableReplicating, .keeping):
-                guard let settings = record.settings else { return [.stopReplication] }
+                guard let settings = record.settings, keeping.contains(server) else { return [.stopReplication] }
                 return [.keepOriginal(try order(record.id, settings))]
             case (_, .sending) where record.state.phase == .reverse, (.failbackInProgress, .stopping), (.failbackInProgress, .cancelling):
                 guard let offer = offers[record.id] else { return [.stopReplication] }
@@ -400,7 +418,7 @@ extension Lifecycle {
 
     /// Forward epochs of a server whose machine runs here: only what its original disks hold, while that is kept.
     func mayKeepOriginal(_ server: ServerID) async -> Bool {
-        guard agents[server]?.rescueInstance != nil else { return false }
+        guard agents[server]?.rescueInstance != nil, keeping.contains(server) else { return false }
         return (try? await catalogue.read { db in try ReverseRecord.fetchOne(db, key: server.rawValue) })?.step == .keeping
     }
 

@@ -41,6 +41,6 @@ extension Lifecycle {
         return StoreView(
             directory: settings.storeDirectory, storageClass: StorageClass.below(settings.storeDirectory)?.storageClass, space: store.spaceState, tightensWhenLow: tightensWhenLow, freeBytes: figures.freeBytes,
             capacityBytes: figures.capacityBytes, storedBytes: figures.storedBytes, layerCount: figures.layerCount, segmentCount: figures.segmentCount,
-            forkCount: figures.forkCount, badReadCount: figures.badBlockCount, upkeep: UpkeepView(figures.upkeep), scrub: scrubView())
+            forkCount: figures.forkCount, markCount: figures.markCount, badReadCount: figures.badBlockCount, upkeep: UpkeepView(figures.upkeep), scrub: scrubView())
     }
 }

@@ -38,6 +38,8 @@ public actor Lifecycle {
     var alertTasks: [Task<Void, Never>] = []
     /// What is sent back, by server.
     var offers: [String: ReverseOffer] = [:]
+    /// Servers whose original disks are being kept: their group takes what those hold.
+    var keeping: Set<ServerID> = []
     /// Appliances that machines go to, by server.
     var others: [String: OtherAppliance] = [:]
     var otherContacts: [String: OtherContact] = [:]

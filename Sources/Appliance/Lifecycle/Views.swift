@@ -117,6 +117,8 @@ public struct StoreView: Sendable, Codable {
     public var layerCount: Int
     public var segmentCount: Int
     public var forkCount: Int
+    /// Of forks: what they were when they were made, and at cuts that are sent back.
+    public var markCount: Int
     /// Reads that met damage since the appliance was started.
     public var badReadCount: UInt64
     public var upkeep: UpkeepView

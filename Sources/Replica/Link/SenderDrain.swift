@@ -166,6 +166,8 @@ extension SenderLoop {
             batch.appendZero(disk: disk, offsetBytes: offset, lengthBytes: length)
             pass?.sent.insert(
                 volume: disk, firstBlock: offset / UInt64(blockBytes), blockCount: (length + UInt64(blockBytes) - 1) / UInt64(blockBytes))
+            // Of many there is a turn's work, too.
+            return blockBytes
         case .end(let epoch):
             guard expect(epoch, cut, handler) else { return 0 }
             flush(handler, cut)

@@ -305,7 +305,8 @@ public final class ReplicaStore: @unchecked Sendable {
             var figures = shared.statistics
             let layers = shared.figures.layers(shared.state)
             figures.groupCount = shared.state.groups.count
-            figures.forkCount = shared.state.forks.count
+            figures.markCount = shared.state.forks.values.count(where: { ForkInfo.isMark(purpose: $0.purpose) })
+            figures.forkCount = shared.state.forks.count - figures.markCount
             figures.layerCount = shared.state.layers.count
             figures.storedBytes = layers.storedBytes
             figures.segmentCount = layers.segmentCount

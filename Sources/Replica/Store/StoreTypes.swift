@@ -80,7 +80,9 @@ public struct ForkInfo: Sendable, Hashable {
 
 public struct StoreStatistics: Sendable, Hashable {
     public var groupCount = 0
+    /// Those that are somebody's disks, and those that only mark what another was at one moment.
     public var forkCount = 0
+    public var markCount = 0
     public var layerCount = 0
     public var segmentCount = 0
     /// Data bytes in live layers, overwritten ones included.

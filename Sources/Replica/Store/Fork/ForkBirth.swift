@@ -6,6 +6,8 @@ import BlockTap
 /// fork has written stays known block by block; it goes with the fork.
 extension ReplicaStore {
     public static let birthPurpose = "birth"
+    /// More blocks are turned back only if they are less than half of the disks.
+    private static let turnBackBlocksMin: UInt64 = 4096
 
     static func birth(of fork: ForkID) -> ForkID { ForkID("\(fork)-born") }
 
@@ -86,17 +88,18 @@ extension ReplicaStore {
 
     /// Turns a group whose newest state is that of a committed fork back to what the fork was made of, as an epoch of its own that is `position`: whoever
     /// holds the disks of that time can go on from there. Only what the fork has written is read and written. Nil, and nothing is done, when that is not
-    /// known any more. Blocks; not for the store's thread.
+    /// known any more, or is so much that comparing costs no more. Blocks; not for the store's thread. Throws `.abandoned` when `goesOn` says no.
     public func turnBack(
-        _ group: GroupID, generation: Generation, toBirthOf fork: ForkID, as position: DurablePosition, cutTimeNanoseconds: UInt64
+        _ group: GroupID, generation: Generation, toBirthOf fork: ForkID, as position: DurablePosition, cutTimeNanoseconds: UInt64, goesOn: () -> Bool = { true }
     ) throws(StoreError) -> RecoveryPoint? {
-        guard let writer = try beginTurnBack(group, generation: generation, toBirthOf: fork, as: position, cutTimeNanoseconds: cutTimeNanoseconds) else { return nil }
+        let writer = try beginTurnBack(group, generation: generation, toBirthOf: fork, as: position, cutTimeNanoseconds: cutTimeNanoseconds, goesOn: goesOn)
+        guard let writer else { return nil }
         return try sealed(writer)
     }
 
     /// All of that epoch, to be sealed.
     func beginTurnBack(
-        _ group: GroupID, generation: Generation, toBirthOf fork: ForkID, as position: DurablePosition, cutTimeNanoseconds: UInt64
+        _ group: GroupID, generation: Generation, toBirthOf fork: ForkID, as position: DurablePosition, cutTimeNanoseconds: UInt64, goesOn: () -> Bool = { true }
     ) throws(StoreError) -> EpochWriter? {
         let specs = read { state in (state.forks[fork]?.volumes.map(\.spec) ?? [], state.groups[group]?.volumes.map(\.spec) ?? []) }
         // A disk that has grown meanwhile may end in a block that the fork has a part of.
@@ -107,10 +110,11 @@ extension ReplicaStore {
             parts.append((try openMark(Self.birth(of: fork), volume: disk, above: nil).reader, blocks))
         }
         let blockCount = parts.reduce(0) { $0 + $1.blocks.reduce(0) { $0 + UInt64($1.count) } }
+        guard blockCount <= max(Self.turnBackBlocksMin, specs.0.reduce(0) { $0 + $1.geometry.blockCount } / 2) else { return nil }
         let cut = Cut(epoch: position.epoch, kind: .exact, timeNanoseconds: cutTimeNanoseconds, blockCount: blockCount)
         let writer = try beginEpoch(group, generation: generation, cut: cut, instance: position.instance, after: self.group(group)?.lastDurable)
         do throws(StoreError) {
-            for (disk, part) in parts.enumerated() { try copy(part.reader, part.blocks, to: writer, volume: disk) }
+            for (disk, part) in parts.enumerated() { try copy(part.reader, part.blocks, to: writer, volume: disk, goesOn) }
         } catch {
             writer.abandon()
             throw error
@@ -118,7 +122,7 @@ extension ReplicaStore {
         return writer
     }
 
-    private func copy(_ reader: VolumeReader, _ runs: [Range<UInt64>], to writer: EpochWriter, volume: Int) throws(StoreError) {
+    private func copy(_ reader: VolumeReader, _ runs: [Range<UInt64>], to writer: EpochWriter, volume: Int, _ goesOn: () -> Bool) throws(StoreError) {
         let bufferBlocks: UInt64 = 256
         let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: Int(bufferBlocks) * blockBytes, alignment: pageBytes)
         let sums = UnsafeMutableBufferPointer<UInt64>.allocate(capacity: Int(bufferBlocks))
@@ -130,6 +134,7 @@ extension ReplicaStore {
         for run in runs {
             var next = run.lowerBound
             while next < run.upperBound {
+                guard goesOn() else { throw .abandoned("it is not wanted any more") }
                 let (extent, pieceEnd) = reader.map.index.piece(at: next, end: run.upperBound)
                 let offset = next * UInt64(blockBytes)
                 if extent == nil {

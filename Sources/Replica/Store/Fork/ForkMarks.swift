@@ -74,5 +74,6 @@ extension ReplicaStore {
 
 extension ForkInfo {
     /// Nobody's disk: what another fork was at one moment.
-    public var isMark: Bool { purpose == ForkSource.purpose || purpose == ReplicaStore.birthPurpose }
+    public var isMark: Bool { Self.isMark(purpose: purpose) }
+    static func isMark(purpose: String) -> Bool { purpose == ForkSource.purpose || purpose == ReplicaStore.birthPurpose }
 }

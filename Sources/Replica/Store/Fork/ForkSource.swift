@@ -20,6 +20,7 @@ import Synchronization
 public final class ForkSource: EpochSource, @unchecked Sendable {
     public static let drainBufferBytes = 1 << 20
     static let bufferCount = 8
+    private static let waitingMax = 4096
     public static let purpose = "reverse"
     /// More than the epochs of one process.
     private static let restartDistance: UInt64 = 1 << 32
@@ -54,13 +55,19 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
 
     private struct Drain {
         var epoch: Epoch
-        var left: [Piece]
+        /// What is left of the first one begins at `next`. There may be millions: none is moved, and none copied.
+        var left: ArraySlice<Piece>
+        var next: UInt64?
         var readers: [VolumeReader]
         var isFullSync: Bool
     }
 
     private struct Queue {
+        /// Those before `taken` have gone.
         var items: [DrainItem] = []
+        var taken = 0
+        /// As many wait as may: items of zeroes need no buffer.
+        var isFull = false
         var free: [Int]
         var wakeup: (@Sendable () -> Void)?
         var isFillQueued = false
@@ -90,7 +97,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
     private var base: ForkID?
     private var baseReaders: [VolumeReader] = []
     /// Of the full sync, not cut yet.
-    private var unsynced: [Piece] = []
+    private var unsynced: ArraySlice<Piece> = []
     /// The full sync is of what may differ only.
     private var isDifferenceKnown = false
     private var draining: Drain?
@@ -181,7 +188,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         if !unsynced.isEmpty {
             let pieces = takeUnsynced(fuzzyBytesMax)
             let epoch = Epoch(cut: cut(.fuzzy, pieces), pieces: pieces)
-            drain(Drain(epoch: epoch, left: pieces, readers: baseReaders, isFullSync: true))
+            drain(Drain(epoch: epoch, left: pieces[...], readers: baseReaders, isFullSync: true))
             return epoch.cut
         }
         guard let previous = unacknowledged.last(where: { $0.mark != nil })?.mark ?? base ?? held else {
@@ -205,7 +212,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
             }
         }
         let epoch = Epoch(cut: cut(.exact, pieces), mark: isChanged ? mark : previous, isOwnMark: isChanged)
-        drain(Drain(epoch: epoch, left: pieces, readers: readers, isFullSync: false))
+        drain(Drain(epoch: epoch, left: pieces[...], readers: readers, isFullSync: false))
         return epoch.cut
     }
 
@@ -246,11 +253,18 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
     private func differing(_ mark: ForkID) throws(StoreError) -> [[Range<UInt64>]]? {
         guard let (original, group) = trusted(queue.withLock { $0.peerWas }) else { return nil }
         var all: [[Range<UInt64>]] = []
-        for (disk, source) in disks.enumerated() {
-            guard let written = try store.written(to: fork, upTo: mark, volume: disk),
-                let before = try store.written(to: group, since: original.committed, volume: disk)
-            else { return nil }
-            all.append(Self.union(written, before, blockCount: source.geometry.blockCount))
+        do throws(StoreError) {
+            for (disk, source) in disks.enumerated() {
+                guard let written = try store.written(to: fork, upTo: mark, volume: disk),
+                    let before = try store.written(to: group, since: original.committed, volume: disk)
+                else { return nil }
+                all.append(Self.union(written, before, blockCount: source.geometry.blockCount))
+            }
+        } catch {
+            if case .closed = error { throw error }
+            // The machine does not need these layers: everything is sent, then.
+            logger.warning("fork \(fork): what the disks can differ in cannot be read: \(error)")
+            return nil
         }
         return all
     }
@@ -288,11 +302,11 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         var left = max(1, bytesMax / UInt64(blockBytes))
         var taken: [Piece] = []
         while left > 0, !unsynced.isEmpty {
-            let blocks = unsynced[0].blocks
+            let blocks = unsynced.first!.blocks
             let end = min(blocks.upperBound, blocks.lowerBound + left)
-            taken.append(Piece(disk: unsynced[0].disk, blocks: blocks.lowerBound..<end))
+            taken.append(Piece(disk: unsynced.first!.disk, blocks: blocks.lowerBound..<end))
             left -= end - blocks.lowerBound
-            if end == blocks.upperBound { unsynced.removeFirst() } else { unsynced[0].blocks = end..<blocks.upperBound }
+            if end == blocks.upperBound { unsynced.removeFirst() } else { unsynced[unsynced.startIndex].blocks = end..<blocks.upperBound }
         }
         return taken
     }
@@ -300,7 +314,20 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
     // MARK: Draining
 
     public func nextItem() -> DrainItem? {
-        queue.withLock { $0.items.isEmpty ? nil : $0.items.removeFirst() }
+        let (item, isRoomAgain) = queue.withLock { queue -> (DrainItem?, Bool) in
+            guard queue.taken < queue.items.count else { return (nil, false) }
+            let item = queue.items[queue.taken]
+            queue.taken += 1
+            if queue.taken >= 1024, queue.taken * 2 >= queue.items.count {
+                queue.items.removeFirst(queue.taken)
+                queue.taken = 0
+            }
+            guard queue.isFull, queue.items.count - queue.taken <= Self.waitingMax / 2 else { return (item, false) }
+            queue.isFull = false
+            return (item, true)
+        }
+        if isRoomAgain { queueFill() }
+        return item
     }
 
     public func setWakeup(_ wakeup: (@Sendable () -> Void)?) { queue.withLock { $0.wakeup = wakeup } }
@@ -331,11 +358,17 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
         queue.withLock { $0.isFillQueued = false }
         while var drain = draining {
             let epoch = drain.epoch.cut.epoch
-            guard let piece = drain.left.first else {
+            let isFull = queue.withLock { queue in
+                queue.isFull = queue.items.count - queue.taken >= Self.waitingMax
+                return queue.isFull
+            }
+            if isFull { return }
+            guard let first = drain.left.first else {
                 draining = nil
                 unacknowledged.append(drain.epoch)
                 return push(.end(epoch))
             }
+            let piece = Piece(disk: first.disk, blocks: (drain.next ?? first.blocks.lowerBound)..<first.blocks.upperBound)
             let reader = drain.readers[piece.disk]
             let size = reader.geometry.sizeBytes
             let (extent, pieceEnd) = reader.map.index.piece(at: piece.blocks.lowerBound, end: piece.blocks.upperBound)
@@ -365,7 +398,11 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
                 }
                 push(.data(epoch, DrainBuffer(disk: piece.disk, offsetBytes: offset, lengthBytes: length, memory: buffer, slot: slot)))
             }
-            if end == piece.blocks.upperBound { drain.left.removeFirst() } else { drain.left[0].blocks = end..<piece.blocks.upperBound }
+            drain.next = end
+            if end == piece.blocks.upperBound {
+                drain.left.removeFirst()
+                drain.next = nil
+            }
             draining = drain
         }
     }
@@ -422,8 +459,9 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
                 draining = nil
                 unacknowledged = []
                 queue.withLock { queue in
-                    for case .data(_, let buffer) in queue.items { queue.free.append(buffer.slot) }
+                    for case .data(_, let buffer) in queue.items[queue.taken...] { queue.free.append(buffer.slot) }
                     queue.items = []
+                    (queue.taken, queue.isFull) = (0, false)
                 }
                 giveBack(given)
                 continuation.resume()
@@ -433,7 +471,7 @@ public final class ForkSource: EpochSource, @unchecked Sendable {
     }
 
     private func giveBack(_ epochs: [Epoch]) {
-        unsynced = epochs.flatMap(\.pieces) + unsynced
+        unsynced = (epochs.flatMap(\.pieces) + unsynced)[...]
         drop(epochs.filter(\.isOwnMark).compactMap(\.mark))
         queue.withLock { $0.statistics.abandonedCount += UInt64(epochs.count) }
         count()
