@@ -27,8 +27,9 @@ need_space 8192
 appliance_options=(--boots-at-once 2)
 server=shop
 ai() { "$afterimage" "$@" </dev/null; }
-task_log() { ai task list --server "$server" --limit 1 --json | json 0.id; }
-last_task() { ai task show "$(ai task list --server "$server" --limit 1 --json | json 0.id)" --json; }
+# task_log: the last task that was asked for; a failed-over machine becomes independent of recovery points in one of its own, after that.
+task_log() { ai task list --server "$server" --limit 5 --json | python3 -c 'import json, sys; print(next(t["id"] for t in json.load(sys.stdin) if t["operation"] != "Hydrate Machine"))'; }
+last_task() { ai task show "$(task_log)" --json; }
 left_host() { cat /sys/class/net/outside/statistics/rx_packets; }
 
 # A service of the host, on all its addresses, that notes whoever comes.

@@ -210,6 +210,8 @@ public struct TaskParameters: Sendable, Codable, Hashable {
     /// The run of a recovery plan, and whether it is to be cleared.
     public var planRun: Int64?
     public var clearsPlan: Bool?
+    /// The certificate that a removal has revoked: one that cannot go on gives it back.
+    public var revoked: String?
     public init(
         instance: String? = nil, replaces: String? = nil, copy: PointCopyOrder? = nil, note: String? = nil, consistency: Consistency? = nil, isGraceful: Bool? = nil,
         isScheduled: Bool? = nil, planRun: Int64? = nil, clearsPlan: Bool? = nil

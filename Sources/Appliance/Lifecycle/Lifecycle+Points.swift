@@ -142,6 +142,11 @@ extension Lifecycle {
         }
         try await catalogue.read { db in try db.refuseWhileRemoved(found) }
         try await inStore { store in try store.holdRecoveryPoint(found.group, chosen.id, name: request.name) }
+        do { try await catalogue.read { db in try db.refuseWhileRemoved(found) } } catch {
+            // Its removal was asked for meanwhile, and waits for nothing to be held.
+            try await inStore { store in try store.releaseRecoveryPoint(found.group, chosen.id) }
+            throw error
+        }
         try await catalogue.write { db in try db.event(who, "Hold recovery point", server: found, after: request.name, detail: chosen.id.rawValue) }
         return try await named(name, chosen.id.rawValue).point
     }

@@ -159,8 +159,17 @@ extension Lifecycle {
         var result = TaskResult()
         result.message = "removed"
         guard let id = task.server, let record = try? await server(id) else { return result }
+        do { try await untilNothingIsHeld(record) } catch {
+            // By one who was killed before.
+            try await giveBackAccess(task)
+            throw error
+        }
         try await catalogue.write { db in
             var record = try db.server(id)
+            if let serial = record.certificateSerial, var task = try TaskRecord.fetchOne(db, key: task.id) {
+                task.parameters.revoked = serial
+                try task.update(db)
+            }
             record.certificateSerial = nil
             record.enrolmentHash = nil
             try record.update(db)
@@ -176,7 +185,13 @@ extension Lifecycle {
         }
         try await endMounts(of: id)
         let group = record.group
-        if store.group(group) != nil { try await blocking { [store] in try store.deleteGroup(group) } }
+        do {
+            try await untilNothingIsHeld(record)
+            if store.group(group) != nil { try await blocking { [store] in try store.deleteGroup(group) } }
+        } catch {
+            try await giveBackAccess(task)
+            throw error
+        }
         FaultPoint.groupDeleted.reached(task.operation)
         try await catalogue.write { db in
             try PointExportRecord.filter(Column("server") == id).deleteAll(db)
@@ -187,6 +202,30 @@ extension Lifecycle {
         // Of a Start Replication that met the removal half-way.
         if store.group(group) != nil { try await blocking { [store] in try store.deleteGroup(group) } }
         return result
+    }
+
+    /// Whoever held a point in the moment in which the removal was asked for sees that, and releases it.
+    private func untilNothingIsHeld(_ record: ServerRecord) async throws {
+        let deadline = ContinuousClock.now + .seconds(Self.releaseSeconds)
+        while let point = store.recoveryPoints(record.group).first(where: { $0.hold != nil }) {
+            guard ContinuousClock.now < deadline else {
+                throw ApplianceError.failed("recovery point \(point.id) of \(record.name) is held as \"\(point.hold ?? "")\": release it first (afterimage recovery-point release \(record.name) \(point.id))")
+            }
+            try await Task.sleep(for: .milliseconds(50))
+        }
+    }
+
+    private static let releaseSeconds = 3.0
+
+    /// The server stays, so its agent is let in again.
+    private func giveBackAccess(_ task: TaskRecord) async throws {
+        try await catalogue.write { db in
+            guard let serial = try TaskRecord.fetchOne(db, key: task.id)?.parameters.revoked, var record = try task.server.flatMap({ try ServerRecord.fetchOne(db, key: $0) }),
+                record.certificateSerial == nil
+            else { return }
+            record.certificateSerial = serial
+            try record.update(db)
+        }
     }
 }
 
