@@ -8,6 +8,7 @@ for part in packages fetch product; do source "$repository/tools/lib/$part.sh"; 
 mebibytes=$1 changed=$2
 afterimage=$AFTERIMAGE
 make_run_dir
+keep_bpffs
 fetch_qemu10
 product_setup
 agent_tap=live

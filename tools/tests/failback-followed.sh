@@ -4,6 +4,7 @@
 # more than what was written. And where that is not so, it is found out: the whole disk is compared.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 source "$repository/tools/lib/protected.sh"
+source "$repository/tools/lib/way-back.sh"
 
 need_product failback-followed
 [ -r /sys/kernel/btf/vmlinux ] || { skip failback-followed "this kernel does not describe its types: no live tap"; finish; }
@@ -11,25 +12,12 @@ make_run_dir
 keep_bpffs
 agent_tap=live
 protect 64
-ai() { "$afterimage" "$@" </dev/null; }
 rescue_state=$run_dir/rescue original=$run_dir/original.img
-field() { server_field s "$1"; }
-machine_socket() { field instances.0.nbdSocketPath; }
-machine_uri() { echo "nbd+unix:///vda?socket=$(machine_socket)"; }
-disk_is() { qemu-img compare -T none -f raw -F raw "$1" "$loop_device" 2>&1; }
-disk_is_machine() { disk_is "$(machine_uri)"; }
-point_is() { # POINT FILE
-    local status=0
-    qemu-img compare -T none -f raw -F raw "$(export_uri "$1")" "$2" 2>&1 || status=$?
-    ai recovery-point unexport s --point "$1"
-    return "$status"
-}
 start_rescue() {
     start "$run_dir/rescue.log" "$afterimage" agent rescue --state "$rescue_state" --followed-by "$primary_state" --disk "vda=$loop_device"
     rescue_pid=$started_pid
 }
 end_rescue() { kill -TERM "$rescue_pid" && until_true 30 process_gone "$rescue_pid"; }
-follows() { [ "$(field reverse.phase)" = replicating ] && [ -n "$(field reverse.lastCutTime)" ]; }
 dirty() { dd if=/dev/urandom of="$1" bs=4096 count="$2" seek="$3" conv=notrunc,fsync status=none; }
 machine_writes() { # SEED SECONDS: through the machine's disk
     start "$run_dir/writer.log" python3 "$repository/tools/lib/nbd.py" write "$(machine_socket)" vda --seed "$1"

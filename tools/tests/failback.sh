@@ -4,30 +4,18 @@
 # over again. What must be equal is compared byte by byte. Either side is killed on the way, and the old source comes back at each stage.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 source "$repository/tools/lib/protected.sh"
+source "$repository/tools/lib/way-back.sh"
 
 need_product failback
 make_run_dir
 protect 24
-ai() { "$afterimage" "$@" </dev/null; }
 rescue_state=$run_dir/rescue new_state=$run_dir/new original=$run_dir/original.img
-field() { server_field s "$1"; }
-machine_socket() { field instances.0.nbdSocketPath; }
-machine_uri() { echo "nbd+unix:///vda?socket=$(machine_socket)"; }
-disk_is() { qemu-img compare -T none -f raw -F raw "$1" "$loop_device" 2>&1; }
-disk_is_machine() { disk_is "$(machine_uri)"; }
-point_is() { # POINT FILE
-    local status=0
-    qemu-img compare -T none -f raw -F raw "$(export_uri "$1")" "$2" 2>&1 || status=$?
-    ai recovery-point unexport s --point "$1"
-    return "$status"
-}
 token_of() { ai "$@" --json | json token; }
 start_rescue() {
     start "$run_dir/rescue.log" "$afterimage" agent rescue --state "$rescue_state" --disk "vda=$loop_device"
     rescue_pid=$started_pid
 }
 rescue_is_there() { [ "$(field reverse.isConnected)" = True ]; }
-follows() { [ "$(field reverse.phase)" = replicating ] && [ -n "$(field reverse.lastCutTime)" ]; }
 machine_runs() { pgrep -f -- "-name afterimage-$machine" >/dev/null && [ "$(field instances.0.step)" = ready ]; }
 start_machine_writer() {
     start "$run_dir/writer.log" python3 "$repository/tools/lib/nbd.py" write "$(machine_socket)" vda --seed "$RANDOM"
