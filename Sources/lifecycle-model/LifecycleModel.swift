@@ -67,16 +67,27 @@ struct LifecycleModel: AsyncParsableCommand {
             signal(number, SIG_IGN)
             let source = DispatchSource.makeSignalSource(signal: number)
             source.setEventHandler {
-                for entry in (try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? [] {
-                    guard let pid = pid_t(entry), pid != getpid(), let words = FileManager.default.contents(atPath: "/proc/\(pid)/cmdline") else { continue }
-                    if String(decoding: words, as: UTF8.self).contains(root + "/") { kill(pid, SIGKILL) }
-                }
+                Daemon.startNone()
+                // What they start in their last moment is found in the next round.
+                for _ in 0..<100 where killAll(below: root) { usleep(20_000) }
                 try? FileManager.default.removeItem(atPath: root)
                 _exit(128 + number)
             }
             source.resume()
             return source
         }
+    }
+
+    /// Returns whether there were any.
+    private static func killAll(below root: String) -> Bool {
+        var isFound = false
+        for entry in (try? FileManager.default.contentsOfDirectory(atPath: "/proc")) ?? [] {
+            guard let pid = pid_t(entry), pid != getpid(), let words = FileManager.default.contents(atPath: "/proc/\(pid)/cmdline") else { continue }
+            guard String(decoding: words, as: UTF8.self).contains(root + "/") else { continue }
+            kill(pid, SIGKILL)
+            isFound = true
+        }
+        return isFound
     }
 }
 

@@ -1,5 +1,6 @@
 import Foundation
 import Glibc
+import Synchronization
 
 /// A process of the product, which only we may end.
 final class Daemon: @unchecked Sendable {
@@ -17,8 +18,20 @@ final class Daemon: @unchecked Sendable {
         process.standardOutput = log
         process.standardError = log
         process.standardInput = FileHandle.nullDevice
-        try process.run()
+        try Self.start(process)
         try log.close()
+    }
+
+    private static let isOver = Mutex(false)
+
+    /// From now on none can be started.
+    static func startNone() { isOver.withLock { $0 = true } }
+
+    private static func start(_ process: Process) throws {
+        try isOver.withLock { isOver in
+            guard !isOver else { throw Trouble("the run is over") }
+            try process.run()
+        }
     }
 
     var isRunning: Bool { process.isRunning }
@@ -48,7 +61,7 @@ final class Daemon: @unchecked Sendable {
         return try await withCheckedThrowingContinuation { done in
             DispatchQueue.global().async {
                 do {
-                    try process.run()
+                    try start(process)
                     let said = output.fileHandleForReading.readDataToEndOfFile()
                     process.waitUntilExit()
                     done.resume(returning: (process.terminationStatus, String(decoding: said, as: UTF8.self)))
