@@ -16,6 +16,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
@@ -150,6 +151,9 @@ static void thaw_all(const int *fds, int count) {
     for (int i = count - 1; i >= 0; i--) ioctl(fds[i], FITHAW, 0);
 }
 
+// What the guard is told. To the first two it answers whether it has thawed nothing so far.
+enum { GUARD_KEEP = 'k', GUARD_FOREVER = 'f', GUARD_END = 'e' };
+
 // The guard: only async-signal-safe calls, as after any fork of a process with threads.
 static _Noreturn void guard_freeze(const int *fds, int count, int limit_ms, int told) {
     setsid();
@@ -159,21 +163,33 @@ static _Noreturn void guard_freeze(const int *fds, int count, int limit_ms, int 
         if (!is_needed) close(fd); // above all the caller's locks and pipes
     }
     struct pollfd poll_told = {.fd = told, .events = POLLIN};
-    // A freeze that takes longer than the limit is thawed as soon as it is there: until the caller says that it has ended, or is gone.
-    int left = limit_ms;
-    while (poll(&poll_told, 1, left) <= 0) {
-        thaw_all(fds, count);
-        left = 5;
+    bool has_thawed = false, is_forever = false;
+    for (;;) {
+        // A freeze that takes longer than the limit is thawed as soon as it is there: until the caller says that it has ended, or is gone.
+        if (poll(&poll_told, 1, is_forever ? -1 : has_thawed ? 5 : limit_ms) <= 0) {
+            if (is_forever) continue;
+            thaw_all(fds, count);
+            has_thawed = true;
+            continue;
+        }
+        char byte;
+        if (read(told, &byte, 1) != 1) {
+            if (!is_forever) thaw_all(fds, count);
+            _exit(0);
+        }
+        if (byte == GUARD_END) _exit(0);
+        if (byte == GUARD_FOREVER && !has_thawed) is_forever = true;
+        byte = !has_thawed;
+        send(told, &byte, 1, MSG_NOSIGNAL);
     }
-    char byte;
-    if (read(told, &byte, 1) != 1) thaw_all(fds, count);
-    _exit(0);
 }
 
 int clivetap_freeze(const int *fds, int count, int limit_ms, bool *is_frozen, int guard[2], int *failed) {
     *failed = 0;
     int ends[2];
-    if (pipe2(ends, O_CLOEXEC) < 0) return -errno;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0) return -errno;
+    struct timeval patience = {.tv_sec = 2};
+    setsockopt(ends[1], SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     pid_t pid = fork();
     if (pid < 0) {
         int error = errno;
@@ -196,16 +212,35 @@ int clivetap_freeze(const int *fds, int count, int limit_ms, bool *is_frozen, in
     return 0;
 }
 
+int clivetap_freeze_keep(const int guard[2], bool forever) {
+    char byte = forever ? GUARD_FOREVER : GUARD_KEEP;
+    if (send(guard[1], &byte, 1, MSG_NOSIGNAL) != 1) return -ETIMEDOUT;
+    if (recv(guard[1], &byte, 1, 0) != 1 || !byte) return -ETIMEDOUT;
+    return 0;
+}
+
 int clivetap_thaw(const int *fds, int count, const bool *is_frozen, const int guard[2]) {
     int result = 0;
     for (int i = count - 1; i >= 0; i--) {
         if (is_frozen[i] && ioctl(fds[i], FITHAW, 0) < 0) result = -ETIMEDOUT;
     }
-    if (write(guard[1], "d", 1) != 1) result = -ETIMEDOUT; // the guard has been killed: what it did is unknown
+    char byte = GUARD_END;
+    if (send(guard[1], &byte, 1, MSG_NOSIGNAL) != 1) result = -ETIMEDOUT; // the guard has been killed: what it did is unknown
     close(guard[1]);
     while (waitpid(guard[0], NULL, 0) < 0 && errno == EINTR) {}
     return result;
 }
+
+// There is no way to ask but to try.
+int clivetap_is_frozen(int fd) {
+    if (ioctl(fd, FIFREEZE, 0) == 0) {
+        ioctl(fd, FITHAW, 0);
+        return 0;
+    }
+    return errno == EBUSY ? 1 : -errno;
+}
+
+void clivetap_thaw_one(int fd) { thaw_all(&fd, 1); }
 
 void *clivetap_reserve(size_t bytes) {
     void *start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

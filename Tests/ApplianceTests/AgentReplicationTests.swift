@@ -159,6 +159,8 @@ import Testing
         let source: any EpochSource
         let base = ReplicationBase()
         var hello: AgentHello { AgentHello(agentVersion: "test", hostName: "test", kernel: "", instance: source.instance, disks: []) }
+        let canHoldWrites = true
+        func holdWrites(_ id: String) async -> [String] { [] }
         func stop() async {}
     }
 

@@ -69,9 +69,18 @@ remove_run() {
         for pid in $(processes_naming "$dir"); do kill -"$round" "$pid" 2>/dev/null || true; done
         for _ in $(seq 20); do [ -n "$(processes_naming "$dir")" ] || break; sleep 0.1; done
     done
-    mount_points_below "$dir" | while read -r point; do umount "$point" || umount -l "$point" || true; done
+    unmount_below "$dir"
     for device in $(loops_below "$dir"); do losetup -d "$device" || true; done
     rm -rf "$dir"
+}
+
+# unmount_below DIR: a file system that is frozen is thawed first. Without a mount point nobody could any more, and who waits for it could not even be killed.
+unmount_below() {
+    local point
+    mount_points_below "$1" | while read -r point; do
+        ! findmnt -n -t ext4,xfs "$point" || fsfreeze --unfreeze "$point" || true
+        umount "$point" || umount -l "$point" || true
+    done >/dev/null 2>&1
 }
 
 # Processes whose command line names a path below DIR: only those that this run started know that name.

@@ -1,11 +1,11 @@
-"""transactions.py write DATABASE SECONDS: commits numbered transactions to an SQLite database in WAL mode, each durable, as fast as it can, and
-prints "NUMBER TIME" when one is acknowledged. transactions.py check DATABASE NUMBER: the database is sound and has 1…NUMBER."""
+"""transactions.py write DATABASE SECONDS [PAUSE]: commits numbered transactions to an SQLite database in WAL mode, each durable, as fast as it can (or PAUSE
+seconds apart), and prints "NUMBER TIME" when one is acknowledged. transactions.py check DATABASE NUMBER: the database is sound and has 1…NUMBER."""
 import sqlite3
 import sys
 import time
 
 
-def write(path, seconds):
+def write(path, seconds, pause=0.0):
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("pragma journal_mode = wal")
     db.execute("pragma synchronous = full")
@@ -21,6 +21,7 @@ def write(path, seconds):
         db.execute("update t set filler = randomblob(500) where n = ?", (1 + number * 7919 % number,))
         db.execute("commit")
         print(f"{number} {time.time():.6f}", flush=True)
+        time.sleep(pause)
 
 
 def check(path, wanted):
@@ -34,6 +35,6 @@ def check(path, wanted):
 
 
 if sys.argv[1] == "write":
-    write(sys.argv[2], float(sys.argv[3]))
+    write(sys.argv[2], *map(float, sys.argv[3:]))
 else:
     check(sys.argv[2], int(sys.argv[3]))

@@ -6,9 +6,15 @@ import Replica
 protocol CommandedReplication: Sendable {
     /// Carrying out a command twice is harmless.
     func carryOut(_ command: AgentCommand) async
+    /// What writes to this host's disks, once they are not held; of what is called the same, the newest.
+    func unlessHeld(_ what: String, _ body: @escaping @Sendable () -> Void) async
     func status() async -> AgentStatus
     /// The agent ends.
     func shutDown() async
+}
+
+extension CommandedReplication {
+    func unlessHeld(_ what: String, _ body: @escaping @Sendable () -> Void) async { body() }
 }
 
 /// What the appliance's commands amount to at the agent: at most one Sender over the tap group.
@@ -16,13 +22,14 @@ actor AgentReplication: CommandedReplication {
     private let tap: any AgentTap
     private let endpoint: LinkEndpoint
     private let logger: Logger
-    private var sender: Sender?
-    private var order: ReplicationOrder?
+    private var sending = OrderedSender()
     /// The newest generation that it was fenced under: an order from before comes too late.
     private var fence: Generation?
     private var hold: WriteHold?
     private var holdEnds = ContinuousClock.now
     private var endedHold: String?
+    private var endedHoldReason: String?
+    private var whenReleased: [String: @Sendable () -> Void] = [:]
 
     init(tap: any AgentTap, endpoint: LinkEndpoint, logger: Logger) {
         self.tap = tap
@@ -39,17 +46,8 @@ actor AgentReplication: CommandedReplication {
                 return
             }
             await endHold("replication goes on")
-            if order == self.order, let sender, sender.status.phase != .fenced {
-                // Changes nothing unless it was interrupted and may not restart by itself: then this is the operator's restart.
-                sender.start()
-                return
-            }
-            if let current = self.order, order.isSameStream(as: current), let sender, sender.status.phase != .fenced {
-                sender.adopt(order)
-                sender.start()
-                self.order = order
-                return
-            }
+            await endLeftOverHold()
+            if sending.goesOn(order) { return }
             await stop()
             logger.info("replication of group \(order.group) starts, \(order.generation), disks \(order.disks.joined(separator: ", "))")
             guard order.disks == tap.source.disks.map(\.name) else {
@@ -60,21 +58,17 @@ actor AgentReplication: CommandedReplication {
                 logger.error("cannot write down whose replica is kept: \(error); not replicating")
                 return
             }
-            // One base for all Senders: a new order (another generation or address) goes on from the tap's bitmaps.
-            var endpoint = endpoint
-            endpoint.host = order.linkHost ?? endpoint.host
-            let sender = Sender(source: tap.source, endpoint: endpoint, order: order, logger: logger, base: tap.base)
-            self.sender = sender
-            self.order = order
-            sender.start()
+            sending.begin(order, source: tap.source, endpoint: endpoint, base: tap.base, logger: logger)
         case .stopReplication:
             await endHold("replication stops")
-            if sender != nil { logger.info("replication stops") }
+            await endLeftOverHold()
+            if sending.sender != nil { logger.info("replication stops") }
             await stop()
         case .fenced(let generation):
-            hold?.isFinal = true
             fence = max(fence ?? generation, generation)
-            let writes = hold == nil ? "" : "; writes to its disks stay held"
+            await makeHoldFinal()
+            let stays = tap.holdsFileSystems ? "; its file systems stay frozen until then: switch this host off (echo o > /proc/sysrq-trigger)" : "; writes to its disks stay held"
+            let writes = hold == nil ? "" : stays
             logger.warning("fenced: this server was failed over under \(generation); replication stops until an operator decides\(writes)")
             await stop()
         case .restart, .keepConfiguration, .followDisks:
@@ -83,7 +77,7 @@ actor AgentReplication: CommandedReplication {
         case .keepOriginal, .startReverse, .disksReady:
             logger.error("the appliance takes this agent for one in rescue mode: nothing is done")
         case .cutNow(let consistency):
-            sender?.cutNow(consistency: consistency)
+            sending.sender?.cutNow(consistency: consistency)
         case .holdWrites(let order):
             guard order.id != endedHold else { return }
             holdEnds = .now + .seconds(order.seconds)
@@ -99,23 +93,53 @@ actor AgentReplication: CommandedReplication {
     // MARK: held writes
 
     private func becomeQuiet(_ id: String) async {
-        await tap.holdWrites(id)
-        // It may have been ended before it began.
-        guard hold?.id == id else { return await tap.releaseWrites(id) }
-        hold?.isQuiet = true
-        while let hold, hold.id == id, !hold.isFinal {
-            if ContinuousClock.now >= holdEnds { return await endHold("the appliance has not repeated it") }
-            try? await Task.sleep(for: .milliseconds(100))
+        do {
+            let unheld = try await tap.holdWrites(id)
+            // It may have been ended before it began.
+            guard hold?.id == id else { return await tap.releaseWrites(id) }
+            hold?.unheld = unheld.isEmpty ? nil : unheld
+            hold?.isQuiet = true
+            while let hold, hold.id == id, !hold.isFinal {
+                if ContinuousClock.now >= holdEnds { return await endHold("the appliance has not repeated it") }
+                try? await Task.sleep(for: .milliseconds(100))
+                if !hold.isFinal { try await tap.checkHeldWrites(id, forGood: false) }
+            }
+        } catch {
+            if let hold, hold.id == id, !hold.isFinal { await endHold("\(error)") }
         }
+    }
+
+    /// What is said to be final is so, whatever becomes of this process, and whatever is written past it later.
+    private func makeHoldFinal() async {
+        guard let hold, !hold.isFinal else { return }
+        let id = hold.id
+        do {
+            try await tap.checkHeldWrites(id, forGood: true)
+            if self.hold?.id == id { self.hold?.isFinal = true }
+        } catch {
+            if self.hold?.id == id { await endHold("\(error)") }
+        }
+    }
+
+    private func endLeftOverHold() async {
+        do { try await tap.releaseLeftOverWrites() } catch { logger.error("not everything is let go that an agent before this one has held: \(error)") }
+    }
+
+    /// The host's file systems may stand still: what writes to them is done when they do not any more.
+    func unlessHeld(_ what: String, _ body: @escaping @Sendable () -> Void) {
+        if hold == nil || !tap.holdsFileSystems { body() } else { whenReleased[what] = body }
     }
 
     private func endHold(_ why: String) async {
         guard let ended = hold else { return }
         // First: nobody is told that it holds when the first write is done.
         hold = nil
-        endedHold = ended.id
+        (endedHold, endedHoldReason) = (ended.id, why)
         await tap.releaseWrites(ended.id)
         logger.notice("writes are held no longer: \(why)")
+        guard hold == nil else { return }
+        for body in whenReleased.values { body() }
+        whenReleased = [:]
     }
 
     /// The agent ends. Its servers wait for the answers that they owe.
@@ -126,18 +150,18 @@ actor AgentReplication: CommandedReplication {
     }
 
     func status() async -> AgentStatus {
-        var status = sender?.status ?? AgentStatus()
+        var status = sending.sender?.status ?? AgentStatus()
         status.source = await tap.source.statistics
         status.live = await tap.live()
         status.hostDisks = tap.hostDisks
         status.hold = hold
         status.endedHold = endedHold
+        status.endedHoldReason = endedHoldReason
+        status.canHold = tap.canHoldWrites
         return status
     }
 
     func stop() async {
-        await sender?.stop()
-        sender = nil
-        order = nil
+        await sending.take()?.stop()
     }
 }

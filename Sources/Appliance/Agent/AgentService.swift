@@ -63,13 +63,17 @@ public struct AgentService: Service {
                     switch command {
                     case .restart: restart.yield()
                     case .keepConfiguration(let text):
-                        do { try state.keepConfiguration(text) } catch { logger.error("cannot keep the appliance's configuration: \(error)") }
+                        await replication.unlessHeld("configuration") {
+                            do { try state.keepConfiguration(text) } catch { logger.error("cannot keep the appliance's configuration: \(error)") }
+                        }
                     case .followDisks(let disks):
-                        do {
-                            try state.addDisks(disks)
-                            logger.notice("the appliance asks to follow \(disks.map { "\($0.name) (\($0.path))" }.joined(separator: ", ")), too")
-                            restart.yield()
-                        } catch { logger.error("cannot write down which disks are to be followed, too: \(error)") }
+                        await replication.unlessHeld("disks") {
+                            do {
+                                try state.addDisks(disks)
+                                logger.notice("the appliance asks to follow \(disks.map { "\($0.name) (\($0.path))" }.joined(separator: ", ")), too")
+                                restart.yield()
+                            } catch { logger.error("cannot write down which disks are to be followed, too: \(error)") }
+                        }
                     default: await replication.carryOut(command)
                     }
                 }, logger: logger)

@@ -10,6 +10,7 @@ import Replica
 ///     STATE/added-disks.json        disks that the appliance has had added to those of the command line
 ///     STATE/tap-name                what the live tap's pins are called after
 ///     STATE/script-pending          see `scriptPendingFile`
+///     STATE/held                    see `mayBeHeld`
 ///     STATE/configuration.json      see `ConfigurationCopy`
 ///     STATE/tracked.json            whose replica the live tap's bitmaps are relative to
 ///     STATE/enrolment/{key.pem,cert.pem,ca.pem,link.json}
@@ -75,6 +76,15 @@ final class AgentState: @unchecked Sendable {
 
     /// There while the pre-script may have stopped applications and the post-script has not run.
     var scriptPendingFile: String { directory.appendingPathComponent("script-pending").path }
+
+    /// There while file systems may be frozen that the end of this process does not thaw.
+    private var heldFile: String { directory.appendingPathComponent("held").path }
+
+    var mayBeHeld: Bool { access(heldFile, F_OK) == 0 }
+
+    func setHeld(_ isHeld: Bool) throws {
+        if isHeld { try KeyFile.write("", to: heldFile, mode: 0o600) } else { unlink(heldFile) }
+    }
 
     static func configurationFile(_ state: String) -> String { URL(fileURLWithPath: state, isDirectory: true).appendingPathComponent("configuration.json").path }
 

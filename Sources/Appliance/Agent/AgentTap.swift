@@ -17,9 +17,17 @@ protocol AgentTap: Sendable {
     func live() async -> LiveTapStatistics?
     /// Disks of the host that could be followed and are not; nil: nobody looks.
     var hostDisks: [HostDisk]? { get }
-    /// Writes of the protected machine wait from now on; returns when all earlier ones are done.
-    func holdWrites(_ id: String) async
+    /// Writes of the protected machine wait from now on; returns when all earlier ones are done. Throws in words, with none held. Returns mount points that do not wait.
+    func holdWrites(_ id: String) async throws -> [String]
+    /// Throws in words when they are not held any more, or not all. Asked all the time; `forGood`: they stay held until they are released, whatever becomes of this process.
+    func checkHeldWrites(_ id: String, forGood: Bool) async throws
     func releaseWrites(_ id: String) async
+    /// Those that a process before this one has held for good.
+    func releaseLeftOverWrites() async throws
+    /// Whether held writes are those of all programs of this host to the file systems on these disks, so that this process must not write there either.
+    var holdsFileSystems: Bool { get }
+    /// Whether it is able and permitted to.
+    var canHoldWrites: Bool { get }
     /// Held writes are for nobody any more.
     func refuseHeldWrites(_ id: String) async
     /// Opening the disks again disturbs nobody, and loses no mark.
@@ -32,8 +40,12 @@ extension AgentTap {
     func live() async -> LiveTapStatistics? { nil }
     var hostDisks: [HostDisk]? { nil }
     var mayReopen: Bool { false }
-    func holdWrites(_ id: String) async {}
+    func holdWrites(_ id: String) async throws -> [String] { throw AgentError("this tap holds no write back") }
+    func checkHeldWrites(_ id: String, forGood: Bool) async throws {}
     func releaseWrites(_ id: String) async {}
+    func releaseLeftOverWrites() async throws {}
+    var holdsFileSystems: Bool { false }
+    var canHoldWrites: Bool { false }
     func refuseHeldWrites(_ id: String) async {}
     func untilOutdated() async { try? await Task.sleep(for: .seconds(UInt32.max)) }
 }
@@ -56,7 +68,7 @@ extension AgentConfiguration {
     }
 
     /// With the operator's scripts around cuts that are to be application-consistent.
-    func scripted(_ source: any EpochSource, _ state: AgentState, logger: Logger) async throws -> any EpochSource {
+    func scripted(_ source: any EpochSource, _ state: AgentState, logger: Logger) async throws -> ScriptedSource {
         let scripts = ScriptedSource.Scripts(before: preScript, after: postScript, limitSeconds: scriptSeconds, pendingFile: state.scriptPendingFile)
         let scripted = ScriptedSource(source, scripts, logger: logger)
         await scripted.finishPending()

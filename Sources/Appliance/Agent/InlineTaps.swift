@@ -44,7 +44,11 @@ final class InlineTaps: AgentTap {
         hello = configuration.hello(instance: instance, disks: reports)
     }
 
-    func holdWrites(_ id: String) async { await group.holdWrites(id) }
+    let canHoldWrites = true
+    func holdWrites(_ id: String) async -> [String] {
+        await group.holdWrites(id)
+        return []
+    }
     func releaseWrites(_ id: String) async { await group.releaseWrites(id) }
     func refuseHeldWrites(_ id: String) async { await group.refuseHeldWrites(id, error: ESHUTDOWN) }
 

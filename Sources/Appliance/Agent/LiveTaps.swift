@@ -3,15 +3,18 @@ import Dispatch
 import Foundation
 import Logging
 import Replica
+import Synchronization
 
 /// The agent's disks, followed by the live tap where they are. What the kernel's half knows outlives this process: the next one goes on from
 /// there, if it is for the same disks.
 final class LiveTaps: AgentTap {
-    let source: any EpochSource
+    var source: any EpochSource { scripted }
+    private let scripted: ScriptedSource
     let base: ReplicationBase
     let hello: AgentHello
     private let group: LiveTapGroup
     private let host: HostDisks
+    private let mayFreeze: Bool
     private static let secondsBetweenLooks = 5
     private let state: AgentState
     private let logger: Logger
@@ -39,7 +42,7 @@ final class LiveTaps: AgentTap {
         ) { line in
             logQueue.async { logger.notice("live tap: \(line)") }
         }
-        source = try await configuration.scripted(group, state, logger: logger)
+        scripted = try await configuration.scripted(group, state, logger: logger)
         let reports = zip(configuration.disks, group.disks).map { asked, disk in
             DiskReport(name: disk.name, devicePath: asked.devicePath, geometry: disk.geometry, tap: AgentConfiguration.TapKind.live.rawValue)
         }
@@ -56,6 +59,7 @@ final class LiveTaps: AgentTap {
         } else {
             base = ReplicationBase()
         }
+        mayFreeze = configuration.live.freezes
         host = HostDisks(followed: configuration.disks.map(\.devicePath), watched: configuration.watchedDevices)
         for report in reports { logger.info("disk \(report.name): \(report.devicePath), \(report.geometry.sizeBytes >> 20) MiB, followed by the live tap") }
         let specification = await HostInspection().specification()
@@ -70,6 +74,84 @@ final class LiveTaps: AgentTap {
     var hostDisks: [HostDisk]? { host.disks }
 
     func live() async -> LiveTapStatistics? { await group.liveStatistics }
+
+    private struct Hold: Sendable {
+        /// By whom.
+        var id: String
+        var hold: LiveHold
+        var scripts: ScriptedSource.Pause
+    }
+    /// Changed while it blocks, on threads that may.
+    private final class Held: Sendable {
+        let now = Mutex<Hold?>(nil)
+    }
+    private let held = Held()
+    let holdsFileSystems = true
+    var canHoldWrites: Bool { mayFreeze }
+
+    func holdWrites(_ id: String) async throws -> [String] {
+        guard mayFreeze else { throw AgentError("this agent may not freeze file systems (--no-freeze), and so cannot hold writes") }
+        let scripts = try await scripted.pause()
+        let freezes = await group.pauseFreezes()
+        return try await blocking { [held, group, state] in
+            try held.now.withLock { now in
+                if let hold = now?.hold {
+                    // A later holder takes it over.
+                    do { try hold.check() } catch {
+                        hold.end()
+                        now = nil
+                        throw error
+                    }
+                    now?.id = id
+                    return hold.unheld
+                }
+                try state.setHeld(true)
+                do {
+                    let hold = try group.hold(freezes)
+                    now = Hold(id: id, hold: hold, scripts: scripts)
+                    return hold.unheld
+                } catch {
+                    try? state.setHeld(false)
+                    throw error
+                }
+            }
+        }
+    }
+
+    func checkHeldWrites(_ id: String, forGood: Bool) async throws {
+        try await blocking { [held] in
+            try held.now.withLock { now in
+                guard let now, now.id == id else { throw AgentError("they are not held any more") }
+                try now.hold.check(forGood: forGood)
+            }
+        }
+    }
+
+    func releaseWrites(_ id: String) async {
+        // Whoever asks may have been cancelled.
+        await Task.detached { [held, state] in
+            try? await blocking {
+                try held.now.withLock { now in
+                    guard now?.id == id else { return }
+                    now?.hold.end()
+                    now = nil
+                    try state.setHeld(false)
+                }
+            }
+        }.value
+    }
+
+    func releaseLeftOverWrites() async throws {
+        guard state.mayBeHeld else { return }
+        try await blocking { [held, group, state, logger] in
+            try held.now.withLock { now in
+                guard now == nil else { return }
+                try group.endLeftOverHold()
+                try state.setHeld(false)
+                logger.notice("the file systems that an agent before this one had left held are held no longer")
+            }
+        }
+    }
 
     func untilOutdated() async {
         var second = 0

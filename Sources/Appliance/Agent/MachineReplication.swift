@@ -45,14 +45,14 @@ actor MachineReplication: CommandedReplication {
     private let logger: Logger
     private weak var keeper: (any MachineKeeper)?
     private var isPermitted: Bool
-    private var sender: Sender?
-    private var order: ReplicationOrder?
+    private var sending = OrderedSender()
     /// As the other appliance last asked.
     private var wanted: ReplicationOrder?
     private var hold: WriteHold?
     private var holdEnds = ContinuousClock.now
     private var holding: Task<Void, Never>?
     private var endedHold: String?
+    private var endedHoldReason: String?
     private(set) var fence: MachineFence?
     /// The newest generation that it was fenced under by this process.
     private var fencedUnder: Generation?
@@ -98,7 +98,7 @@ actor MachineReplication: CommandedReplication {
             await letGo("replication stops")
             await stopSending()
         case .fenced(let generation): await fenced(generation)
-        case .cutNow: sender?.cutNow()
+        case .cutNow: sending.sender?.cutNow()
         case .holdWrites(let order): holdWrites(order)
         case .restart: await keeper?.otherWantsAnew(server)
         case .keepConfiguration(let text):
@@ -109,30 +109,17 @@ actor MachineReplication: CommandedReplication {
 
     private func follow(_ order: ReplicationOrder) async {
         guard let source, !isOver else { return }
-        if order == self.order, let sender, sender.status.phase != .fenced { return sender.start() }
-        if let current = self.order, order.isSameStream(as: current), let sender, sender.status.phase != .fenced {
-            sender.adopt(order)
-            sender.start()
-            self.order = order
-            return
-        }
+        if sending.goesOn(order) { return }
         await stopSending()
         guard order.disks == source.disks.map(\.name) else {
             return logger.error("the other appliance asks for disks \(order.disks), this machine has \(source.disks.map(\.name)): not sent")
         }
         logger.notice("the machine is sent to group \(order.group), \(order.generation), of the other appliance")
-        var endpoint = endpoint
-        endpoint.host = order.linkHost ?? endpoint.host
-        let sender = Sender(source: source, endpoint: endpoint, order: order, logger: logger, base: base)
-        self.sender = sender
-        self.order = order
-        sender.start()
+        sending.begin(order, source: source, endpoint: endpoint, base: base, logger: logger)
     }
 
     private func stopSending() async {
-        let sender = sender
-        (self.sender, order) = (nil, nil)
-        await sender?.stop()
+        await sending.take()?.stop()
     }
 
     // MARK: Held
@@ -151,7 +138,7 @@ actor MachineReplication: CommandedReplication {
         if let refusal = await keeper.holdMachine(server, id) {
             // Long enough for the other appliance to see that it has ended.
             endedHold = id
-            endedWhy = (refusal, .now)
+            endedHoldReason = refusal
             try? await Task.sleep(for: .seconds(1))
             if hold?.id == id { hold = nil }
             holding = nil
@@ -160,7 +147,7 @@ actor MachineReplication: CommandedReplication {
         holding = nil
         // It may have been ended before the machine was down, or been fenced.
         guard hold?.id == id else {
-            if fence == nil { await keeper.releaseMachine(server, id, why: endedWhy?.text ?? "the other appliance let go") }
+            if fence == nil { await keeper.releaseMachine(server, id, why: endedHoldReason ?? "the other appliance let go") }
             return
         }
         hold?.isQuiet = true
@@ -170,15 +157,13 @@ actor MachineReplication: CommandedReplication {
         }
     }
 
-    private var endedWhy: (text: String, time: ContinuousClock.Instant)?
-
     /// Ends a hold that is not final; the machine starts again.
     func letGo(_ why: String) async {
         guard let ended = hold, !ended.isFinal, !isOver else { return }
         // First: nobody is told that it holds when the machine runs.
         hold = nil
         endedHold = ended.id
-        endedWhy = (why, .now)
+        endedHoldReason = why
         logger.notice("the machine is held no longer: \(why)")
         if ended.isQuiet { await keeper?.releaseMachine(server, ended.id, why: why) }
     }
@@ -204,14 +189,13 @@ actor MachineReplication: CommandedReplication {
     // MARK: Told
 
     func snapshot() async -> AgentStatus {
-        var status = sender?.status ?? AgentStatus()
+        var status = sending.sender?.status ?? AgentStatus()
         if let source { status.source = source.statistics }
         status.hold = hold
         status.endedHold = endedHold
-        if sender == nil {
+        status.endedHoldReason = endedHoldReason
+        if sending.sender == nil {
             (status.phase, status.reason) = idleReason
-        } else if status.reason == nil, let endedWhy, ContinuousClock.now - endedWhy.time < .seconds(10) {
-            status.reason = endedWhy.text
         }
         return status
     }

@@ -3,6 +3,7 @@ import Foundation
 import Logging
 import Replica
 import Subprocess
+import Synchronization
 
 /// A source whose application-consistent cuts have a script before and one after: the first tells the applications to put what they hold into their
 /// files and to wait, the second that they may go on.
@@ -16,6 +17,21 @@ final class ScriptedSource: EpochSource {
         var pendingFile: String
     }
 
+    /// While somebody holds the host's file systems still no script is run, which may want to write to them.
+    final class Pause: Sendable {
+        private let running: Running
+        fileprivate init(_ running: Running) {
+            self.running = running
+            running.now.withLock { $0.pauses += 1 }
+        }
+        deinit { running.now.withLock { $0.pauses -= 1 } }
+    }
+
+    fileprivate final class Running: Sendable {
+        let now = Mutex((pauses: 0, cuts: 0))
+    }
+
+    private let running = Running()
     private let inner: any EpochSource
     private let scripts: Scripts
     private let logger: Logger
@@ -47,6 +63,12 @@ final class ScriptedSource: EpochSource {
             logger.warning("an application-consistent recovery point was asked for, but this agent has no scripts (--pre-script, --post-script): the file systems are frozen")
             return try await inner.cut(fuzzyBytesMax: fuzzyBytesMax, consistency: .fileSystem)
         }
+        let isPaused = running.now.withLock { now in
+            if now.pauses == 0 { now.cuts += 1 }
+            return now.pauses > 0
+        }
+        if isPaused { return try await inner.cut(fuzzyBytesMax: fuzzyBytesMax, consistency: .crash) }
+        defer { running.now.withLock { $0.cuts -= 1 } }
         // Whoever kills this process in between must not leave the applications waiting.
         try KeyFile.write("", to: scripts.pendingFile, mode: 0o600)
         var isReady = true
@@ -58,6 +80,13 @@ final class ScriptedSource: EpochSource {
         // Behind an inline tap the file systems are somebody else's: a virtual machine's, which the script knows.
         if isReady, let proof = cut.proof, proof.consistency == .fileSystem || proof.method == .copyBeforeWrite { cut.proof!.consistency = .application }
         return cut
+    }
+
+    /// From its return on no script is run, for as long as the pause is there.
+    func pause() async throws -> Pause {
+        let pause = Pause(running)
+        while running.now.withLock({ $0.cuts > 0 }) { try await Task.sleep(for: .milliseconds(20)) }
+        return pause
     }
 
     /// Runs the second script if the first one was run, by this process or one before it.

@@ -22,9 +22,10 @@ extension Lifecycle {
             throw .refused(
                 "A graceful failover needs \(server.name) to be Replicating, with its agent connected; it is \(server.state.rawValue)\(server.reason.map { ": \($0)" } ?? ""). Without --graceful the source may be dead.")
         }
-        if let disk = server.disks.first(where: { $0.tap != AgentConfiguration.TapKind.nbd.rawValue && $0.tap != MachineReplication.tapName }) {
+        // (An older agent would say that it holds, and hold nothing.)
+        if server.disks.contains(where: { $0.tap == AgentConfiguration.TapKind.live.rawValue }), agents[server.serverID]?.status?.canHold != true {
             throw .refused(
-                "Disk \(disk.name) of \(server.name) is followed by the \(disk.tap) tap, which holds no write back: stop what writes to it, make a last point (afterimage recovery-point create \(server.name) --consistency filesystem --wait), shut the host down, then fail over without --graceful.")
+                "The agent of \(server.name) cannot hold its host's writes: it may not freeze file systems (--no-freeze), or is older than this appliance. Stop what writes to the disks, make a last point (afterimage recovery-point create \(server.name) --consistency filesystem --wait), shut the host down, then fail over without --graceful.")
         }
     }
 
@@ -58,9 +59,16 @@ extension Lifecycle {
         // A machine that runs at another appliance is shut down there.
         let isMachine = record.disks.contains { $0.tap == MachineReplication.tapName }
         if isMachine { await tasks.log(task, "the machine at the other appliance is asked to shut down") }
-        _ = try await heldStatus(
-            server, hold, isMachine ? "has shut down" : "holds its writes", within: Self.answerSeconds + (isMachine ? Self.shutDownSeconds : 0)) { $0.isQuiet }
-        await tasks.log(task, isMachine ? "the machine there is stopped" : "the source holds its writes")
+        // What its file systems have in memory is written first.
+        let isFrozen = record.disks.contains { $0.tap == AgentConfiguration.TapKind.live.rawValue }
+        let held = try await heldStatus(
+            server, hold, isMachine ? "has shut down" : "holds its writes",
+            within: Self.answerSeconds + (isMachine ? Self.shutDownSeconds : isFrozen ? Self.moveStepSeconds : 0)
+        ) { $0.isQuiet }
+        await tasks.log(task, isMachine ? "the machine there is stopped" : isFrozen ? "the source's file systems are frozen, and nothing writes past them" : "the source holds its writes")
+        if let unheld = held.unheld {
+            await tasks.log(task, "WARNING: \(unheld.joined(separator: ", ")) cannot be frozen: what is written there after the last recovery point stays there")
+        }
         let point = try await laterPoint(server, hold: hold, within: isMachine ? Self.lastCutSeconds : Self.moveStepSeconds)
         await tasks.log(task, "recovery point \(point.id) has all that was ever written there")
         var settled = instance
@@ -93,7 +101,8 @@ extension Lifecycle {
                     hasBegun = true
                     if isEnough(held) { return held }
                 } else if hasBegun || status.endedHold == hold {
-                    throw ApplianceError.failed("the source let go of its writes again\(status.phase == .replicating ? status.reason.map { ": \($0)" } ?? "" : "")")
+                    let reason = status.endedHold == hold ? status.endedHoldReason : nil
+                    throw ApplianceError.failed("the source let go of its writes again\(reason.map { ": \($0)" } ?? "")")
                 }
             }
             guard ContinuousClock.now < deadline else {

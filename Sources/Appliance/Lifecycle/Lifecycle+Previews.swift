@@ -12,7 +12,11 @@ extension Lifecycle {
         let live = agents[found.serverID].flatMap { $0.connected ? $0.status : nil }
         var words = ["replication of \(found.name) stops, and its source is fenced: what it writes from then on never arrives here"]
         if request.graceful == true {
-            words.append("writes to the source's disks wait from the last recovery point on, unanswered, until its agent is stopped")
+            if found.disks.contains(where: { $0.tap == AgentConfiguration.TapKind.live.rawValue }) {
+                words.append("the file systems on the source's disks are frozen from the last recovery point on, and stay so: whatever writes to them waits, until the host is switched off")
+            } else {
+                words.append("writes to the source's disks wait from the last recovery point on, unanswered, until its agent is stopped")
+            }
             words.append("the machine starts from that point: nothing that was ever answered is lost")
         } else {
             words.append("a source that still lives goes on without replication: shut it down, so that nobody works on both")

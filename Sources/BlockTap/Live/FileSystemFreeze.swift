@@ -35,6 +35,25 @@ package struct FileSystemFreeze: ~Copyable {
         return try hold(opened, limitMilliseconds: limitMilliseconds)
     }
 
+    /// Those that are mounted for writing here, of these block devices.
+    static func opened(on devices: Set<DeviceNumber>) throws(SystemError) -> [(fd: Int32, mountPoint: String)] {
+        var opened: [(fd: Int32, mountPoint: String)] = []
+        for fileSystem in MountedFileSystem.on(devices) where !fileSystem.isReadOnly {
+            guard let fd = fileSystem.opened() else {
+                for (fd, _) in opened { close(fd) }
+                throw SystemError(errno: ENOENT, what: "cannot freeze the file system on \(fileSystem.mountPoint): something else is mounted over it, or it is gone")
+            }
+            opened.append((fd, fileSystem.mountPoint))
+        }
+        return opened
+    }
+
+    /// Of those that can be frozen: one that is not. Somebody has thawed it, or mounted it since.
+    static func unfrozen(_ opened: [(fd: Int32, mountPoint: String)]) -> String? {
+        defer { for (fd, _) in opened { close(fd) } }
+        return opened.first { clivetap_is_frozen($0.fd) == 0 }?.mountPoint
+    }
+
     /// Takes the descriptors over. What is dirty is written out first, so that the freeze itself is short.
     static func hold(_ opened: [(fd: Int32, mountPoint: String)], limitMilliseconds: Int) throws(SystemError) -> FileSystemFreeze {
         let fds = opened.map(\.fd)
@@ -53,6 +72,9 @@ package struct FileSystemFreeze: ~Copyable {
         let unfreezable = zip(opened, isFrozen).filter { !$0.1 }.map(\.0.mountPoint)
         return FileSystemFreeze(fds: fds, isFrozen: isFrozen, guardian: guardian, began: began, unfreezable: unfreezable)
     }
+
+    /// The limit begins anew; or there is none from now on, whatever becomes of this process. Returns whether they were frozen all the time.
+    func keep(forever: Bool) -> Bool { clivetap_freeze_keep(guardian, forever) == 0 }
 
     /// Whether they were frozen all the time, and how long.
     package consuming func thaw() -> (wasHeld: Bool, milliseconds: Double) {

@@ -48,6 +48,9 @@ struct LiveDisk {
         return ciouring_block_size_bytes(device.fd, &size) == 0 ? size : geometry.sizeBytes
     }
 
+    /// Every one of these disks, its partitions and what is stacked on them.
+    static func devices(of disks: [LiveDisk]) -> Set<DeviceNumber> { disks.reduce(into: []) { $0.formUnion(Sysfs($1.number).above) } }
+
     /// As the kernel keeps it in `struct block_device`: 12 bits of major number, 20 of minor.
     var kernelNumber: UInt32 { number.major << 20 | number.minor }
 }

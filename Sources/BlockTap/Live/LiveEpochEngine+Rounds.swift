@@ -54,7 +54,7 @@ extension LiveEpochEngine {
     private func converge(_ run: inout Convergence, _ consistency: CutConsistency) throws(SystemError) {
         stage.clear()
         var step: Step
-        if consistency == .fileSystem, configuration.freezes {
+        if consistency == .fileSystem, mayFreeze {
             // What they have in memory is written now, and not inside the freeze.
             for fileSystem in MountedFileSystem.on(devices) where !fileSystem.isReadOnly {
                 guard let fd = fileSystem.opened() else { continue }
@@ -69,7 +69,7 @@ extension LiveEpochEngine {
             }
         } else {
             step = try rounds(&run) { $0.proof != nil }
-            if step == .goOn, configuration.freezes, isSmall(run.lastRoundBlockCount ?? 0) || isUrgent() {
+            if step == .goOn, mayFreeze, isSmall(run.lastRoundBlockCount ?? 0) || isUrgent() {
                 if freezePause.left > 0 {
                     freezePause.left -= 1
                 } else if try frozenRound(&run, isAsked: false) == .proven {
@@ -207,7 +207,8 @@ extension LiveEpochEngine {
     private func frozenRound(_ run: inout Convergence, isAsked: Bool) throws(SystemError) -> Step? {
         let freeze: FileSystemFreeze
         do throws(SystemError) {
-            guard let opened = try openToFreeze() else {
+            let opened = try FileSystemFreeze.opened(on: devices)
+            guard !opened.isEmpty else {
                 if isAsked { say("freeze", "no file system of these disks is mounted for writing here: points are crash-consistent") }
                 return nil
             }
@@ -246,20 +247,7 @@ extension LiveEpochEngine {
         return step
     }
 
-    /// Every disk of the group, its partitions and what is stacked on them.
-    private var devices: Set<DeviceNumber> { disks.reduce(into: []) { $0.formUnion(Sysfs($1.disk.number).above) } }
-
-    private func openToFreeze() throws(SystemError) -> [(fd: Int32, mountPoint: String)]? {
-        var opened: [(fd: Int32, mountPoint: String)] = []
-        for fileSystem in MountedFileSystem.on(devices) where !fileSystem.isReadOnly {
-            guard let fd = fileSystem.opened() else {
-                for (fd, _) in opened { close(fd) }
-                throw SystemError(errno: ENOENT, what: "cannot freeze the file system on \(fileSystem.mountPoint): something else is mounted over it, or it is gone")
-            }
-            opened.append((fd, fileSystem.mountPoint))
-        }
-        return opened.isEmpty ? nil : opened
-    }
+    private var devices: Set<DeviceNumber> { LiveDisk.devices(of: disks.map(\.disk)) }
 
     /// Reads a round's blocks to the stage. Returns those that were written meanwhile, or nil when something could not be read.
     private func readRound(_ round: [BlockBitmap], first: [LiveStage.Place], considering: LiveReader.Consideration?) -> [LiveStage.Place]? {

@@ -71,6 +71,9 @@ package final class LiveEpochEngine {
     /// Reads in flight: more while the disks are written faster than they are read.
     var depth: Int
     var urgency: LiveUrgency
+    /// While somebody holds the disks still, epochs freeze nothing: they would thaw what is held.
+    let freezePauses = LiveFreezePauses()
+    var mayFreeze: Bool { configuration.freezes && !freezePauses.isAny }
     /// Points up to this epoch are not what somebody waits for.
     var hurriedAfter: UInt64 = 0
     /// When the first round of the last epoch to be proven was, and sectors that had been written by then.

@@ -68,6 +68,23 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         guard result == 0 else { throw SystemError(errno: -result, doing: "mount a bpffs on \(path)") }
     }
 
+    /// From its return on no epoch freezes anything, for as long as the pause is there.
+    public func pauseFreezes() async -> LiveFreezePause {
+        let engine = engine
+        let pause = LiveFreezePause(engine.engine.freezePauses)
+        // A cut that has frozen something is over when the thread is free.
+        await loop.runUnlessShutDown {}
+        return pause
+    }
+
+    /// Holds the disks still, until it is ended. Blocks for as long as it takes to write out what file systems have in memory.
+    public func hold(_ pause: LiveFreezePause, limitMilliseconds: Int = LiveHold.limitMilliseconds) throws(SystemError) -> LiveHold {
+        try LiveHold(disks: engine.engine.disks.map(\.disk), limitMilliseconds: limitMilliseconds, pause: pause)
+    }
+
+    /// Thaws what another process has held for good, and has ended.
+    public func endLeftOverHold() throws(SystemError) { try LiveHold.endLeftOver(disks: engine.engine.disks.map(\.disk)) }
+
     /// Detaches the kernel's half of a group that no process has open: nothing is tracked any more.
     public static func detach(pinDirectory: String) { LiveTapAttachment.remove(directory: pinDirectory) }
 

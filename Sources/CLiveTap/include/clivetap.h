@@ -46,8 +46,14 @@ int clivetap_sync(int fd);
 // or when the caller is gone, whatever became of it. Those that cannot be frozen (vfat: EOPNOTSUPP) are left out and `is_frozen` says so.
 // `guard`: two numbers for clivetap_thaw. 0 or a negative errno (then nothing is frozen, and `failed` is which of them could not be).
 int clivetap_freeze(const int *fds, int count, int limit_ms, bool *is_frozen, int guard[2], int *failed);
+// They may stay frozen for another `limit_ms` from now; or `forever`: until they are thawed by name, even if the caller is gone. 0, or -ETIMEDOUT when
+// they did not stay frozen until now, or the guard does not answer.
+int clivetap_freeze_keep(const int guard[2], bool forever);
 // 0, or -ETIMEDOUT when they did not stay frozen until now. They are not frozen afterwards.
 int clivetap_thaw(const int *fds, int count, const bool *is_frozen, const int guard[2]);
+// 1, 0, or a negative errno: -EOPNOTSUPP when it cannot be frozen.
+int clivetap_is_frozen(int fd);
+void clivetap_thaw_one(int fd);                                   // whoever has frozen it; harmless when nobody has
 
 // Memory that is not committed before it is used, and not copied to child processes; null when there is none.
 void *clivetap_reserve(size_t bytes);

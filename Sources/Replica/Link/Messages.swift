@@ -199,6 +199,8 @@ public struct WriteHold: Sendable, Codable, Hashable {
     public var isQuiet: Bool
     /// Fenced meanwhile: it does not end by itself any more.
     public var isFinal: Bool
+    /// Mount points at the source that cannot be held: only written out.
+    public var unheld: [String]?
     public init(id: String, isQuiet: Bool = false, isFinal: Bool = false) {
         self.id = id
         self.isQuiet = isQuiet
@@ -287,6 +289,9 @@ public struct AgentStatus: Sendable, Codable, Hashable {
     public var hold: WriteHold?
     /// The last hold that has ended, which never begins again; it may have begun and ended between two of these.
     public var endedHold: String?
+    public var endedHoldReason: String?
+    /// Whether it can hold writes, of whatever tap; nil: it is too old to say.
+    public var canHold: Bool?
     /// In force now; 0 = none.
     public var throttleBytesPerSecond: UInt64?
     /// Disks of the host that could be followed and are not; nil: nobody has looked.
@@ -311,6 +316,8 @@ public struct AgentStatus: Sendable, Codable, Hashable {
         proofs = try container.decodeIfPresent([PointProof].self, forKey: .proofs) ?? []
         hold = try container.decodeIfPresent(WriteHold.self, forKey: .hold)
         endedHold = try container.decodeIfPresent(String.self, forKey: .endedHold)
+        canHold = try container.decodeIfPresent(Bool.self, forKey: .canHold)
+        endedHoldReason = try container.decodeIfPresent(String.self, forKey: .endedHoldReason)
         throttleBytesPerSecond = try container.decodeIfPresent(UInt64.self, forKey: .throttleBytesPerSecond)
         hostDisks = try container.decodeIfPresent([HostDisk].self, forKey: .hostDisks)
         // Figures for people: those of another version are no reason to take nothing.

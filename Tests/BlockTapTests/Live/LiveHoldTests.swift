@@ -1,0 +1,144 @@
+import Foundation
+import Glibc
+import Testing
+
+@testable import BlockTap
+
+/// Disks held still for a planned move.
+@Suite(
+    .serialized,
+    .enabled(if: LiveTapBed.isAvailable, "needs root, loop devices, a kernel with BTF, and the live tap's program (tools/test compiles it)"))
+struct LiveHoldTests {
+    /// Two disks, the first with a mounted ext4.
+    private struct Host {
+        let bed: LiveTapBed
+        let mount: MountPoint
+        let log: SyncedLog
+
+        init() async throws {
+            bed = try LiveTapBed(disks: 2, bytes: 64 << 20)
+            bed.configuration.skipsFreeSpace = false
+            mount = try MountPoint()
+            try Program.run(["mkfs.ext4", "-q", bed.loops[0].path])
+            try Program.run(["mount", bed.loops[0].path, mount.path])
+            try await bed.start()
+            log = try SyncedLog(directory: mount.path)
+            try await bed.fullSync()
+            log.start()
+            try await log.progress(by: 3)
+        }
+
+        /// Whether no record was appended for a while.
+        func stands() async throws -> Bool {
+            try await Task.sleep(for: .milliseconds(100))
+            let before = log.synced
+            try await Task.sleep(for: .milliseconds(300))
+            return log.synced == before
+        }
+
+        func hold(limitMilliseconds: Int = LiveHold.limitMilliseconds) async throws -> LiveHold {
+            try bed.group.hold(await bed.group.pauseFreezes(), limitMilliseconds: limitMilliseconds)
+        }
+
+        func writeToSecondDisk() throws { try Program.run(["dd", "if=/dev/zero", "of=\(bed.loops[1].path)", "bs=4096", "count=1", "oflag=direct", "status=none"]) }
+
+        func end() throws {
+            log.stop()
+            bed.kill()
+            try mount.unmount()
+        }
+    }
+
+    @Test("Held: nothing is appended, longer than the limit, while somebody asks; what was appended is on the disk; let go, it goes on")
+    func held() async throws {
+        let host = try await Host()
+        let hold = try await host.hold(limitMilliseconds: 1500)
+        for _ in 0..<20 {
+            try await Task.sleep(for: .milliseconds(100))
+            try hold.check()
+        }
+        #expect(try await host.stands())
+        try hold.check()
+        try await host.bed.carryUntilProven()
+        try hold.check(forGood: true)
+        #expect(try host.bed.imagesEqualDisks())
+        let count = host.log.synced
+        hold.end()
+        while host.log.synced == count { try await Task.sleep(for: .milliseconds(10)) }
+        hold.end()
+        try host.end()
+    }
+
+    @Test("Nobody asks any more: it ends by itself, and that is known")
+    func forgotten() async throws {
+        let host = try await Host()
+        let hold = try await host.hold(limitMilliseconds: 200)
+        let count = host.log.synced
+        while host.log.synced <= count + 1 { try await Task.sleep(for: .milliseconds(10)) }
+        let error = #expect(throws: SystemError.self) { try hold.check() }
+        #expect(error?.what.contains("thawed") == true)
+        #expect(throws: SystemError.self) { try hold.check(forGood: true) }
+        hold.end()
+        try host.end()
+    }
+
+    @Test("For good: it stays without anybody asking, and a process that comes later lets go")
+    func forGood() async throws {
+        let host = try await Host()
+        let hold = try await host.hold(limitMilliseconds: 200)
+        try hold.check(forGood: true)
+        try await Task.sleep(for: .seconds(1))
+        #expect(try await host.stands())
+        let count = host.log.synced
+        try host.bed.group.endLeftOverHold()
+        while host.log.synced == count { try await Task.sleep(for: .milliseconds(10)) }
+        hold.end()
+        try host.end()
+    }
+
+    @Test("Written to past the file systems: that is known, and which disk it was", arguments: [false, true])
+    func past(forGood: Bool) async throws {
+        let host = try await Host()
+        let hold = try await host.hold(limitMilliseconds: 5000)
+        try hold.check()
+        try host.writeToSecondDisk()
+        let error = #expect(throws: SystemError.self) { try hold.check(forGood: forGood) }
+        #expect(error?.what.contains(host.bed.group.disks[1].name) == true)
+        hold.end()
+        try host.end()
+    }
+
+    @Test("A cut that would freeze the file systems for itself does not let go of them")
+    func cutWhileHeld() async throws {
+        let host = try await Host()
+        let hold = try await host.hold()
+        _ = try await host.bed.carry(consistency: .fileSystem)
+        #expect(try await host.stands())
+        try hold.check(forGood: true)
+        hold.end()
+        let after = await host.bed.group.liveStatistics
+        #expect(after.freezeCount == 0 && after.freezeFailedCount == 0)
+        try host.end()
+    }
+
+    @Test("Thawed by somebody else: that is known")
+    func thawedByOthers() async throws {
+        let host = try await Host()
+        let hold = try await host.hold()
+        try Program.run(["fsfreeze", "--unfreeze", host.mount.path])
+        #expect(throws: SystemError.self) { try hold.check(forGood: true) }
+        hold.end()
+        try host.end()
+    }
+
+    @Test("Somebody else has frozen a file system: refused, with nothing held")
+    func frozenAlready() async throws {
+        let host = try await Host()
+        try Program.run(["fsfreeze", "--freeze", host.mount.path])
+        await #expect(throws: SystemError.self) { _ = try await host.hold() }
+        let count = host.log.synced
+        try Program.run(["fsfreeze", "--unfreeze", host.mount.path])
+        while host.log.synced == count { try await Task.sleep(for: .milliseconds(10)) }
+        try host.end()
+    }
+}
