@@ -341,8 +341,11 @@ extension IndexSnapshot {
         #expect(try indexFiles() == [])
         let (model, points, epoch) = (run.model, run.points, run.epoch)
         run = try IndexCacheTests.Run(try openStore(directory, options(costMin: 30 * 200)), seed: 2, epoch: epoch)
-        for (id, image) in points { #expect(try run.store.image(id, volume: 0) == image) }
-        try run.store.background.perform {}
+        for (id, image) in points {
+            #expect(try run.store.image(id, volume: 0) == image)
+            // What it writes in the background the next one opens from.
+            try run.store.background.perform {}
+        }
         // The first lay below the minimum, the last is near the second.
         let top = run.store.read { $0.groups[webGroup]!.points[1].volumes[0].top }
         #expect(try indexFiles() == [IndexFile.path(top)])

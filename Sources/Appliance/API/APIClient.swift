@@ -34,7 +34,8 @@ public struct APIClient: Sendable {
             throw Failure.unreachable("\(profile.caFile) is not a certificate: \(error)")
         }
         var configuration = HTTPClient.Configuration(tlsConfiguration: tls)
-        configuration.timeout.connect = .seconds(5)
+        // With TLS, on a host that starts ten machines at the moment.
+        configuration.timeout.connect = .seconds(20)
         // A stream says something more often than that.
         configuration.timeout.read = .seconds(60)
         let client = HTTPClient(eventLoopGroupProvider: .singleton, configuration: configuration)
@@ -148,7 +149,7 @@ public struct APIClient: Sendable {
         var tls = TLSConfiguration.makeClientConfiguration()
         tls.certificateVerification = .none
         var configuration = HTTPClient.Configuration(tlsConfiguration: tls)
-        configuration.timeout.connect = .seconds(5)
+        configuration.timeout.connect = .seconds(20)
         let client = HTTPClient(eventLoopGroupProvider: .singleton, configuration: configuration)
         do {
             let response = try await client.execute(HTTPClientRequest(url: url + "/v1/ca"), timeout: .seconds(20))
