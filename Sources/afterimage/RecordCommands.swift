@@ -205,7 +205,8 @@ struct StatusCommand: ClientCommand {
         for warning in server.specification?.warnings ?? [] { lines += Terminal.field("recovery", warning) }
         for machine in server.instances {
             var line = "  \(machine.kind == .drill ? "drill" : "machine")".padding(toLength: 16, withPad: " ", startingAt: 0)
-            line += "\(machine.step.rawValue)" + (machine.recoveryPoint.map { ", from \($0)" } ?? "")
+            let hasFailed = machine.kind == .drill && machine.step == .starting && server.drillReason != nil
+            line += (hasFailed ? "did not start" : machine.step.rawValue) + (machine.recoveryPoint.map { ", from \($0)" } ?? "")
             if let rto = machine.rtoSeconds { line += ", ready after \(Words.seconds(rto))" }
             lines.append(line)
         }
