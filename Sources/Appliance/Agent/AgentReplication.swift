@@ -66,11 +66,12 @@ actor AgentReplication: CommandedReplication {
             await stop()
         case .fenced(let generation):
             fence = max(fence ?? generation, generation)
-            await makeHoldFinal()
             let stays = tap.holdsFileSystems ? "; its file systems stay frozen until then: switch this host off (echo o > /proc/sysrq-trigger)" : "; writes to its disks stay held"
             let writes = hold == nil ? "" : stays
             logger.warning("fenced: this server was failed over under \(generation); replication stops until an operator decides\(writes)")
             await stop()
+            // Last: should this process have to wait for a file system that it holds (for its log's?), it is thawed, and the move taken back.
+            await makeHoldFinal()
         case .restart, .keepConfiguration, .followDisks:
             // The agent's own business, not the replication's.
             break
