@@ -8,7 +8,7 @@ import Testing
 @Suite(
     .serialized,
     .enabled(if: LiveTapBed.isAvailable, "needs root, loop devices, a kernel with BTF, and the live tap's program (tools/test compiles it)"))
-struct LiveHoldTests {
+struct LiveTapHoldTests {
     /// Two disks, the first with a mounted ext4.
     private struct Host {
         let bed: LiveTapBed
