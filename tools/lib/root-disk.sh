@@ -83,3 +83,10 @@ root_disk_agent() {
     }
     check "what its recovery machine must be is known, and nothing would keep that from booting" specified
 }
+
+# What the recovered machine said when it was up, in $line, is what its source had said: its second boot, a file system without errors, the same units.
+as_it_was() {
+    local field
+    [ "$(check_field "$line" boots)" = 2 ] && [ "$(check_field "$line" errors)" = 0 ] || { echo "$line"; return 1; }
+    for field in root failed state kernel; do [ "$(check_field "$line" $field)" = "$(check_field "$first" $field)" ] || { echo "$line"; return 1; }; done
+}

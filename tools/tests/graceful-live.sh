@@ -110,6 +110,24 @@ check "an agent that hangs: the file systems thaw by themselves" until_true 60 c
 kill -CONT "$agent_pid"
 check "and it is rolled back" rolled_back "."
 
+# Held for good by then: the appliance has to say that it is not.
+kill_now "$appliance_pid"
+printf '#!/bin/sh\n[ "$*" = --version ] && echo "QEMU emulator version 10.0.0"\n' >"$run_dir/qemu"
+chmod +x "$run_dir/qemu"
+qemu=$AFTERIMAGE_QEMU AFTERIMAGE_QEMU=$run_dir/qemu
+start_appliance
+AFTERIMAGE_QEMU=$qemu
+check "replication goes on" throttled 0
+until_true 90 server_state_is s Replicating
+fences=$(agent_said "stay frozen" || true)
+ai failover start s --graceful --memory 64 --yes s --wait >"$run_dir/failover.log" 2>&1 || true
+fenced_once_more() { [ "$(agent_said "stay frozen")" -gt "$fences" ] || { tail -n 5 "$run_dir/failover.log"; return 1; }; }
+check "the source was fenced and held for good, and no machine can be started there" fenced_once_more
+check "the database commits again" until_true 60 commits_more
+check "and it is rolled back" rolled_back "."
+kill_now "$appliance_pid"
+start_appliance
+
 # --- done ------------------------------------------------------------------------------------------------------------------
 check "replication goes on" throttled 0
 check "the database commits" commits_more
@@ -134,10 +152,9 @@ say "$last transactions were committed at the source"
 check "the machine's recovery point has every transaction that was ever committed, and a clean file system" has_all
 writes_past || not_ok "something is written past the frozen file systems" "$(tail -n 2 "$run_dir/past.log")"
 fences=$(agent_said "stay frozen")
-fenced_again() { [ "$(agent_said "stay frozen")" -gt "$fences" ]; }
 kill_now "$appliance_pid" "$past_pid"
 start_appliance
-until_true 60 fenced_again
+until_true 60 fenced_once_more
 check "the source stands when the appliance comes back and fences it again, whatever was written past it" commits_no_more
 kill -TERM "$agent_pid"
 check "an agent that is stopped ends, and the source stands" until_true 20 process_gone "$agent_pid"
