@@ -107,7 +107,7 @@ let package = Package(
         .executableTarget(name: "lifecycle-model", dependencies: ["Appliance", .product(name: "ArgumentParser", package: "swift-argument-parser")]),
         // A process with nothing but a live tap in it, for tests to kill; and the check of the live tap for guests.
         .executableTarget(name: "live-tap-holder", dependencies: ["BlockTap", "CLiveTap"]),
-        .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "live-tap-holder"]),
+        .testTarget(name: "BlockTapTests", dependencies: ["BlockTap", "CIoUring", "CLiveTap", "live-tap-holder"]),
         .testTarget(name: "ReplicaTests", dependencies: ["BlockTap", "Replica", "StoreSimulation", "CLZ4", "order-check"]),
         .testTarget(
             name: "ApplianceTests",

@@ -100,11 +100,12 @@ int clivetap_map_by_id(uint32_t id) {
     return fd < 0 ? -errno : fd;
 }
 
-int clivetap_map_entries(int map, uint32_t *entries) {
+int clivetap_map_entries(int map, uint32_t *entries, uint32_t *value_bytes) {
     struct bpf_map_info info = {0};
     uint32_t bytes = sizeof info;
     if (bpf_obj_get_info_by_fd(map, &info, &bytes) < 0) return -errno;
     *entries = info.max_entries;
+    *value_bytes = info.value_size;
     return 0;
 }
 
@@ -147,12 +148,23 @@ bool clivetap_is_bpffs(const char *path) {
 
 int clivetap_sync(int fd) { return syncfs(fd) < 0 ? -errno : 0; }
 
-static void thaw_all(const int *fds, int count) {
-    for (int i = count - 1; i >= 0; i--) ioctl(fds[i], FITHAW, 0);
+// Each in a process of its own: a file system that is still being frozen cannot be thawed before that has ended, and what keeps it from ending may be
+// another one of these, which must not wait for it. `thawing`: the process that is at it, per file system, or 0.
+static void thaw_each(const int *fds, int count, pid_t *thawing, int told) {
+    for (int i = count - 1; i >= 0; i--) {
+        if (thawing[i] && waitpid(thawing[i], NULL, WNOHANG) == 0) continue;
+        thawing[i] = _Fork();
+        if (thawing[i] > 0) continue;
+        if (thawing[i] == 0) close(told);                          // whoever waits for the guard does not wait for this
+        ioctl(fds[i], FITHAW, 0);
+        if (thawing[i] == 0) _exit(0);
+        thawing[i] = 0;                                            // no process to be had
+    }
 }
 
 // What the guard is told. To the first two it answers whether it has thawed nothing so far.
 enum { GUARD_KEEP = 'k', GUARD_FOREVER = 'f', GUARD_END = 'e' };
+#define GUARD_MAX 1024                                             // file systems
 
 // The guard: only async-signal-safe calls, as after any fork of a process with threads.
 static _Noreturn void guard_freeze(const int *fds, int count, int limit_ms, int told) {
@@ -164,20 +176,24 @@ static _Noreturn void guard_freeze(const int *fds, int count, int limit_ms, int 
     }
     struct pollfd poll_told = {.fd = told, .events = POLLIN};
     bool has_thawed = false, is_forever = false;
+    pid_t thawing[GUARD_MAX] = {0};
     for (;;) {
         // A freeze that takes longer than the limit is thawed as soon as it is there: until the caller says that it has ended, or is gone.
         if (poll(&poll_told, 1, is_forever ? -1 : has_thawed ? 5 : limit_ms) <= 0) {
             if (is_forever) continue;
-            thaw_all(fds, count);
+            thaw_each(fds, count, thawing, told);
             has_thawed = true;
             continue;
         }
         char byte;
         if (read(told, &byte, 1) != 1) {
-            if (!is_forever) thaw_all(fds, count);
+            if (!is_forever) thaw_each(fds, count, thawing, told);
             _exit(0);
         }
-        if (byte == GUARD_END) _exit(0);
+        if (byte == GUARD_END) {
+            while (wait(NULL) > 0) {}                              // none of them may thaw what is frozen later
+            _exit(0);
+        }
         if (byte == GUARD_FOREVER && !has_thawed) is_forever = true;
         byte = !has_thawed;
         send(told, &byte, 1, MSG_NOSIGNAL);
@@ -186,6 +202,7 @@ static _Noreturn void guard_freeze(const int *fds, int count, int limit_ms, int 
 
 int clivetap_freeze(const int *fds, int count, int limit_ms, bool *is_frozen, int guard[2], int *failed) {
     *failed = 0;
+    if (count > GUARD_MAX) return -E2BIG;
     int ends[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0) return -errno;
     struct timeval patience = {.tv_sec = 2};
@@ -240,7 +257,7 @@ int clivetap_is_frozen(int fd) {
     return errno == EBUSY ? 1 : -errno;
 }
 
-void clivetap_thaw_one(int fd) { thaw_all(&fd, 1); }
+void clivetap_thaw_one(int fd) { ioctl(fd, FITHAW, 0); }
 
 void *clivetap_reserve(size_t bytes) {
     void *start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -25,6 +25,7 @@ struct request_queue { struct gendisk *disk; } KERNEL_TYPE;
 struct blk_mq_hw_ctx { unsigned int queue_num; } KERNEL_TYPE;
 struct bvec_iter { __u64 bi_sector; unsigned int bi_size; } KERNEL_TYPE;
 struct bio { struct bio *bi_next; struct bvec_iter bi_iter; } KERNEL_TYPE;
+enum mq_rq_state { MQ_RQ_IDLE = 0 };
 struct request {
     struct request_queue *q;
     struct blk_mq_hw_ctx *mq_hctx;
@@ -33,6 +34,7 @@ struct request {
     unsigned int __data_len;
     __u64 __sector;
     struct bio *bio;
+    enum mq_rq_state state;
 } KERNEL_TYPE;
 
 // include/linux/blk_types.h: enum req_op, the same since 4.10
@@ -153,16 +155,28 @@ static long mark_bio(__u32 i, struct marking *m) {
 
 static __always_inline int has_ranges(struct request *rq, __u32 op) { return op == OP_DISCARD && rq->bio && rq->bio->bi_next; }
 
+// A slot's sectors, and what all slots have.
+static __always_inline void put(struct clivetap_disk *disk, struct clivetap_slot *slot, __u32 sectors) {
+    __u32 before = slot->sectors;
+    slot->sectors = sectors;
+    if (before != sectors) add((__u64 *)&disk->slot_sectors, (__u64)sectors - before);
+}
+
 // Sets `lowest` and `highest`: what the slot names, before anything is marked.
 static __always_inline void span(struct marking *m, struct request *rq, __u32 op) {
-    m->first = rq->__sector >> 3;
-    m->last = (rq->__sector + (rq->__data_len >> 9) - 1) >> 3;
-    m->lowest = m->first;
-    m->highest = m->last;
+    __u64 first = rq->__sector >> 3, last = (rq->__sector + (rq->__data_len >> 9) - 1) >> 3;
+    m->first = m->lowest = first;
+    m->last = m->highest = last;
     if (!has_ranges(rq, op)) return;
+    // Its length is that of all ranges together: from the first range on that may lie anywhere, even past the disk's end.
+    m->lowest = ~0ULL;
+    m->highest = 0;
     m->bio = (__u64)rq->bio;
     m->is_marking = 0;
     bpf_loop(DISCARD_RANGES_MAX, mark_bio, m, 0);
+    if (!m->bio && m->lowest <= m->highest) return;
+    if (first < m->lowest) m->lowest = first;
+    if (last > m->highest) m->highest = last;
 }
 
 static __always_inline void mark_request(struct marking *m, struct request *rq, __u32 op) {
@@ -192,8 +206,8 @@ static __always_inline int issue(struct request *rq, __u32 copy) {
         // The tag is free for reads: the write that had it has ended, whether we were told or not.
         if (copy == 0 && slot) {
             if (slot->sectors) {
-                slot->sectors = 0;
                 add(&disk->overtaken, 1);
+                put(disk, slot, 0);
             }
             if (!slot->is_touched) slot->is_touched = 1;
         }
@@ -233,15 +247,15 @@ static __always_inline int issue(struct request *rq, __u32 copy) {
         slot->first = m.lowest;
         slot->last = m.highest;
         slot->request = (__u64)rq;
-        slot->sectors = sectors;
+        put(disk, slot, sectors);
     } else if (copy == 0) {
         add(&disk->unslotted, 1);
     }
     if (copy == 0 && m.highest >= disk->block_count) add(&disk->beyond, 1);
     mark_request(&m, rq, op);
     if (is_new && slot) {
-        add(&disk->issued_sectors, sectors);
         add(&disk->issued, 1);
+        add(&disk->issued_sectors, sectors);
     }
     return 0;
 }
@@ -255,6 +269,8 @@ SEC("tp_btf/block_rq_complete") int BPF_PROG(complete, struct request *rq, int e
     if (!disk) return 0;
     __u32 op = rq->cmd_flags & OP_MASK;
     __u32 left = rq->__data_len;
+    // What it wrote is there now: whoever compared the disk since its issue has to do so again.
+    if (op == OP_DRV_OUT) add(&disk->undescribed, 1);
     if (!writes(op) || left < 512 || !bytes) return 0;
     __u32 zero = 0;
     struct clivetap_state *s = bpf_map_lookup_elem(&state, &zero);
@@ -273,27 +289,27 @@ SEC("tp_btf/block_rq_complete") int BPF_PROG(complete, struct request *rq, int e
     span(&m, rq, op);
     struct clivetap_slot *slot = slot_of(disk, rq);
     int is_ours = slot && slot->sectors && slot->request == (__u64)rq && slot->first <= m.lowest && slot->last >= m.highest;
-    if (slot) slot->sectors = 0;
+    add(is_ours ? &disk->completed : &disk->unmatched, 1);
+    if (slot) put(disk, slot, 0);
     if (is_ours) {
         add(&disk->completed_sectors, sectors);
-        add(&disk->completed, 1);
         return 0;
     }
     // Issued unseen. Too late for whoever has read it meanwhile, but not lost.
     mark_request(&m, rq, op);
     add(&disk->unmatched_sectors, sectors);
-    add(&disk->unmatched, 1);
     return 0;
 }
 
-// It will be issued again, and counted again. Its slot stays: what has reached the device of it is unknown.
+// It will be issued again, and counted again. Its slot stays: what has reached the device of it is unknown. (A driver may send it back before it has
+// started it, as SCSI does when the host is busy: then it was not issued.)
 SEC("tp_btf/block_rq_requeue") int BPF_PROG(requeue, struct request *rq) {
     struct clivetap_disk *disk = disk_of(rq);
     if (!disk) return 0;
     __u32 bytes = rq->__data_len;
-    if (!writes(rq->cmd_flags & OP_MASK) || bytes < 512) return 0;
-    add(&disk->requeued_sectors, bytes >> 9);
+    if (!writes(rq->cmd_flags & OP_MASK) || bytes < 512 || rq->state == MQ_RQ_IDLE) return 0;
     add(&disk->requeued, 1);
+    add(&disk->requeued_sectors, bytes >> 9);
     return 0;
 }
 

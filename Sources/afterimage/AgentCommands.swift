@@ -32,10 +32,10 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: "State directory: enrolment, disks' sizes.") var state: String = "/var/lib/afterimage/agent"
         @Option(help: "Directory for the nbd taps' sockets (NAME.sock).") var socketDir: String = "/run/afterimage-agent"
         @Option(help: ArgumentHelp("A disk to protect; repeat it, the boot disk first.", valueName: "name=device")) var disk: [String]
-        @Flag(help: "Accept that a disk is smaller than when it was last protected; its replica is then made anew.") var acceptSmallerDisks = false
+        @Flag(help: "Accept that a disk is smaller than when it was last protected. Its replica cannot follow: the server is Abnormal, and is added anew.") var acceptSmallerDisks = false
         @Option(help: "nbd tap: memory in MiB for old content of blocks that are overwritten before they were sent.") var preservedMib: Int = 64
         @Option(help: ArgumentHelp("live tap: read at most so many bytes per second for what can wait: 50MiB; 0 for no limit.", valueName: "bytes")) var readLimit = ByteCount(bytes: 0)
-        @Option(help: "live tap: reads in flight.") var readDepth: Int = 32
+        @Option(help: ArgumentHelp("live tap: at most so many reads in flight (default: 32, and up to 128 while rounds do not shrink).", valueName: "reads")) var readDepth: Int?
         @Option(help: "live tap: normal, low or idle: how its reads stand beside everybody else's, where the disk's scheduler knows priorities.") var readPriority: LiveReadPriority = .low
         @Option(help: ArgumentHelp("live tap: its reads take what time others leave the disks, and this share of it all (a tenth of it where that would not be enough); 100: what they need.", valueName: "percent")) var readShare: Int = 50
         @Option(help: ArgumentHelp("live tap: once the newest recovery point is older, they take what they need, for a while; 0: always.", valueName: "seconds")) var patience: Int = 60
@@ -47,13 +47,19 @@ struct AgentCommand: AsyncParsableCommand {
         @Option(help: ArgumentHelp("Run after it, whatever happened.", valueName: "path")) var postScript: String?
         @Option(help: "How long a script may take, seconds; then it is killed.") var scriptSeconds: Int = 60
         @Option(help: ArgumentHelp("live tap: another device to report to the appliance when it turns up; disks are reported by themselves, loop devices are not.", valueName: "device")) var watchDevice: [String] = []
+        @Option(help: ArgumentHelp("live tap: a deliberate fault, for tests: its program does not see issues or completions, now and then.", visibility: .private)) var dropEvents: DroppedEvents?
         @Option(help: "trace, debug, info, notice, warning or error.") var logLevel: Logger.Level = .info
+
+        enum DroppedEvents: String, ExpressibleByArgument { case issues, completions }
 
         func agentConfiguration() throws -> AgentConfiguration {
             let disks = try AgentCommand.disks(disk)
             var following = LiveTapConfiguration()
             following.readBytesPerSecondMax = readLimit.bytes
-            following.readDepth = readDepth
+            if let readDepth {
+                following.readDepth = readDepth
+                following.readDepthMax = readDepth
+            }
             following.readPriority = readPriority
             following.readShare = Double(readShare) / 100
             following.patienceSeconds = patience
@@ -61,6 +67,12 @@ struct AgentCommand: AsyncParsableCommand {
             following.freezes = freeze
             following.freezeMilliseconds = freezeMs
             following.skipsFreeSpace = !copyFreeSpace
+            // Issues so seldom that some points are proven in between: every missed one has everything compared.
+            switch dropEvents {
+            case .issues: following.drops.issues = (period: 4_000_000_000, burst: 1_000_000)
+            case .completions: following.drops.completions = (period: 20_000_000, burst: 3_000_000)
+            case nil: break
+            }
             var configuration = AgentConfiguration(
                 stateDirectory: absolute(state), tapKind: tap, socketDirectory: absolute(socketDir), disks: disks, acceptsSmallerDisks: acceptSmallerDisks,
                 tap: TapConfiguration(preservedBytesMax: preservedMib << 20), live: following)
@@ -80,7 +92,7 @@ struct AgentCommand: AsyncParsableCommand {
         func validate() throws {
             guard (1...65536).contains(preservedMib) else { throw ValidationError("--preserved-mib must be between 1 and 65536") }
             guard (8...65536).contains(stageMib) else { throw ValidationError("--stage-mib must be between 8 and 65536") }
-            guard (1...1024).contains(readDepth) else { throw ValidationError("--read-depth must be between 1 and 1024") }
+            guard (1...1024).contains(readDepth ?? 1) else { throw ValidationError("--read-depth must be between 1 and 1024") }
             guard (1...100).contains(readShare) else { throw ValidationError("--read-share must be between 1 and 100") }
             guard (0...86_400).contains(patience) else { throw ValidationError("--patience must be between 0 and 86400") }
             guard (10...10000).contains(freezeMs) else { throw ValidationError("--freeze-ms must be between 10 and 10000") }

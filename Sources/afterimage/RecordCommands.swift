@@ -229,6 +229,8 @@ struct StatusCommand: ClientCommand {
         if live.freezeCount > 0 { words += String(format: "; froze %d times, %.0f ms at most", live.freezeCount, live.freezeMillisecondsMax) }
         if live.freezeFailedCount > 0 { words += "; \(Words.count(live.freezeFailedCount, "freeze")) did not hold" }
         if live.unseenCompletionCount > 0 { words += "; \(Words.count(live.unseenCompletionCount, "completion")) of \(live.completedCount) not shown by the kernel (harmless)" }
+        if let skipped = live.skippedProgramCount, skipped > 0 { words += "; \(Words.count(skipped, "program")) skipped by the kernel (each has copies)" }
+        if live.openReconciliationCount > 0 { words += "; the kernel's account was asked again \(Words.count(live.openReconciliationCount, "time"))" }
         var lines = Terminal.field("live tap", words)
         if live.resyncCount > 0 { lines += Terminal.field("missed", "\(Words.count(live.resyncCount, "time")): \(live.resyncReason ?? "?")") }
         return lines

@@ -10,7 +10,7 @@ import Glibc
 struct Check {
     static let usage = """
         usage: live-tap-holder check --disk DEVICE [--disk DEVICE...] [--seconds N] [--chains N] [--pause MICROSECONDS] [--discards PERCENT]
-                   [--load COMMAND] [--pins DIRECTORY] [--drop completions|issues] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
+                   [--load COMMAND] [--expect resync] [--pins DIRECTORY] [--drop completions|issues] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
         """
 
     private enum Drop: String { case completions, issues }
@@ -28,6 +28,8 @@ struct Check {
     private var discardPercent = 0
     /// For the shell, and until it ends: instead of the chains, and what it writes is only compared in the end. It leaves nothing mounted.
     private var load: String?
+    /// The load writes what cannot be followed: that must be noticed.
+    private var expectsResync = false
     private var pins = "/sys/fs/bpf/live-tap-check-\(getpid())"
     private var drop: Drop?
     private var fault: LiveTapFaults?
@@ -63,6 +65,9 @@ struct Check {
             case "--load":
                 load = value
                 chains = 0
+            case "--expect":
+                guard value == "resync" else { return nil }
+                expectsResync = true
             case "--pins": pins = value
             case "--drop":
                 guard let drop = Drop(rawValue: value) else { return nil }
@@ -145,6 +150,7 @@ struct Check {
         if let problem = writers.problem { problems.append(problem) }
         if let status = child?.status, status != 0 { problems.append("the load ended with status \(status)") }
         switch drop {
+        case nil where expectsResync: if figures.resyncCount == 0 { problems.append("no resync") }
         case nil where figures.resyncCount > 0: problems.append("resync: \(figures.resyncReason ?? "")")
         case .completions where figures.resyncCount > 0: problems.append("resync: \(figures.resyncReason ?? "")")
         case .completions where figures.droppedCompletionCount == 0: problems.append("no completion was dropped")

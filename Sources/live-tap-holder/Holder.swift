@@ -2,7 +2,7 @@ import BlockTap
 import Glibc
 
 /// A process that has a live tap and does what it is told on its standard input, one byte each: `s` begin a full sync, `c` cut and hand out the
-/// epoch, `a` it is acknowledged, `z` freeze the file system mounted where FREEZE says, for two seconds at most, and hang. What it hands out goes to standard output. For tests that kill it at any moment.
+/// epoch, `a` it is acknowledged, `z` freeze the file systems mounted where FREEZE says (a:b, in this order), for two seconds at most, and hang. What it hands out goes to standard output. For tests that kill it at any moment.
 ///
 /// Frames: kind (u8), 3 bytes 0, disk (u32), offset or number (u64), length (u64), then `length` bytes for `h`ello (the instance) and `d`ata.
 /// `h`: the number is 1 when the tap of an earlier process was taken over. `c`: the number is the epoch, the disk 1 when it is exact, the length 1
@@ -57,7 +57,7 @@ struct Holder {
                         }
                     }
                 case UInt8(ascii: "z"):
-                    _ = try FileSystemFreeze.hold(mountPoints: [String(cString: getenv("FREEZE"))], limitMilliseconds: 2000)
+                    _ = try FileSystemFreeze.hold(mountPoints: String(cString: getenv("FREEZE")).split(separator: ":").map(String.init), limitMilliseconds: 2000)
                     put("f")
                     while true { sleep(1) }
                 default: break

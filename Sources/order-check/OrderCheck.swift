@@ -5,8 +5,10 @@ import Logging
 import Replica
 import Synchronization
 
-/// Dependent, stamped writes go through the tap while recovery points are taken; then every recovery point is read from the
-/// store and checked exactly: a write is there only if all before it are. With --kill, agent and appliance are killed meanwhile.
+/// Dependent, stamped writes go through the tap while recovery points are taken; every recovery point is read from the store and checked
+/// exactly: a write is there only if all before it are. The last one has every write, and without a file system it is what the disks
+/// hold, byte by byte. With --kill, agent and appliance are killed meanwhile. Points are checked offline, so in a run that is longer than the
+/// policy keeps all of them the appliance is killed for that every few minutes.
 @main
 struct OrderCheck: AsyncParsableCommand {
     static let configuration = CommandConfiguration(commandName: "order-check", abstract: "Proves that recovery points are crash-consistent.")
@@ -21,22 +23,26 @@ struct OrderCheck: AsyncParsableCommand {
     @Option(help: "Pause after each write of a chain, in microseconds.") var pauseUs: UInt32 = 0
     @Option(help: "SIGKILL agent, appliance or both about this often, in seconds; 0 = never.") var kill = 0
     @Option(help: "Fewer recovery points than this is a failure.") var pointsMin = 20
+    @Option(help: "Killing the agent less often is a failure.") var agentKillsMin = 0
+    @Option(help: "The live tap's program drops issues or completions on purpose, in bursts (needs --tap live).") var drop: TestBed.Drop?
     @Option(help: "The afterimage executable (default: beside this one).") var afterimage: String?
     @Flag(help: "Keep the run's directory.") var keep = false
 
     func validate() throws {
         guard tap == .live || fs == .none else { throw ValidationError("--fs is for --tap live: the nbd tap has no file system on this side") }
+        guard drop == nil || tap == .live else { throw ValidationError("--drop is for --tap live: the nbd tap has no program in the kernel") }
         guard disks > 0, chains > 0, size > 0 else { throw ValidationError("--disks, --chains and --size must be positive") }
     }
 
     func run() async throws {
         let binary = afterimage ?? URL(fileURLWithPath: CommandLine.arguments[0]).deletingLastPathComponent().appendingPathComponent("afterimage").path
         Interruption.watch()
-        let bed = try TestBed(binary: binary, tap: tap, fileSystem: fs)
+        let bed = try TestBed(binary: binary, tap: tap, fileSystem: fs, drop: drop)
         defer { if !keep { bed.tearDown() } }
         do {
-            let chains = try write(bed)
-            let (passed, failed) = try check(bed, chains)
+            let tally = Mutex(Tally())
+            try write(bed, tally)
+            let (passed, failed) = tally.withLock { ($0.judged.count - $0.failed, $0.failed) }
             print("\(passed) passed, \(failed) failed")
             if failed > 0 { throw ExitCode.failure }
         } catch let error as TestBed.Failure {
@@ -46,7 +52,7 @@ struct OrderCheck: AsyncParsableCommand {
         }
     }
 
-    private func write(_ bed: TestBed) throws -> [DependentChain] {
+    private func write(_ bed: TestBed, _ tally: borrowing Mutex<Tally>) throws {
         try bed.makeDisks(count: disks, megabytes: size)
         try bed.startAppliance()
         try waitUntil("the appliance answers") { try bed.afterimage(["status"]) }
@@ -69,22 +75,50 @@ struct OrderCheck: AsyncParsableCommand {
         try waitUntil("replication starts") { try bed.afterimage(["replication", "start", "server", "--epoch-ms", "\(epochMs)", "--wait"]) }
         let end = Date().addingTimeInterval(Double(seconds))
         var kills = 0
+        var look = Date().addingTimeInterval(Self.secondsBetweenLooks)
         while Date() < end {
-            let pause = kill > 0 ? min(Double(kill) * Double.random(in: 0.5..<1.5), end.timeIntervalSinceNow) : end.timeIntervalSinceNow
-            try sleep(until: Date().addingTimeInterval(pause))
-            if kill > 0 && Date() < end {
+            let pause = kill > 0 ? Double(kill) * Double.random(in: 0.5..<1.5) : end.timeIntervalSinceNow
+            try sleep(until: min(Date().addingTimeInterval(pause), end, look))
+            if Date() >= look, end.timeIntervalSinceNow > 30 {
+                bed.kill("appliance")
+                try check(bed, chains, tally)
+                try bed.startAppliance()
+                look = Date().addingTimeInterval(Self.secondsBetweenLooks)
+            } else if kill > 0 && Date() < end {
                 kills += 1
                 try killSomething(bed, kills)
             }
         }
+        let agentKills = kills - (kills + 2) / 3
         chains.forEach { $0.stop() }
         while threads.contains(where: { !$0.isFinished }) { usleep(10_000) }
-        print("\(chains.reduce(0) { $0 + $1.acknowledged }) writes acknowledged in \(seconds) s by \(self.chains) chains on \(disks) disks, \(kills) kills")
+        print("\(chains.reduce(0) { $0 + $1.acknowledged }) writes acknowledged in \(seconds) s by \(self.chains) chains on \(disks) disks, \(kills) kills, \(agentKills) of them of the agent")
         // Holds every write that was acknowledged.
         try waitUntil("there is a last recovery point") { try bed.afterimage(["recovery-point", "create", "server", "--wait"]) }
+        if drop == .issues {
+            let seen = try resyncCount(bed)
+            print("the kernel's account told of missed writes \(seen) times since the agent last began")
+            if seen == 0, kill == 0 { tally.withLock { $0.fail("issues were dropped, and nobody noticed") } }
+        }
         bed.stop("agent")
         bed.stop("appliance")
-        return chains
+        try check(bed, chains, tally, isLast: true)
+        try tally.withLock { tally in
+            print("\(tally.judged.count) recovery points checked; newest write seen: \(tally.newestSeen)")
+            if !tally.hasLast { throw TestBed.Failure(description: "the last recovery point is gone") }
+            if tally.judged.count < pointsMin { tally.fail("fewer than \(pointsMin) recovery points") }
+            if agentKills < agentKillsMin { tally.fail("the agent was killed fewer than \(agentKillsMin) times") }
+        }
+    }
+
+    /// A policy keeps every point for ten minutes if nothing else is said.
+    private static let secondsBetweenLooks = 240.0
+
+    private func resyncCount(_ bed: TestBed) throws -> Int {
+        let view = try JSONSerialization.jsonObject(with: Data(try bed.afterimage(["server", "show", "server", "--json"]).utf8))
+        let live = ((view as? [String: Any])?["agent"] as? [String: Any])?["live"] as? [String: Any]
+        guard let count = live?["resyncCount"] as? Int else { throw TestBed.Failure(description: "the server's view has no resyncCount") }
+        return count
     }
 
     private func sleep(until end: Date) throws {
@@ -103,51 +137,55 @@ struct OrderCheck: AsyncParsableCommand {
         if agent { try bed.startAgent() }
     }
 
-    /// Reads every recovery point of the store, offline, and lets every chain judge it.
-    private func check(_ bed: TestBed, _ chains: [DependentChain]) throws -> (passed: Int, failed: Int) {
+    /// Reads every recovery point of the store that was not looked at before, offline, and lets every chain judge it.
+    private func check(_ bed: TestBed, _ chains: [DependentChain], _ tally: borrowing Mutex<Tally>, isLast: Bool = false) throws {
         var logger = Logger(label: "store")
         logger.logLevel = .warning
         let store = try ReplicaStore.open(directory: bed.path("store"), logger: logger)
         defer { store.close() }
         guard let group = store.groups().first else { throw TestBed.Failure(description: "the store has no group") }
-        let points = store.recoveryPoints(group.id)
-        let tally = Mutex(Tally())
+        let judged = tally.withLock { $0.judged }
+        let points = store.recoveryPoints(group.id).filter { !judged.contains($0.id) }
+        let verdicts = Mutex<[(RecoveryPointID, Result<(newest: UInt64, violations: [String]), any Error>)]>([])
         // Several at a time, each from an older point to a newer one.
         let parts = ProcessInfo.processInfo.activeProcessorCount
         DispatchQueue.concurrentPerform(iterations: parts) { part in
             var models = chains.map { DependentChain.Model($0) }
             for point in points[points.count * part / parts..<points.count * (part + 1) / parts] where !Interruption.happened {
                 let verdict = Result { try self.judge(point, of: group.id, in: store, chains, &models, bed) }
-                tally.withLock { $0.count(point.id, verdict) }
+                verdicts.withLock { $0.append((point.id, verdict)) }
             }
         }
-        let (passed, failedPoints, newestSeen) = tally.withLock { ($0.passed, $0.failed, $0.newestSeen) }
-        if !points.contains(where: \.isOnDemand) { throw TestBed.Failure(description: "the last recovery point is gone") }
-        print("\(passed + failedPoints) recovery points checked; newest write seen: \(newestSeen)")
-        if passed + failedPoints < points.count {
-            print("ended by a signal: \(points.count - passed - failedPoints) were not judged")
-            return (passed, failedPoints + 1)
+        let found = verdicts.withLock { $0 }
+        tally.withLock { tally in
+            for (point, verdict) in found { tally.count(point, verdict) }
+            if isLast { tally.hasLast = points.contains(where: \.isOnDemand) }
+            if found.count < points.count { tally.fail("ended by a signal: \(points.count - found.count) were not judged") }
         }
-        let isTooFew = points.count < pointsMin
-        if isTooFew { print("fewer than \(pointsMin) recovery points") }
-        return (passed, failedPoints + (isTooFew ? 1 : 0))
     }
 
     private struct Tally {
-        var passed = 0
+        var judged: Set<RecoveryPointID> = []
         var failed = 0
         var newestSeen: UInt64 = 0
+        var hasLast = false
 
         mutating func count(_ point: RecoveryPointID, _ verdict: Result<(newest: UInt64, violations: [String]), any Error>) {
+            judged.insert(point)
             switch verdict {
             case .success(let (newest, violations)):
                 newestSeen = max(newestSeen, newest)
                 violations.forEach { print("recovery point \(point), \($0)") }
-                if violations.isEmpty { passed += 1 } else { failed += 1 }
+                if !violations.isEmpty { failed += 1 }
             case .failure(let error):
                 print("recovery point \(point) cannot be read: \(error)")
                 failed += 1
             }
+        }
+
+        mutating func fail(_ words: String) {
+            print(words)
+            failed += 1
         }
     }
 
@@ -179,6 +217,11 @@ struct OrderCheck: AsyncParsableCommand {
                     violations.append("chain \(chain.number): lost: write \(chain.acknowledged) was acknowledged, \(newest) is the newest here")
                 }
             case .violation(let words): violations.append("chain \(chain.number): \(words)")
+            }
+        }
+        if point.isOnDemand, fs == .none {
+            for disk in 0..<disks {
+                if let block = try bed.firstDifference(disk: disk, from: UnsafeRawBufferPointer(images[disk])) { violations.append("disk \(disk), block \(block): the disk holds something else") }
             }
         }
         return (newestSeen, violations)
@@ -251,3 +294,4 @@ private enum Interruption {
 
 extension TestBed.Tap: ExpressibleByArgument {}
 extension TestBed.FileSystem: ExpressibleByArgument {}
+extension TestBed.Drop: ExpressibleByArgument {}

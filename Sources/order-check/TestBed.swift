@@ -1,3 +1,4 @@
+import BlockTap
 import Foundation
 
 /// Both sites of one run as separate processes on loopback, with loop devices as disks; everything is named after the run and
@@ -7,6 +8,7 @@ final class TestBed: @unchecked Sendable {
     let binary: String
     let tap: Tap
     let fileSystem: FileSystem
+    let drop: Drop?
     let directory: URL
     let profile: String
     private(set) var devices: [String] = []
@@ -30,10 +32,14 @@ final class TestBed: @unchecked Sendable {
         var mountOptions: String { self == .xfs ? "nouuid" : "noatime" }
     }
 
-    init(binary: String, tap: Tap, fileSystem: FileSystem) throws {
+    /// Events that the live tap's program is not to see, in bursts.
+    enum Drop: String { case issues, completions }
+
+    init(binary: String, tap: Tap, fileSystem: FileSystem, drop: Drop? = nil) throws {
         self.binary = binary
         self.tap = tap
         self.fileSystem = fileSystem
+        self.drop = drop
         directory = URL(fileURLWithPath: (ProcessInfo.processInfo.environment["TMPDIR"] ?? "/tmp") + "/order-check.\(getpid())")
         try FileManager.default.createDirectory(at: directory, withIntermediateDirectories: true)
         profile = directory.appendingPathComponent("appliance/client.json").path
@@ -65,6 +71,22 @@ final class TestBed: @unchecked Sendable {
             // Written once, so that later writes change only what they are about.
             try output("dd", ["if=/dev/zero", "of=\(mountPoint(i))/chains", "bs=1M", "count=\(megabytes)", "conv=fsync", "status=none"])
         }
+    }
+
+    /// Where a disk is not what `image` is; in blocks. Only while nobody writes.
+    func firstDifference(disk: Int, from image: UnsafeRawBufferPointer) throws -> Int? {
+        let fd = open(devices[disk], O_RDONLY | O_CLOEXEC)
+        guard fd >= 0 else { throw Failure(description: "cannot open \(devices[disk])") }
+        defer { close(fd) }
+        // What was read before the chains wrote past it is not what it holds.
+        posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED)
+        let piece = UnsafeMutableRawBufferPointer.allocate(byteCount: blockBytes, alignment: blockBytes)
+        defer { piece.deallocate() }
+        for block in 0..<image.count / blockBytes {
+            guard pread(fd, piece.baseAddress!, blockBytes, off_t(block * blockBytes)) == blockBytes else { throw Failure(description: "\(devices[disk]) is not whole") }
+            if memcmp(piece.baseAddress!, image.baseAddress! + block * blockBytes, blockBytes) != 0 { return block }
+        }
+        return nil
     }
 
     func mount(_ device: String, at directory: String) throws {
@@ -108,7 +130,7 @@ final class TestBed: @unchecked Sendable {
 
     func startAgent() throws {
         let disks = devices.enumerated().flatMap { ["--disk", "d\($0.offset)=\($0.element)"] }
-        agent = try start("agent", ["agent", "run", "--tap", tap.rawValue, "--state", path("agent"), "--socket-dir", path("s")] + disks)
+        agent = try start("agent", ["agent", "run", "--tap", tap.rawValue, "--state", path("agent"), "--socket-dir", path("s")] + disks + (drop.map { ["--drop-events", $0.rawValue] } ?? []))
     }
 
     func kill(_ which: String) {

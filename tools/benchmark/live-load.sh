@@ -7,6 +7,7 @@
 #   greedy DEPTH        the same, with reads that take what they need (--read-share 100)
 #   quiet               replicates a TiB that nobody writes to: percent of a core
 #   points              replicates it under 2,000 random writes per second and a database that commits: how old the newest point was
+#   freezes             the same, while one file-system-consistent point after the other is asked for: how long the freezes were
 source "$(dirname "$(readlink -f "$0")")/../lib/common.sh"
 for part in packages fetch product; do source "$repository/tools/lib/$part.sh"; done
 
@@ -64,7 +65,7 @@ quiet)
     awk -v t="$((after - before))" -v a="$began" -v b="$ended" -v h="$(getconf CLK_TCK)" 'BEGIN { printf "RESULT %.3f\n", 100 * t / h / (b - a) }'
     awk '$1 == "VmHWM:" { printf "FIGURE agent-memory-mib %.0f\n", $2 / 1024 }' "/proc/$agent_pid/status"
     exit ;;
-points)
+points | freezes)
     truncate -s 5G "$run_dir/big.img"
     attach_loop "$run_dir/big.img"
     mkfs.ext4 -q "$loop_device"
@@ -75,17 +76,19 @@ points)
     replicate "$loop_device"
     start "$run_dir/commits" python3 "$repository/tools/lib/transactions.py" write "$run_dir/m/shop.db" 600
     database_pid=$started_pid
+    [ "$what" = points ] || start "$run_dir/asked" bash -c 'while sleep 0.2; do "$0" recovery-point create s --consistency filesystem --wait </dev/null; done' "$afterimage"
+    asking_pid=$started_pid
     began=$(now) before=$(cpu_ticks "$agent_pid")
     load --iodepth=8 --rate_iops=2000 --size=4G
     after=$(cpu_ticks "$agent_pid") ended=$(now)
     "$afterimage" recovery-point list s --json </dev/null >"$run_dir/points.json"
     "$afterimage" server show s --json </dev/null >"$run_dir/server.json"
-    kill_now "$database_pid"
+    kill_now "$database_pid" "$asking_pid"
     umount "$run_dir/m"
-    python3 - "$run_dir" "$began" "$ended" "$(awk -v t="$((after - before))" -v a="$began" -v b="$ended" -v h="$(getconf CLK_TCK)" 'BEGIN { print 100 * t / h / (b - a) }')" \
+    python3 - "$what" "$run_dir" "$began" "$ended" "$(awk -v t="$((after - before))" -v a="$began" -v b="$ended" -v h="$(getconf CLK_TCK)" 'BEGIN { print 100 * t / h / (b - a) }')" \
         "$(wc -l <"$run_dir/commits")" <<'PYTHON'
 import json, sys
-run, began, ended, cpu, commits = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
+what, run, began, ended, cpu, commits = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5]), int(sys.argv[6])
 points = [p for p in json.load(open(run + "/points.json"))]
 live = json.load(open(run + "/server.json"))["agent"]["live"]
 # At any moment: the age of the newest durable point's cut.
@@ -98,7 +101,15 @@ while moment < ended:
 ages.sort()
 freezes = [p["proof"]["freezeMilliseconds"] for p in points if p.get("proof", {}).get("freezeMilliseconds")]
 cuts = live["provenCount"] + live["unprovenCount"]
-print("RESULT %.3f" % ages[int(len(ages) * 0.99)])
+if what == "freezes":
+    freezes.sort()
+    print("RESULT %.1f" % freezes[len(freezes) // 2])
+    print("FIGURE freezes %d" % len(freezes))
+    print("FIGURE freeze-ms-p99 %.1f" % freezes[int(len(freezes) * 0.99)])
+    print("FIGURE did-not-hold %d" % live["freezeFailedCount"])
+    print("FIGURE point-age-s-p99 %.3f" % ages[int(len(ages) * 0.99)])
+else:
+    print("RESULT %.3f" % ages[int(len(ages) * 0.99)])
 print("FIGURE median-age-s %.3f" % ages[len(ages) // 2])
 print("FIGURE points-per-s %.2f" % (sum(began <= p["cutTimeNanoseconds"] / 1e9 <= ended for p in points) / (ended - began)))
 print("FIGURE proven-percent %.2f" % (100 * live["provenCount"] / cuts))

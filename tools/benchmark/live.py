@@ -17,5 +17,6 @@ def rows(Row, quick):
         made.append(Row(f"live-replicating-4k-qd{depth}", "IO/s", load("replicating", depth, 7), longer, target=0.9, rounds=2))
     made.append(Row("live-greedy-4k-qd32", "IO/s", load("greedy", 32), {"without a tap": load("idle", 32)}, rounds=3))
     made.append(Row("live-point-age-p99", "s", lambda: measure.figures("live-load.sh", "points", 10 if quick else 30), {}, limit=lambda peer: 5.0, bigger=False, rounds=2))
+    made.append(Row("live-freeze-median", "ms", lambda: measure.figures("live-load.sh", "freezes", 10 if quick else 30), {}, limit=lambda peer: 50.0, bigger=False, rounds=2))
     made.append(Row("live-idle-cpu", "% of a core per TiB", lambda: measure.figures("live-load.sh", "quiet", 10 if quick else 30), {}, limit=lambda peer: 0.5, bigger=False, rounds=2))
     return made

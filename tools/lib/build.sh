@@ -5,7 +5,7 @@ build_dir=${AFTERIMAGE_BUILD:-$repository/.build}
 # What Swift links the product with; qemu-utils, nbd and fio are for the tests and benchmarks.
 build_packages=(liburing-dev libbpf-dev libaio-dev libnbd-dev liblz4-dev libzstd-dev zlib1g-dev libxxhash-dev libsqlite3-dev pkg-config git)
 run_packages=(util-linux e2fsprogs python3 openssl curl)
-test_packages=(qemu-utils libnbd-bin nbdkit fio xfsprogs)
+test_packages=(qemu-utils libnbd-bin nbdkit fio xfsprogs fdisk)
 
 # sudo hides the PATH of the person who called it, where Swift usually is.
 find_swift() {

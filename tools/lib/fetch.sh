@@ -1,4 +1,4 @@
-# What the guests need and the system may not have: QEMU 10, a Debian cloud kernel, a static busybox. Kept in the cache
+# What the guests need and the system may not have: QEMU 10, a Debian cloud kernel, a static busybox, mdadm. Kept in the cache
 # ($AFTERIMAGE_CACHE, else /var/cache/afterimage); built in a temporary directory, published by rename under a lock.
 
 # with_cache_lock NAME COMMAND...: one process at a time builds NAME. The lock ends with this process at the latest.
@@ -76,7 +76,7 @@ WRAPPER
     publish "$staged" qemu
 }
 
-# --- kernel and busybox ----------------------------------------------------------------------------------------------
+# --- kernel, busybox and mdadm ---------------------------------------------------------------------------------------
 # fetch_kernel [SUITE]: sets $kernel_dir, which holds vmlinuz, version and modules/VERSION (a Debian cloud kernel). Without SUITE
 # the newest for this Debian.
 fetch_kernel() {
@@ -112,18 +112,27 @@ build_kernel() {
 fetch_busybox() {
     busybox=$(command -v busybox || true)
     [ -z "$busybox" ] || ldd "$busybox" >/dev/null 2>&1 || return 0
-    with_cache_lock busybox build_busybox
+    with_cache_lock busybox build_program busybox busybox-static
     busybox=$cache_dir/busybox/busybox
 }
 
-build_busybox() {
-    [ ! -x "$cache_dir/busybox/busybox" ] || return 0
-    say "fetching a static busybox into $cache_dir/busybox"
+# fetch_mdadm: sets $mdadm. (Installed, it would have the system look for arrays when it boots.)
+fetch_mdadm() {
+    mdadm=$(command -v mdadm || true)
+    [ -z "$mdadm" ] || return 0
+    with_cache_lock mdadm build_program mdadm mdadm
+    mdadm=$cache_dir/mdadm/mdadm
+}
+
+# build_program NAME PACKAGE
+build_program() {
+    [ ! -x "$cache_dir/$1/$1" ] || return 0
+    say "fetching $2 into $cache_dir/$1"
     staging_dir
     private_apt "$staged/apt" "$(os_release VERSION_CODENAME)"
-    (cd "$staged/apt" && apt-get "${private[@]}" download busybox-static >log 2>&1) || { tail -n 5 "$staged/apt/log" >&2; die "cannot download busybox-static"; }
+    (cd "$staged/apt" && apt-get "${private[@]}" download "$2" >log 2>&1) || { tail -n 5 "$staged/apt/log" >&2; die "cannot download $2"; }
     unpack_downloads "$staged/apt" "$staged/root"
-    mv "$(find "$staged/root" -type f -name busybox | head -n 1)" "$staged/busybox"
+    mv "$(find "$staged/root" -type f -path "*bin/$1" | head -n 1)" "$staged/$1"
     rm -rf "$staged/apt" "$staged/root"
-    publish "$staged" busybox
+    publish "$staged" "$1"
 }

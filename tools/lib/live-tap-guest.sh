@@ -3,7 +3,7 @@
 source "$repository/tools/lib/guest.sh"
 source "$repository/tools/lib/initramfs.sh"
 
-live_tap_guest_packages=(cpio kmod xz-utils zstd e2fsprogs xfsprogs util-linux)
+live_tap_guest_packages=(cpio kmod xz-utils zstd e2fsprogs xfsprogs util-linux dmsetup sg3-utils)
 
 # MiB of each disk.
 live_tap_disk_mib=32
@@ -31,16 +31,17 @@ available() {
 # start_live_tap_guest KERNEL_DIR RUNS: boots the kernel with the disks and the text RUNS, which tools/machine/live-tap-init.sh follows. Sets
 # $console and $guest_pid.
 start_live_tap_guest() {
-    local kernel=$1 runs=$2 dir root disk arguments=()
+    local kernel=$1 runs=$2 dir root disk program arguments=()
     dir=$(mktemp -d "$run_dir/guest.XXXX")
     root=$dir/root console=$dir/console
     mkdir -p "$root/bin"
-    put_modules "$root" "$kernel" "$dir/all" virtio_pci virtio_blk virtio_scsi sd_mod nvme loop ext4 xfs crc32c_generic
+    put_modules "$root" "$kernel" "$dir/all" virtio_pci virtio_blk virtio_scsi sd_mod nvme loop ext4 xfs crc32c_generic dm_mod raid1 null_blk scsi_debug
     cp "$busybox" "$root/bin/busybox"
     put_program "$root" bin "$holder"
-    put_program "$root" sbin "$(command -v losetup)"
+    for program in losetup mke2fs dmsetup sg_raw; do put_program "$root" sbin "$(command -v $program)"; done
+    put_program "$root" sbin "$mdadm"
     install -m 755 "$repository/tools/machine/live-tap-init.sh" "$root/init"
-    install -m 755 "$repository/tools/machine/discard-load.sh" "$root/discard-load"
+    for program in discard-load stacked-load pass-through-load; do install -m 755 "$repository/tools/machine/$program.sh" "$root/$program"; done
     printf '%s\n' "$runs" >"$root/runs"
     pack_initramfs "$root" >"$dir/initrd"
     rm -rf "$root" "$dir/all"
@@ -72,7 +73,8 @@ live_tap_run() {
 
 # live_tap_kernel KERNEL_DIR SECONDS PAUSE KIND...: boots the kernel and runs the checks, each for SECONDS, its 32 chains pausing for PAUSE µs after each
 # write. KIND: virtio-blk, scsi, nvme, loop, mixed (one disk of each in one group), requeue (a driver that sends requests back), ranges
-# (XFS that discards several ranges with one request), drops (events dropped on purpose), mutants, btf.
+# (XFS that discards several ranges with one request), stacked (disks under device-mapper and under md: what is on top is refused), pass-through (SCSI commands that
+# write, and that the kernel does not account for), many-tags (a disk that takes 16,384 requests at once), busy-host (SCSI sends requests back before they are issued), drops (events dropped on purpose), mutants, btf.
 live_tap_kernel() {
     local kernel=$1 seconds=$2 pause=$3 version runs kind name output
     shift 3
@@ -103,6 +105,23 @@ live_tap_kind() {
     mixed) echo "run mixed --disk /dev/vda --disk /dev/sda --disk \$(namespace 1) --disk /dev/loop0 $options" ;;
     requeue) echo "run requeue --disk /dev/vdd $options" ;;
     ranges) echo "run many-ranges --disk \$(namespace 3) --load \"/bin/sh /discard-load \$(namespace 3) $(($2 / 4 + 2))\"" ;;
+    stacked)
+        echo "linear volume /dev/vda /dev/vdb"
+        echo "run refused-mapped --disk /dev/mapper/volume"
+        echo "run under-mapped $virtio --load \"/bin/sh /stacked-load /dev/mapper/volume $2 && /sbin/dmsetup remove volume\""
+        echo "raid1 /dev/md0 /dev/sda /dev/sdb"
+        echo "run refused-raid --disk /dev/md0"
+        echo "run under-raid --disk /dev/sda --disk /dev/sdb --load \"/bin/sh /stacked-load /dev/md0 $2 /dev/sdb && /sbin/mdadm --quiet --stop /dev/md0\""
+        ;;
+    many-tags)
+        echo "null_disk 2 8192"
+        echo "run many-tags --disk /dev/nullb0 $options"
+        ;;
+    busy-host)
+        echo "busy_scsi_disk"
+        echo "run busy-host --disk \$busy_scsi_disk $options"
+        ;;
+    pass-through) echo "run pass-through --disk /dev/sda --expect resync --load \"/bin/sh /pass-through-load /dev/sda\"" ;;
     drops)
         echo "run dropped-completions $virtio $short --drop completions"
         echo "run dropped-issues $virtio $short --drop issues"
@@ -127,6 +146,13 @@ live_tap_verdict() {
     case $name in
     mutant-*)
         if [ "$(check_field "$line" violations)" -gt 0 ] 2>/dev/null; then ok "$kernel, $name is caught (point $(check_field "$line" proven))"; else not_ok "$kernel, $name is caught" "$line"; fi
+        ;;
+    refused-*)
+        if grep -qE '^refused-mapped .*device-mapper.*underneath: /dev/vda, /dev/vdb\)|^refused-raid .*RAID.*underneath: /dev/sda, /dev/sdb\)' <<<"$name $line"; then
+            ok "$kernel, $name: it says why, and what to follow"
+        else
+            not_ok "$kernel, $name: it says why, and what to follow" "$(tail -n 3 <<<"$output" | tr '\n' ' ')"
+        fi
         ;;
     without-btf)
         if grep -qi 'BTF' <<<"$line" && ! grep -q 'verdict=' <<<"$line"; then ok "$kernel, without BTF it refuses and says why"; else not_ok "$kernel, without BTF it refuses and says why" "$line"; fi

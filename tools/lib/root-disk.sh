@@ -2,21 +2,22 @@
 # guest lane. On its console: AFTERIMAGE-CHECK when it is up (tools/machine/witness.sh), AFTERIMAGE-ACK for each record.
 for part in guest protected debian-disk; do source "$(dirname "${BASH_SOURCE[0]}")/$part.sh"; done
 
-# root_disk_machine TEST: makes $disk and boots it; $first is what it says of itself.
+# root_disk_machine TEST [AGENT-OPTION...]: makes $disk and boots it; $first is what it says of itself.
 root_disk_machine() {
     need_product "$1"
     need_space 6144
     need_packages "${debian_disk_packages[@]}" gcc libc6-dev
     fetch_debian_disk
     product_setup
-    disk=$run_dir/disk.img console=$run_dir/console hands=$run_dir/hands server=root
+    shift
+    disk=$run_dir/disk.img boots=0 hands=$run_dir/hands server=root
 
     cp --sparse=always --no-preserve=mode "$debian_disk" "$disk"
     open_debian_disk "$disk"
     put_release "$debian_root" "$afterimage"
     install -m 644 -t "$debian_root/etc/systemd/system" "$repository/systemd/afterimage-agent.service"
     mkdir "$debian_root/etc/afterimage"
-    echo 'AFTERIMAGE_AGENT_OPTIONS=--disk vda=/dev/vda' >"$debian_root/etc/afterimage/agent.env"
+    echo "AFTERIMAGE_AGENT_OPTIONS=--disk vda=/dev/vda $*" >"$debian_root/etc/afterimage/agent.env"
     gcc -O2 -Wall -static -o "$debian_root/usr/local/bin/recorder" "$repository/tools/machine/recorder.c"
     for part in witness hands; do
         install -m 755 "$repository/tools/machine/$part.sh" "$debian_root/usr/local/bin/$part"
@@ -33,11 +34,18 @@ UNIT
     mkfifo "$hands.in" "$hands.out"
     exec {typed}<>"$hands.in" {shown}<>"$hands.out"
 
+    boot_root_disk "a Debian boots from its disk"
+    first=$line
+}
+
+# boot_root_disk WHAT: boots $disk, for the first time or again; sets $console, $guest_pid, and $line to what the machine says of itself.
+boot_root_disk() {
+    boots=$((boots + 1)) console=$run_dir/console-$boots
     start_guest "$console" -smp 2 -m 1024 -drive "file=$disk,format=raw,if=virtio,cache=none" -netdev user,id=net0 -device virtio-net-pci,netdev=net0,romfile= \
         -device virtio-serial-pci -chardev "pipe,id=hands,path=$hands" -device virtserialport,chardev=hands,name=hands
-    first=$(wait_console "$console" 400 'AFTERIMAGE-CHECK' "$guest_pid") || true
-    if [[ $first == *"AFTERIMAGE-CHECK ok boots=1 "* ]]; then ok "a Debian boots from its disk"; else not_ok "a Debian boots from its disk" "${first:-$(tail -n 3 "$console" | tr '\n' ' ')}"; finish; fi
-    say "$first"
+    line=$(wait_console "$console" 400 'AFTERIMAGE-CHECK' "$guest_pid") || true
+    if [[ $line == *"AFTERIMAGE-CHECK ok boots=$boots "* ]]; then ok "$1"; else not_ok "$1" "${line:-$(tail -n 3 "$console" | tr '\n' ' ')}"; finish; fi
+    say "$line"
 }
 
 # A person at the machine types COMMAND; what it said is in $said. Fails as COMMAND does.
@@ -84,9 +92,9 @@ root_disk_agent() {
     check "what its recovery machine must be is known, and nothing would keep that from booting" specified
 }
 
-# What the recovered machine said when it was up, in $line, is what its source had said: its second boot, a file system without errors, the same units.
+# as_it_was BOOTS: what a machine said when it was up, in $line, is what the first had said: its BOOTS-th boot, a file system without errors, the same units.
 as_it_was() {
     local field
-    [ "$(check_field "$line" boots)" = 2 ] && [ "$(check_field "$line" errors)" = 0 ] || { echo "$line"; return 1; }
+    [ "$(check_field "$line" boots)" = "$1" ] && [ "$(check_field "$line" errors)" = 0 ] || { echo "$line"; return 1; }
     for field in root failed state kernel; do [ "$(check_field "$line" $field)" = "$(check_field "$first" $field)" ] || { echo "$line"; return 1; }; done
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# limit: 420
-# The disks of a protected host change: one is added, one is missing and comes back, their order is another, one turns up on the host. What can go on goes on by itself; what
+# limit: 480
+# The disks of a protected host change: one is added, one is missing and comes back, their order is another, one grows, one turns up on the host. What can go on goes on by itself; what
 # cannot is said, with what to do.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 source "$repository/tools/lib/protected.sh"
@@ -25,9 +25,10 @@ write_both() {
     head -c 1M /dev/urandom | dd of="$second_device" bs=64K seek=80 oflag=direct status=none
 }
 copy_is() { # POINT DISK FILE
-    local status=0
-    "$afterimage" recovery-point export s "$1" --to raw --output "$run_dir/copy.raw" --disk "$2" --wait </dev/null && cmp "$run_dir/copy.raw" "$3" || status=1
-    rm -f "$run_dir/copy.raw"
+    local status=0 copy
+    copy=$(mktemp -u "$run_dir/copy.XXXXXX")
+    timeout 60 "$afterimage" recovery-point export s "$1" --to raw --output "$copy" --disk "$2" --wait </dev/null && cmp "$copy" "$3" || status=1
+    rm -f "$copy"
     return "$status"
 }
 both_exact_after() {
@@ -95,6 +96,53 @@ began_anew() { grep -q "asks to begin anew" "$run_dir/agent.log" && server_state
 check "it begins anew, and goes on" until_true 60 began_anew
 write_both
 check "begun anew: the next recovery point has both" both_exact_after "$(now)"
+
+# --- a disk grows ----------------------------------------------------------------------------------------------------------
+# grows DEVICE FILE BYTES: and is written past its old end at once.
+grows() {
+    local old
+    old=$(stat -c %s "$2")
+    truncate -s "$3" "$2"
+    losetup -c "$1"
+    dd if=/dev/urandom of="$1" bs=512 seek=$((old / 512)) count=$((($3 - old) / 512)) oflag=direct status=none
+}
+sizes_are() { # AS THE AGENT SAID: BYTES OF vda, OF vdb
+    [ "$(server_json s | python3 -c 'import json, sys; print(*(d["geometry"]["sizeBytes"] for d in json.load(sys.stdin)["disks"]))')" = "$*" ] || { server_json s | json disks; return 1; }
+}
+agent_said() { grep -q -- "$1" "$run_dir/agent.log"; }
+write_both
+before=$(now)
+until_true 90 has_point_after s "$before" || true
+small=$(point_after s "$before")
+cp "$run_dir/second.img" "$run_dir/small.img"
+# 20 MiB and a sector: its last block is not whole, and the next time that grows, too.
+grows "$second_device" "$run_dir/second.img" $(((20 << 20) + 512))
+time=$(now)
+check "a disk grows, and is written past its old end: the agent says so, and what it does" until_true 30 agent_said "disk vdb had 16777216 bytes and has 20972032 now: it is attached anew, and compared with the replica"
+check "a disk grows: the first recovery point after that write has all of it" both_exact_after "$time"
+check "a disk grows: replication goes on by itself" until_true 30 server_state_is s Replicating
+check "a disk grows: the server has its size" sizes_are $((24 << 20)) 20972032
+check "a point from before has the old one, and what was in it" copy_is "$small" vdb "$run_dir/small.img"
+rm -f "$run_dir/small.img"
+grows "$second_device" "$run_dir/second.img" $((21 << 20))
+check "and again, from within a block" both_exact_after "$(now)"
+truncate -s 26M "$disk_file"
+losetup -c "$first_device"
+check "a disk grows and nothing is written there: the next recovery point has its size" until_true 30 sizes_are $((26 << 20)) $((21 << 20))
+check "and is the disk" both_exact_after "$(now)"
+kill -TERM "$agent_pid"
+until_true 30 process_gone "$agent_pid" || true
+grows "$first_device" "$disk_file" $((28 << 20))
+write_both
+start_agent "$first_device" "$second_device"
+check "a disk grows while no agent runs: replication goes on by itself" until_true 90 server_state_is s Replicating
+check "a disk grows while no agent runs: the next recovery point has all of it" both_exact_after "$(now)"
+check "paused" "$afterimage" replication pause s
+grows "$second_device" "$run_dir/second.img" $((22 << 20))
+check "a disk grows while replication is paused: it stays so" stays_paused
+check "resumed" "$afterimage" replication resume s --wait
+check "resumed: the next recovery point has all of it" both_exact_after "$(now)"
+
 # --- a disk turns up on the host -----------------------------------------------------------------------------------------
 head -c 8M /dev/urandom >"$run_dir/third.img"
 attach_loop "$run_dir/third.img"

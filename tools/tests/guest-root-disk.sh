@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # alone
 # tier: guest
-# limit: 1500
-# A whole Debian on its root disk, mounted and busy, followed by the live tap under the unit that systemd gets; it is lost, and comes up elsewhere.
+# limit: 1800
+# A whole Debian on its root disk, mounted and busy, followed by the live tap under the unit that systemd gets; its power fails, and it comes back; it is
+# lost, and comes up elsewhere.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 source "$repository/tools/lib/root-disk.sh"
 
@@ -21,6 +22,7 @@ proofs() {
     "$afterimage" recovery-point list "$server" --json </dev/null |
         python3 -c 'import json, sys; p = json.load(sys.stdin); print(len(p), sum(1 for x in p if (x.get("proof") or {}).get("method") in ("rounds", "freeze")))'
 }
+has_recorded() { [ "$(last_acknowledged "$console")" -ge "$1" ]; }
 machine_time() { at_machine date +%s.%N && machine_time=$said; }
 all_proven() { # but for $1 of them; what proved a point comes with the agent's next report
     read -r count proven < <(proofs) && [ "$((count - proven))" -le "${1:-0}" ]
@@ -46,13 +48,49 @@ goes_on_after_kill() { # NUMBER of restarts until then
 at_machine 'kill -KILL $(systemctl show -p MainPID --value afterimage-agent)'
 check "killed, the agent is back by itself, and nothing is copied again" goes_on_after_kill 1
 
+# --- the power fails, and comes back ---------------------------------------------------------------------------------
+recorded=$(($(last_acknowledged "$console") + 100))
+until_true 120 has_recorded "$recorded" || not_ok "the machine goes on recording" "$(tail -n 3 "$console" | tr '\n' ' ')"
+kill_now "$guest_pid"
+recorded=$(last_acknowledged "$console")
+newest=$(points "$server" | tail -n 1 | cut -d' ' -f2)
+boot_root_disk "switched off in the middle of it all, the machine boots again"
+has_recorded_all() { [ "$(check_field "$line" last)" -ge "$recorded" ] || { echo "acknowledged: $recorded; $line"; return 1; }; }
+check "it has every record that was acknowledged" has_recorded_all
+check "its root file system is whole, and the same units run" as_it_was 2
+# What was followed is gone with the kernel. So that the replica counts again, all of it is compared first.
+compared_first() {
+    local had view state phase seen= end=$((SECONDS + 400))
+    while [ "$SECONDS" -lt "$end" ]; do
+        had=$(point_after "$server" "$newest")
+        sleep 3 # what the agent says of itself is half a second old
+        view=$(server_json "$server")
+        state=$(json state <<<"$view") phase=$(json agent.phase <<<"$view")
+        echo "$state, $phase: $(json agent.fullSyncDoneBytes <<<"$view") of $(json agent.fullSyncTotalBytes <<<"$view") bytes"
+        if [ "$state $phase" = "Initial Full Sync resync" ]; then
+            seen=yes
+            [ -z "$had" ] || { echo "point $had was made before everything was compared"; return 1; }
+        fi
+        [ "$state" != Replicating ] || ! has_point_after "$server" "$newest" || break
+    done
+    [ "$state" = Replicating ] && [ -n "$seen" ] && [ "$(full_syncs)" = $((syncs + 1)) ] || { echo "it is $state, and there were $(full_syncs) full syncs, $syncs before"; return 1; }
+    at_machine 'journalctl -b -u afterimage-agent -o cat --no-pager' && grep -q 'is compared, and only what differs is sent' <<<"$said" && ! grep -q 'followed while no agent ran' <<<"$said" || { echo "$said"; return 1; }
+}
+compare_began=$(now)
+check "its agent is back by itself, and no point is made before the disk has been compared with the replica" compared_first
+view=$(server_json "$server")
+compared=$(($(json agent.resyncComparedBytes <<<"$view") >> 20)) sent=$(($(json agent.sentBytes <<<"$view") >> 20)) compare_seconds=$(since "$compare_began")
+differed=$((compared - ($(json agent.resyncEqualBytes <<<"$view") >> 20)))
+little_sent() { [ "$compared" -gt 300 ] && [ "$differed" -lt 80 ] && [ "$sent" -lt 80 ] || { echo "$compared MiB were compared, $differed MiB differed, $sent MiB were sent"; return 1; }; }
+check "by checksum: only what differs is sent" little_sent
+machine_time
+check "recovery points follow, and are proven" points_follow "$machine_time" 2
 
 # --- disaster and failover -------------------------------------------------------------------------------------------
 # Points are cut by the machine's clock, and acknowledgements received by ours: at most so much is the machine's ahead.
 machine_time
 more=$(($(last_acknowledged "$console") + 100))
-acknowledged_more() { [ "$(last_acknowledged "$console")" -ge "$more" ]; }
-until_true 240 acknowledged_more && points_follow "$machine_time" 1 || not_ok "the machine goes on recording" "$(tail -n 3 "$console" | tr '\n' ' ')"
+until_true 240 has_recorded "$more" && points_follow "$machine_time" 2 || not_ok "the machine goes on recording" "$(tail -n 3 "$console" | tr '\n' ' ')"
 asked=$(now)
 machine_time
 ahead=$(awk -v m="$machine_time" -v a="$asked" 'BEGIN { printf "%.6f", m - a }')
@@ -72,7 +110,7 @@ cut=$(points "$server" | awk -v id="$point" -v ahead="$ahead" '$1 == id { printf
 promised=$(last_acknowledged "$console" "${cut:-0}") last=$(check_field "$line" last) acknowledged=$(last_acknowledged "$console")
 has_all() { [ "$promised" -gt 0 ] && [ "${last:-0}" -ge "$promised" ] || { echo "acknowledged before the cut: $promised; it has ${last:-none}"; return 1; }; }
 check "every record that was acknowledged before the cut is there" has_all
-check "its root file system is writable and whole, and the same units run" as_it_was
+check "its root file system is writable and whole, and the same units run" as_it_was 3
 recovered_console=$(json consolePath <<<"$recovered")
 goes_on() { grep -aq 'AFTERIMAGE-ACK' "$recovered_console"; }
 check "it goes on recording" until_true 180 goes_on
@@ -98,7 +136,8 @@ check "the failover is committed" "$afterimage" failover commit "$server" --yes 
 [ "$failures" = 0 ] || finish
 cat <<SUMMARY
     $(os_release PRETTY_NAME), Linux $(check_field "$first" kernel): the primary was up after $(check_field "$first" uptime) s, the recovered machine after $(check_field "$line" uptime) s
-    first full sync $sync_seconds s; $proven of $count recovery points say how they were proven
+    first full sync $sync_seconds s; after the power cut $compared MiB were compared within $compare_seconds s, of which $differed MiB differed ($sent MiB sent)
+    $proven of $count recovery points say how they were proven
     acknowledged $acknowledged records, $promised before the cut; recovered $last
     RPO $(since "$cut" "$killed") s, RTO $(json rtoSeconds <<<"$recovered") s; the whole test $(since "$seconds_began") s
 SUMMARY

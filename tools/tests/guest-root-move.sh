@@ -3,12 +3,12 @@
 # tier: guest
 # limit: 1500
 # The planned move of a whole Debian that writes to its root disk all the time: its file systems stand still, the machine that comes up elsewhere has every record
-# that was ever acknowledged, and the host that was left writes nothing more until it is switched off.
+# that was ever acknowledged, and the host that was left writes nothing more until it is switched off: its disk and what was moved are then the same, byte by byte.
 source "$(dirname "$(readlink -f "$0")")/../lib/testing.sh"
 source "$repository/tools/lib/root-disk.sh"
 
 make_run_dir
-root_disk_machine guest-root-move
+root_disk_machine guest-root-move --copy-free-space # so that both can be compared whole
 root_disk_agent
 replicates() { "$afterimage" replication start "$server" --wait </dev/null && server_state_is "$server" Replicating; }
 check "it replicates" replicates
@@ -40,15 +40,23 @@ check "the machine records" records_more
 check "the planned move: its own check passes there" moved
 view=$(server_json "$server")
 line=$(json instances.-1.bootLine <<<"$view")
+point=$(json instances.-1.recoveryPoint <<<"$view")
 say "$line"
 check "the host that was left records no more" stands
 check "and its agent still answers" [ "$(json agentConnected <<<"$view")" = True ]
 acknowledged=$(last_acknowledged "$console") last=$(check_field "$line" last)
 has_all() { [ "$acknowledged" -gt 0 ] && [ "${last:-0}" -ge "$acknowledged" ] || { echo "acknowledged: $acknowledged; it has ${last:-none}"; return 1; }; }
 check "every record that was ever acknowledged is there" has_all
-check "its root file system is writable and whole, and the same units run" as_it_was
+check "its root file system is writable and whole, and the same units run" as_it_was 2
 printf 'echo o >/proc/sysrq-trigger\n' >&"$typed"
 check "the host is switched off, as the manual says" until_true 60 process_gone "$guest_pid"
+same_as_disk() {
+    "$afterimage" recovery-point export "$server" "$point" --to raw --output "$run_dir/point.img" --wait </dev/null || return 1
+    for image in disk point; do sha256sum <"$run_dir/$image.img" | tee "$run_dir/$image.sum"; done
+    cmp "$run_dir/disk.sum" "$run_dir/point.sum" || { echo "$(cmp -l "$disk" "$run_dir/point.img" | wc -l) bytes differ; the first: $(cmp "$disk" "$run_dir/point.img")"; return 1; }
+}
+check "the point that was moved and the host's root disk are the same, all of it" same_as_disk
 check "the failover is committed" "$afterimage" failover commit "$server" --yes "$server"
-say "acknowledged $acknowledged records, $last recovered"
+[ "$failures" = 0 ] || finish
+say "acknowledged $acknowledged records, $last recovered; SHA-256 of the root disk, and of its replica: $(cut -d' ' -f1 "$run_dir/point.sum")"
 finish

@@ -50,7 +50,7 @@ final class AgentState: @unchecked Sendable {
             if let before = sizes[name], bytes < before, !acceptsSmaller {
                 throw AgentError(
                     "disk \(name) (\(path)) has \(bytes) bytes now and had \(before) when it was last protected: "
-                        + "is it the right device? (--accept-smaller-disks if it is; its replica is then made anew)")
+                        + "is it the right device? (--accept-smaller-disks if it is; its replica cannot follow, so the server is then added anew)")
             }
             sizes[name] = bytes
         }

@@ -158,6 +158,10 @@ final class LiveTaps: AgentTap {
         repeat {
             if second % Self.secondsBetweenLooks == 0 { try? await blocking { [host] in host.look() } }
             second += 1
+            if let words = await group.changedQueues {
+                logger.warning("\(words): they are attached anew, and compared with the replica")
+                return
+            }
             let resizes = await group.resizes
             if resizes.isEmpty { continue }
             for resize in resizes {

@@ -102,9 +102,10 @@ final class ScriptedSource: EpochSource {
             let limit = scripts.limitSeconds
             let status = try await withThrowingTaskGroup(of: TerminationStatus?.self) { group in
                 group.addTask {
-                    // Cancelled, it is killed.
+                    // Cancelled, it is killed, with all that it has started.
                     try await Subprocess.run(
-                        .path(.init(path)), environment: .inherit.updating(["AFTERIMAGE_PHASE": phase]), output: .discarded, error: .discarded
+                        .path(.init(path)), environment: .inherit.updating(["AFTERIMAGE_PHASE": phase]), platformOptions: .killingChildren(afterSeconds: 1),
+                        output: .discarded, error: .discarded
                     ).terminationStatus
                 }
                 group.addTask {

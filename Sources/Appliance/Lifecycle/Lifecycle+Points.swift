@@ -78,12 +78,13 @@ extension Lifecycle {
                 }
                 guard point.consistency >= wanted else {
                     lesserCount += 1
-                    // Made by the clock, or the attempt failed.
+                    // Cut before the agent knew, or by the clock, or the attempt failed.
                     guard lesserCount < Self.consistentAttemptsMax else {
                         throw ApplianceError.failed(
                             "\(lesserCount) recovery points were made, none of them \(wanted.words): the agent's log says why (\(point.id) is the last, and is \(point.consistency.words))")
                     }
-                    await tell(id, .cutNow(wanted.cut))
+                    // Not at once: scripts are to run once for what was asked for once.
+                    await tell(id, .cutNow(lesserCount % 3 == 0 ? wanted.cut : .crash))
                     continue
                 }
                 do { return try await markOnDemand(point, task) } catch StoreError.unknownRecoveryPoint {

@@ -46,13 +46,7 @@ struct HostScript: Sendable {
 
     /// nil: not in time.
     private func ended(output fd: Int32) async -> Result<TerminationStatus?, any Error> {
-        var options = PlatformOptions()
-        // A session of its own, so that its children are killed with it.
-        options.createSession = true
-        options.teardownSequence = [
-            .send(signal: .terminate, toProcessGroup: true, allowedDurationToNextStep: .seconds(Self.graceSeconds)),
-            .send(signal: .kill, toProcessGroup: true, allowedDurationToNextStep: .milliseconds(100)),
-        ]
+        let options = PlatformOptions.killingChildren(afterSeconds: Self.graceSeconds)
         var variables: [Environment.Key: String?] = [:]
         for (name, value) in environment { variables[.init(stringLiteral: name)] = value }
         let (platform, added) = (options, variables)
@@ -82,5 +76,18 @@ struct HostScript: Sendable {
         var information = stat()
         if fstat(fd, &information) == 0, information.st_size > count { lines.append("(\(information.st_size - count) bytes more are not kept)") }
         return lines
+    }
+}
+
+extension PlatformOptions {
+    /// A session of its own, so that what it has started is ended with it: asked to, and killed some seconds later.
+    static func killingChildren(afterSeconds seconds: Int) -> PlatformOptions {
+        var options = PlatformOptions()
+        options.createSession = true
+        options.teardownSequence = [
+            .send(signal: .terminate, toProcessGroup: true, allowedDurationToNextStep: .seconds(seconds)),
+            .send(signal: .kill, toProcessGroup: true, allowedDurationToNextStep: .milliseconds(100)),
+        ]
+        return options
     }
 }

@@ -27,7 +27,8 @@ struct MountedFileSystem: Equatable {
         return nil
     }
 
-    /// Everything mounted from these devices: each file system once, opened by `open` if that is asked for, those below another mount point first.
+    /// Everything mounted from these devices: each file system once, those below another mount point first, and before all those on loop devices: whoever freezes them in
+    /// this order does not freeze the file that another one is written to.
     static func on(_ devices: Set<DeviceNumber>) -> [MountedFileSystem] {
         var found: [DeviceNumber: MountedFileSystem] = [:]
         for (text, root) in namespaces() {
@@ -37,7 +38,9 @@ struct MountedFileSystem: Equatable {
                 if known == nil || (!known!.isWhole && mount.isWhole) { found[mount.fileNumber] = mount }
             }
         }
-        return found.values.sorted { ($0.mountPoint.utf8.count, $0.mountPoint) > ($1.mountPoint.utf8.count, $1.mountPoint) }
+        let depths = found.mapValues { Sysfs($0.device).loopDepth() }
+        func order(_ fileSystem: MountedFileSystem) -> (Int, Int, String) { (depths[fileSystem.fileNumber] ?? 0, fileSystem.mountPoint.utf8.count, fileSystem.mountPoint) }
+        return found.values.sorted { order($0) > order($1) }
     }
 
     /// The mounts of every mount namespace, with the path by which its root is reached; our own first.

@@ -35,6 +35,18 @@ struct Sysfs {
         return Sysfs(deviceFile: directory + "/../dev") ?? self
     }
 
+    /// How many loop devices lie between it and a disk: on a loop device over a file on a loop device it is two.
+    func loopDepth(atMost limit: Int = 8) -> Int {
+        guard limit > 0 else { return 0 }
+        let disk = disk
+        if let path = disk.attribute("loop/backing_file") {
+            var facts = stat()
+            guard stat(path, &facts) == 0 else { return 1 }
+            return 1 + Sysfs(DeviceNumber(facts.st_dev)).loopDepth(atMost: limit - 1)
+        }
+        return disk.slaves.map { $0.loopDepth(atMost: limit - 1) }.max() ?? 0
+    }
+
     /// Whether the device can unmap what it is told to zero.
     var canPunchHoles: Bool {
         let queue = disk.directory + "/queue/"

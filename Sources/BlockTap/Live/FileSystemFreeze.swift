@@ -10,6 +10,7 @@ package struct FileSystemFreeze: ~Copyable {
     private let isFrozen: [Bool]
     private let guardian: [Int32]
     private let began: UInt64
+    private static let syncsMax = 5
     /// Mounted on these, and of a kind that cannot be frozen (vfat): only written out.
     package let unfreezable: [String]
 
@@ -54,10 +55,20 @@ package struct FileSystemFreeze: ~Copyable {
         return opened.first { clivetap_is_frozen($0.fd) == 0 }?.mountPoint
     }
 
-    /// Takes the descriptors over. What is dirty is written out first, so that the freeze itself is short.
+    /// Takes the descriptors over. What is dirty is written out first, so that the freeze itself is short: what is written meanwhile is written out inside the freeze,
+    /// where nobody can end it, so that must be little.
     static func hold(_ opened: [(fd: Int32, mountPoint: String)], limitMilliseconds: Int) throws(SystemError) -> FileSystemFreeze {
         let fds = opened.map(\.fd)
-        for fd in fds { _ = clivetap_sync(fd) }                    // a failure shows in the freeze
+        var tries = 0
+        while case let synced = LiveReconciliation.now(), !fds.isEmpty {
+            for fd in fds { _ = clivetap_sync(fd) }                // a failure shows in the freeze
+            tries += 1
+            if LiveReconciliation.now() - synced < UInt64(limitMilliseconds) * 500_000 { break }
+            guard tries < Self.syncsMax else {
+                for fd in fds { close(fd) }
+                throw SystemError(errno: EBUSY, what: "cannot freeze \(opened.map(\.mountPoint).joined(separator: ", ")): so much is written there that writing it out takes more than half of the limit of \(limitMilliseconds) ms")
+            }
+        }
         var guardian: [Int32] = [0, 0]
         var isFrozen = Array(repeating: false, count: fds.count)
         var failed: Int32 = 0

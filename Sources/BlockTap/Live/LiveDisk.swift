@@ -13,8 +13,8 @@ struct LiveDisk {
     /// Hardware queues, and tags of each: a write in flight has one of them.
     let queueCount: Int
     let tagCount: Int
-    /// A processor of each hardware queue.
-    let processors: [Int]
+    /// Those whose requests go to each hardware queue.
+    let processors: [Int: [Int]]
     /// Tells this disk from another one that had its number before (Linux 5.15; 0 when the kernel does not say).
     let sequence: UInt64
     /// `/sys/dev/block/…/stat`, open.
@@ -34,8 +34,9 @@ struct LiveDisk {
         device = try BlockDevice.open(path: path, access: .readOnly, exclusive: false)
         queueCount = queues.count
         tagCount = queues.compactMap { fileText("\(sysfs.directory)/mq/\($0)/nr_tags").flatMap { Int($0.trimmingNewline) } }.max() ?? 0
-        processors = queues.compactMap { queue in
-            fileText("\(sysfs.directory)/mq/\(queue)/cpu_list").flatMap { $0.split(whereSeparator: { !$0.isNumber }).first.flatMap { Int($0) } }
+        processors = queues.reduce(into: [:]) { processors, queue in
+            guard let number = Int(queue), let list = fileText("\(sysfs.directory)/mq/\(queue)/cpu_list") else { return }
+            processors[number] = list.split(whereSeparator: { !$0.isNumber }).compactMap { Int($0) }
         }
         sequence = fileText(sysfs.directory + "/diskseq").flatMap { UInt64($0.trimmingNewline) } ?? 0
         guard tagCount > 0 else { throw refuse("its queues have no tags") }

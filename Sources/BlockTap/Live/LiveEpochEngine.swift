@@ -102,6 +102,8 @@ package final class LiveEpochEngine {
         reconciliation = LiveReconciliation(maps: maps, disks: disks, reader: reader)
         stage = try LiveStage(blockCount: configuration.stagingBytesMax / blockBytes)
         isFresh = !attachment.wasAdopted || maps.state.pointee.is_synced == 0
+        // Also when an earlier process has left a fault behind.
+        drop(configuration.drops)
         if attachment.wasAdopted {
             for disk in self.disks { maps.collectOutstanding(disk: disk.index, into: disk.dirty) }
         } else {
@@ -125,7 +127,7 @@ package final class LiveEpochEngine {
     func resync(_ reason: String) {
         figures.resyncCount += 1
         figures.resyncReason = reason
-        onEvent?("writes were missed, the disks are copied again: \(reason)")
+        onEvent?("writes were missed, the disks are compared with the replica, or copied again: \(reason)")
         reconciliation.calibrate()
         beginFullSync()
     }
@@ -201,11 +203,12 @@ package final class LiveEpochEngine {
         return time
     }
 
+    /// `dirty` has by now what was taken and what was carried so far: each write in flight is marked there, or in a buffer that the next cut takes.
     private func takeCarried() {
         for disk in disks {
             disk.dirty.formUnion(disk.carried)
             disk.carried.clearAll()
-            if !faults.contains(.forgetInFlightAtCut) { maps.collectInFlight(disk: disk.index, blockCount: disk.disk.blockCount, into: disk.carried) }
+            if !faults.contains(.forgetInFlightAtCut) { maps.collectInFlight(disk: disk.index, blockCount: disk.disk.blockCount, marked: disk.dirty, into: disk.carried) }
         }
     }
 
@@ -364,6 +367,7 @@ package final class LiveEpochEngine {
             s.droppedIssueCount += counters.dropped_issues
             s.droppedCompletionCount += counters.dropped_completions
         }
+        s.skippedProgramCount = recursionMisses.values.reduce(0, +)
         s.bitmapBytes = UInt64(maps.bitmapBytes)
         return s
     }
@@ -378,6 +382,9 @@ package final class LiveEpochEngine {
             return LiveTapResize(disk: disk.disk.name, fromBytes: disk.disk.geometry.sizeBytes, toBytes: size, writesBeyondCount: beyond)
         }
     }
+
+    /// Words when what is attached is no longer what the disks are, but for their sizes.
+    package var changedQueues: String? { disks.lazy.compactMap { self.reconciliation.changedQueues($0.index) }.first }
 
     private func lookForResizes() {
         for resize in resizes where resize.fromBytes != resize.toBytes {
@@ -416,10 +423,10 @@ extension LiveEpochEngine {
         return [hex[0..<4], hex[4..<6], hex[6..<8], hex[8..<10], hex[10..<16]].map { $0.joined() }.joined(separator: "-")
     }
 
-    func drop(issues: (period: UInt64, burst: UInt64), completions: (period: UInt64, burst: UInt64)) {
-        maps.state.pointee.drop_issue_burst = issues.burst
-        maps.state.pointee.drop_issue_period = issues.period
-        maps.state.pointee.drop_complete_burst = completions.burst
-        maps.state.pointee.drop_complete_period = completions.period
+    func drop(_ drops: LiveTapDrops) {
+        maps.state.pointee.drop_issue_burst = drops.issues.burst
+        maps.state.pointee.drop_issue_period = drops.issues.period
+        maps.state.pointee.drop_complete_burst = drops.completions.burst
+        maps.state.pointee.drop_complete_period = drops.completions.period
     }
 }

@@ -77,12 +77,25 @@ final class LiveReconciliation {
         clivetap_load_word(UnsafeRawPointer(disk).advanced(by: MemoryLayout<clivetap_disk>.offset(of: field)!).assumingMemoryBound(to: UInt64.self))
     }
 
-    /// Looks until every disk was seen to agree, for at most `milliseconds`.
+    /// One disk's looks of one verdict.
+    private struct Looks {
+        /// When it was first seen to agree, in a row.
+        var agreedSince: UInt64?
+        /// … because the driver had no write, and these were the events so far.
+        var quietEvents: UInt64?
+        /// A sharp look had something in slots that nothing explains.
+        var hasLeftOver = false
+        /// Too low, always by as much: since when, and how often.
+        var negative: (excess: Int64, since: UInt64, count: Int) = (0, 0, 0)
+    }
+
+    /// Looks until every disk was seen to agree, for at most `milliseconds`: twice, a millisecond apart. (Between the program and the kernel's account a
+    /// completion is in neither, for nanoseconds, and could make up for a write that was missed.)
     func verdict(withinMilliseconds milliseconds: Int) -> Verdict {
         let deadline = Self.now() + UInt64(milliseconds) * 1_000_000
         var open = Array(disks.indices)
-        var negative = Array(repeating: (excess: Int64(0), count: 0), count: disks.count)
-        var looks = 0
+        var looks = Array(repeating: Looks(), count: disks.count)
+        var turn = 0
         var wasSharp = false
         while true {
             for index in open {
@@ -92,25 +105,15 @@ final class LiveReconciliation {
                 if sample.floor > 0 { return .missed("\(disks[index].name): \(sample.floor) sectors were written and not seen to be issued") }
                 guard sample.isSharp else { continue }
                 wasSharp = true
-                if sample.excess == 0 {
-                    open.removeAll { $0 == index }
-                } else if sample.excess < 0, UInt64(-sample.excess) <= maps.disks[index].baseline_slack {
-                    // A baseline taken while completions were unseen is too high. (A completion on its way from the program to the
-                    // kernel's account looks the same, but lasts nanoseconds, not several looks.)
-                    negative[index] = sample.excess == negative[index].excess ? (sample.excess, negative[index].count + 1) : (sample.excess, 1)
-                    if negative[index].count == 4, disks[index].statistics.isKept {
-                        maps.disks[index].baseline_sectors += sample.excess
-                        maps.disks[index].baseline_slack -= UInt64(-sample.excess)
-                        negative[index] = (0, 0)
-                    }
-                }
+                if agrees(index, sample, &looks[index]) { open.removeAll { $0 == index } }
             }
             if open.isEmpty {
                 openStreak = 0
                 return .exact
             }
-            looks += 1
-            if Self.now() > deadline {
+            turn += 1
+            let now = Self.now()
+            if now > deadline {
                 openCount += 1
                 if wasSharp { openStreak += 1 }
                 guard openStreak > Self.openStreakMax else { return .open }
@@ -118,29 +121,73 @@ final class LiveReconciliation {
                 let names = open.map { disks[$0].name + (disks[$0].statistics.isKept ? "" : " (its I/O statistics are off)") }
                 return .missed("\(names.joined(separator: ", ")): what was seen and the kernel's account have not agreed for long")
             }
-            if looks % 16 == 8 { for index in open { useAllTags(index) } }
+            if open.allSatisfy({ looks[$0].agreedSince != nil }) {
+                usleep(UInt32(Self.apartNanoseconds / 1000 / 4))
+            } else if turn % 16 == 8 {
+                for index in open where looks[index].hasLeftOver { useTags(index, of: maps.queuesInFlight(disk: index), until: deadline) }
+            }
         }
+    }
+
+    private static let apartNanoseconds: UInt64 = 1_000_000
+
+    /// Of a sharp look: whether it is one of two that agree.
+    private func agrees(_ index: Int, _ sample: Sample, _ looks: inout Looks) -> Bool {
+        let now = Self.now()
+        var quiet: UInt64?
+        if sample.excess > 0, sample.floor == 0 {
+            // What is in slots has ended unseen if the driver has no write, and goes on having none.
+            let events = events(index)
+            if disks[index].statistics.writesInFlight() == 0, events == self.events(index) { quiet = events }
+        }
+        if sample.excess == 0 || quiet != nil {
+            if looks.agreedSince == nil || quiet != looks.quietEvents { (looks.agreedSince, looks.quietEvents) = (now, quiet) }
+            return now - looks.agreedSince! >= Self.apartNanoseconds
+        }
+        looks.agreedSince = nil
+        if sample.excess > 0 { looks.hasLeftOver = true }
+        if sample.excess < 0, UInt64(-sample.excess) <= maps.disks[index].baseline_slack {
+            // A baseline taken while completions were unseen is too high. (A completion on its way from the program to the kernel's account looks the
+            // same, but does not last.)
+            looks.negative = sample.excess == looks.negative.excess ? (sample.excess, looks.negative.since, looks.negative.count + 1) : (sample.excess, now, 1)
+            if looks.negative.count >= 4, now - looks.negative.since >= 5 * Self.apartNanoseconds, disks[index].statistics.isKept {
+                maps.disks[index].baseline_sectors += sample.excess
+                maps.disks[index].baseline_slack -= UInt64(-sample.excess)
+                looks.negative = (0, 0, 0)
+            }
+        }
+        return false
     }
 
     private func missing(_ index: Int) -> String? {
         let disk = maps.disks[index], name = disks[index].name
         let unmatched = disk.unmatched - disk.baseline_unmatched
         if unmatched > 0 { return "\(name): \(unmatched) writes ended that were not seen to be issued" }
-        if disk.unslotted > 0 { return "\(name): \(disk.unslotted) writes had a tag past \(disk.queue_count) queues of \(disk.tag_count) (were its queues changed?)" }
+        // Nobody knows which blocks, and the kernel's account leaves such commands out.
+        let undescribed = disk.undescribed - disk.baseline_undescribed
+        if undescribed > 0 { return "\(name): it was sent a command past the block layer (SG_IO, NVMe pass-through), and what that wrote is not known" }
         return nil
     }
 
     /// Nothing was missed of what is followed, but that is not the whole disk any more. (The last block may have been a part of one.)
     private func outgrown(_ index: Int) -> String? {
+        if let words = changedQueues(index) { return "\(words): no point is proven until the tap is attached again" }
         let disk = disks[index], beyond = maps.disks[index].beyond, size = disk.sizeBytesNow
         let hasNewPart = size > disk.geometry.sizeBytes && disk.geometry.sizeBytes % UInt64(blockBytes) != 0
         guard beyond > 0 || hasNewPart else { return nil }
         return "\(disk.name): \(beyond) writes past its end as it was when the tap was attached (\(disk.geometry.sizeBytes) bytes, now \(size)): no point is proven until the tap is attached again"
     }
 
+    /// Words when a disk has more hardware queues, or tags, than when the tap was attached: what is in flight there is not known.
+    func changedQueues(_ index: Int) -> String? {
+        let disk = maps.disks[index]
+        guard disk.unslotted > 0 else { return nil }
+        return "\(disks[index].name): \(disk.unslotted) writes went by queues or tags that it did not have when the tap was attached (\(disk.queue_count) queues of \(disk.tag_count))"
+    }
+
     /// As many small reads at once as the disk has tags: a tag that a read has got is not a write's any more, and its slot is freed. Once per hardware queue, on a
     /// processor that uses it.
-    func useAllTags(_ index: Int) {
+    private func useTags(_ index: Int, of queues: [Int], until deadline: UInt64) {
         flushCount += 1
         let disk = disks[index]
         let count = min(disk.tagCount, LiveReader.depthMax)
@@ -153,9 +200,11 @@ final class LiveReconciliation {
                 lengthBytes: length, memory: probeMemory + i * length)
         }
         defer { _ = clivetap_run_on(-1) }
-        for processor in disk.processors {
-            if disk.processors.count > 1, clivetap_run_on(Int32(processor)) < 0 { continue }
+        for queue in queues {
+            // Not every one of them may be ours to use, or be there now.
+            if disk.queueCount > 1, !(disk.processors[queue] ?? []).contains(where: { clivetap_run_on(Int32($0)) == 0 }) { continue }
             reader.read(ranges, depth: count) { _, _ in }
+            if Self.now() > deadline { return }
         }
     }
 
@@ -165,7 +214,7 @@ final class LiveReconciliation {
         let deadline = Self.now() + Self.settleNanoseconds
         for index in disks.indices {
             while !maps.isEveryTagSeen(disk: index), disks[index].statistics.writesInFlight() != 0, Self.now() < deadline {
-                useAllTags(index)
+                useTags(index, of: Array(0..<disks[index].queueCount), until: deadline)
                 usleep(1000)
             }
         }
@@ -176,20 +225,24 @@ final class LiveReconciliation {
     /// not there any more at the second one.
     func calibrate() {
         for index in disks.indices {
+            let deadline = Self.now() + Self.settleNanoseconds
             var last: Int64?
-            for look in 0..<200 {
-                if look % 16 == 0 { useAllTags(index) }
+            var look = 0
+            repeat {
+                if look % 64 == 0, maps.sectorsInFlight(disk: index) > 0 { useTags(index, of: maps.queuesInFlight(disk: index), until: deadline) }
+                look += 1
                 let sample = sample(index)
                 guard sample.isSharp else { continue }
                 let baseline = maps.disks[index].baseline_sectors + sample.excess
                 if baseline == last { break }
                 last = baseline
                 usleep(1000)
-            }
+            } while look < 200 || last == nil && Self.now() < deadline
+            // Without any, the next verdict is that something was missed, and it is tried again.
             if let last { maps.disks[index].baseline_sectors = last }
-            maps.disks[index].baseline_slack = UInt64(maps.sectorsInFlight(disk: index))
+            maps.disks[index].baseline_slack = UInt64(max(0, maps.sectorsInFlight(disk: index)))
             maps.disks[index].baseline_unmatched = maps.disks[index].unmatched
-            maps.disks[index].unslotted = 0
+            maps.disks[index].baseline_undescribed = maps.disks[index].undescribed
         }
     }
 

@@ -97,6 +97,10 @@ final class LiveTapAttachment {
             guard fd >= 0 else { return nil }
             fds[name] = fd
         }
+        guard try LiveTapMaps.areOurs(state: fds["state"]!, disks: fds["disks"]!, slots: fds["slots"]!, summary: fds["summary"]!) else {
+            close(fds["chunks"]!)
+            return nil
+        }
         let links = openLinks(directory)
         guard !links.contains(where: { $0 < 0 }) else {
             for link in links where link >= 0 { close(link) }
@@ -109,7 +113,7 @@ final class LiveTapAttachment {
             disks.indices.allSatisfy({ index in
                 let known = maps.disks[index], disk = disks[index]
                 return known.device == disk.kernelNumber && known.block_count == disk.blockCount && Int(known.queue_count) == disk.queueCount
-                    && Int(known.tag_count) == disk.tagCount && known.disk_sequence == disk.sequence && known.beyond == 0
+                    && Int(known.tag_count) == disk.tagCount && known.disk_sequence == disk.sequence && known.beyond == 0 && known.unslotted == 0
             })
         else {
             for link in links { close(link) }

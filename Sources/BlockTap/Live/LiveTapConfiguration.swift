@@ -35,7 +35,16 @@ public struct LiveTapConfiguration: Sendable {
     public var freezeMilliseconds = 500
     /// Whether a full sync leaves out what mounted file systems (ext4, XFS) have free. The replica then differs from the disk there.
     public var skipsFreeSpace = true
+    /// For tests: what the program in the kernel is not to see.
+    package var drops = LiveTapDrops()
     public init() {}
+}
+
+/// A deliberate fault: events are dropped while clock % period < burst; nanoseconds, 0: none.
+package struct LiveTapDrops: Sendable {
+    package var issues: (period: UInt64, burst: UInt64) = (0, 0)
+    package var completions: (period: UInt64, burst: UInt64) = (0, 0)
+    package init() {}
 }
 
 /// A disk whose size is not what it was when the tap was attached.
@@ -82,9 +91,14 @@ public struct LiveTapStatistics: Sendable, Codable, Hashable {
     public var completedCount: UInt64 = 0
     /// Completions that the kernel did not show to the program (their tags were used again, or their writes' slots are still in use).
     public var unseenCompletionCount: UInt64 = 0
+    /// Programs that the kernel skipped because they would have interrupted themselves; what one copy of the issue program misses, the others see.
+    public var skippedProgramCount: UInt64?
+    /// By deliberate fault.
     public var droppedIssueCount: UInt64 = 0
     public var droppedCompletionCount: UInt64 = 0
+    /// Writes that ended without their issue having been seen.
     public var unmatchedCount: UInt64 = 0
+    /// Pass-through commands that may have written, seen at their issue and at their end. After each the disks are compared.
     public var undescribedCount: UInt64 = 0
     public var bitmapBytes: UInt64 = 0
     public init() {}

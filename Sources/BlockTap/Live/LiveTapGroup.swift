@@ -167,6 +167,14 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         }
     }
 
+    /// Words when a disk has got more hardware queues than when the tap was attached: nothing is proven until it is attached again.
+    public var changedQueues: String? {
+        get async {
+            let engine = engine
+            return await loop.runUnlessShutDown { engine.engine.changedQueues } ?? nil
+        }
+    }
+
     /// How often the kernel skipped a copy of a program that would have interrupted itself.
     public var recursionMisses: [String: UInt64] {
         get async {
@@ -197,7 +205,10 @@ public final class LiveTapGroup: EpochSource, @unchecked Sendable {
         let engine = engine
         await loop.run {
             engine.engine.faults = faults
-            engine.engine.drop(issues: issues, completions: completions)
+            var drops = LiveTapDrops()
+            drops.issues = issues
+            drops.completions = completions
+            engine.engine.drop(drops)
             engine.engine.whileFrozen = whileFrozen
         }
     }

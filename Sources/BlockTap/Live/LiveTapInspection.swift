@@ -78,11 +78,12 @@ extension LiveDisk {
     static func refusal(of device: Sysfs) -> String? {
         let disk = device.disk
         if disk.number != device.number { return "it is a partition of \(disk.path) (follow the whole disk)" }
-        if device.attribute("hidden") == "1" { return "it is one path of an NVMe disk that has several (follow the disk itself)" }
+        if device.attribute("hidden") == "1" { return "it is one path of an NVMe disk that has several \(nvmeAdvice)" }
         if let multipath = device.multipath {
             return "it is one path of the multipath disk \(multipath.path), and writes by the others would not be seen (follow \(multipath.path))"
         }
         guard !directoryEntries(device.directory + "/mq").isEmpty else {
+            if device.name?.hasPrefix("nvme") == true { return "it is an NVMe disk that the kernel puts together from its paths, and is not request-based \(nvmeAdvice)" }
             let below = followable(for: device)
             let advice = below.isEmpty ? "" : " (follow what is underneath: \(below.map(\.path).joined(separator: ", ")))"
             return "\(device.kind.words) and is not request-based\(advice)"
@@ -93,6 +94,9 @@ extension LiveDisk {
         }
         return nil
     }
+
+    /// The kernel does so with every NVMe disk whose controller says that it may have several paths, also if it has one.
+    private static let nvmeAdvice = "(with nvme_core.multipath=N on the kernel's command line its disks can be followed)"
 
     /// Why it cannot be opened, in the same words: seen only by trying.
     static func openRefusal(path: String) -> String? {

@@ -31,11 +31,11 @@ final class LiveTapMaps {
     /// The descriptors stay the caller's, but for `chunks`, which is closed with this object.
     init(state: Int32, disks: Int32, slots: Int32, summary: Int32, chunks: Int32) throws(SystemError) {
         func map<T>(_ fd: Int32, _ type: T.Type) throws(SystemError) -> (UnsafeMutablePointer<T>, Int) {
-            let count = try Self.entries(of: fd)
+            let count = try Self.entries(of: fd).count
             return (try Self.mapped(fd, bytes: count * MemoryLayout<T>.stride).bindMemory(to: T.self, capacity: count), count)
         }
         chunksFD = chunks
-        self.chunks = Array(repeating: nil, count: try Self.entries(of: chunks))
+        self.chunks = Array(repeating: nil, count: try Self.entries(of: chunks).count)
         (self.state, _) = try map(state, clivetap_state.self)
         (self.disks, _) = try map(disks, clivetap_disk.self)
         (self.slots, slotCount) = try map(slots, clivetap_slot.self)
@@ -44,7 +44,7 @@ final class LiveTapMaps {
             (UnsafeMutableRawPointer(self.state), MemoryLayout<clivetap_state>.stride),
             (UnsafeMutableRawPointer(self.disks), Int(CLIVETAP_DISKS_MAX) * MemoryLayout<clivetap_disk>.stride),
             (UnsafeMutableRawPointer(self.slots), slotCount * MemoryLayout<clivetap_slot>.stride),
-            (UnsafeMutableRawPointer(self.summary), try Self.entries(of: summary) * 8),
+            (UnsafeMutableRawPointer(self.summary), try Self.entries(of: summary).count * 8),
         ]
     }
 
@@ -53,11 +53,18 @@ final class LiveTapMaps {
         close(chunksFD)
     }
 
-    private static func entries(of fd: Int32) throws(SystemError) -> Int {
-        var count: UInt32 = 0
-        let result = clivetap_map_entries(fd, &count)
+    private static func entries(of fd: Int32) throws(SystemError) -> (count: Int, bytes: Int) {
+        var count: UInt32 = 0, bytes: UInt32 = 0
+        let result = clivetap_map_entries(fd, &count, &bytes)
         guard result == 0 else { throw SystemError(errno: -result, doing: "read a map of the live tap") }
-        return Int(count)
+        return (Int(count), Int(bytes))
+    }
+
+    /// Whether these maps have the form that this program expects (another version's may not).
+    static func areOurs(state: Int32, disks: Int32, slots: Int32, summary: Int32) throws(SystemError) -> Bool {
+        let forms = (try entries(of: state), try entries(of: disks), try entries(of: slots), try entries(of: summary))
+        return forms.0 == (1, MemoryLayout<clivetap_state>.stride) && forms.1 == (Int(CLIVETAP_DISKS_MAX), MemoryLayout<clivetap_disk>.stride)
+            && forms.2.bytes == MemoryLayout<clivetap_slot>.stride && forms.3.bytes == 8
     }
 
     private static func mapped(_ fd: Int32, bytes: Int) throws(SystemError) -> UnsafeMutableRawPointer {
@@ -216,18 +223,35 @@ final class LiveTapMaps {
 
     // MARK: In flight
 
-    /// The blocks of every write that was issued and is not known to have ended.
-    func collectInFlight(disk: Int, blockCount: UInt64, into blocks: BlockBitmap) {
+    /// The blocks of every write that was issued and is not known to have ended. `marked`: every block that has a mark of such a write, unless that is in a
+    /// buffer which is still to be taken. A discard of many ranges has only what they span in its slot, which may be the whole disk: of that, the marked ones.
+    func collectInFlight(disk: Int, blockCount: UInt64, marked: BlockBitmap, into blocks: BlockBitmap) {
         forEachSlot(disk) { slot in
             guard slot.sectors != 0, slot.first < blockCount, slot.last >= slot.first else { return }
-            blocks.set(first: slot.first, length: min(slot.last, blockCount - 1) - slot.first + 1)
+            let length = min(slot.last, blockCount - 1) - slot.first + 1
+            if slot.last - slot.first <= UInt64(slot.sectors) / UInt64(blockBytes / 512) + 1 { return blocks.set(first: slot.first, length: length) }
+            var position = slot.first
+            while position < slot.first + length, let block = marked.nextSet(from: position), block < slot.first + length {
+                let run: UInt64 = marked.runLength(first: block, limit: slot.first + length - block)
+                blocks.set(first: block, length: run)
+                position = block + run
+            }
         }
     }
 
-    func sectorsInFlight(disk: Int) -> Int64 {
-        var sum: Int64 = 0
-        forEachSlot(disk) { sum += Int64($0.sectors) }
-        return sum
+    /// Of every write that was issued and is not known to have ended, as the program keeps the sum.
+    func sectorsInFlight(disk: Int) -> Int64 { Int64(bitPattern: clivetap_load_word(sectorsPointer(disk))) }
+
+    private func sectorsPointer(_ disk: Int) -> UnsafePointer<UInt64> {
+        UnsafeRawPointer(disks + disk).advanced(by: MemoryLayout<clivetap_disk>.offset(of: \.slot_sectors)!).assumingMemoryBound(to: UInt64.self)
+    }
+
+    /// Hardware queues with a tag that is in use, as far as is known.
+    func queuesInFlight(disk: Int) -> [Int] {
+        let first = Int(disks[disk].slot_base), tags = Int(disks[disk].tag_count)
+        return (0..<Int(disks[disk].queue_count)).filter { queue in
+            (first + queue * tags..<first + (queue + 1) * tags).contains { slots[$0].sectors != 0 }
+        }
     }
 
     /// Whether every tag has been issued since the tap was attached: then every write issued before that has ended.

@@ -30,7 +30,7 @@ int clivetap_create_words(uint32_t count);                         // an mmap-ab
 int clivetap_put(int map, uint32_t key, uint32_t value);           // value: a descriptor, for maps of maps
 int clivetap_look_up(int map, uint32_t key, uint32_t *value);      // value: an identifier, for maps of maps
 int clivetap_map_by_id(uint32_t id);
-int clivetap_map_entries(int map, uint32_t *entries);
+int clivetap_map_entries(int map, uint32_t *entries, uint32_t *value_bytes);
 // How often the kernel skipped the program behind this link because it would have interrupted itself.
 int clivetap_recursion_misses(int link, uint64_t *misses);
 

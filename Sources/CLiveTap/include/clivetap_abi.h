@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define CLIVETAP_ABI 2
+#define CLIVETAP_ABI 3
 #define CLIVETAP_MAGIC 0x3170615465766941ULL                      // "AiveTap1"
 #define CLIVETAP_DISKS_MAX 64
 #define CLIVETAP_COPIES 3                                          // of the issue program
@@ -48,22 +48,25 @@ struct clivetap_disk {
     __u32 chunk_base, chunk_count;
     __u32 slot_base, queue_count, tag_count;                       // slot = slot_base + queue × tag_count + tag
     __u64 block_count;
-    // Counters: only ever grow.
+    // Counters: only ever grow, but for slot_sectors. Each of `issued`, `completed`, `overwritten`, `overtaken`, `unmatched` and `requeued` before the sums that
+    // it changes, and `issued` after its slot (LiveReconciliation.swift reads them in the other order).
     __u64 issued, issued_sectors;
     __u64 completed, completed_sectors;                            // whole requests whose issue was seen
     __u64 partial;                                                 // completions of a part
     __u64 overwritten;                                             // a write found its slot in use: a completion was never seen
     __u64 overtaken;                                               // a read found its slot in use: likewise
     __u64 unmatched, unmatched_sectors;                            // completions of what was never seen to be issued
-    __u64 requeued, requeued_sectors;
+    __u64 requeued, requeued_sectors;                              // of those that had been issued
     __u64 unslotted;                                               // issued with a tag that has no slot
     __u64 beyond;                                                  // writes past the disk's end as it was attached
-    __u64 undescribed;                                             // pass-through requests that may have written
+    __u64 undescribed;                                             // pass-through requests that may have written: at their issue, and again at their end
     __u64 dropped_issues, dropped_completions;                     // by deliberate fault
+    __s64 slot_sectors;                                            // the sum of `sectors` of its slots
     // Ours only: the kernel's sectors written and discarded minus `issued_sectors` when nothing was in flight.
     __s64 baseline_sectors;
     __u64 baseline_slack;                                          // sectors in slots then: by as much it may be too high
     __u64 baseline_unmatched;
+    __u64 baseline_undescribed;
     __u64 disk_sequence;                                           // /sys/block/*/diskseq: tells a disk from its successor
 };
 
@@ -83,7 +86,7 @@ struct clivetap_slot {
 static_assert(sizeof(struct clivetap_slot) == 64, "");
 #else
 _Static_assert(sizeof(struct clivetap_slot) == 64, "shared with a program in the kernel");
-_Static_assert(sizeof(struct clivetap_disk) == 192, "shared with a program in the kernel");
+_Static_assert(sizeof(struct clivetap_disk) == 208, "shared with a program in the kernel");
 _Static_assert(sizeof(struct clivetap_state) == 104, "shared with a program in the kernel");
 #endif
 #endif

@@ -34,9 +34,13 @@ extension SenderLoop {
 
     func cutNow(_ consistency: CutConsistency) {
         isCutRequested = true
-        if consistency.rawValue > wantedConsistency.rawValue { wantedConsistency = consistency }
+        want(consistency)
         source.hurry()
         scheduleCut()
+    }
+
+    private func want(_ consistency: CutConsistency) {
+        if consistency.rawValue > wantedConsistency.rawValue { wantedConsistency = consistency }
     }
 
     /// Cuts now if it is time and the epochs before allow it; otherwise whatever it waits for calls again.
@@ -52,16 +56,30 @@ extension SenderLoop {
         isCutInFlight = true
         nextCut = .now() + .milliseconds(Int64(order.epochMilliseconds))
         let (consistency, opensResync) = (wantedConsistency, canCompare && resync == .off)
+        // What is asked for from now on is for the next one.
+        wantedConsistency = .crash
         Task { [self] in
             // Asked before: a source that begins a full sync of its own accord does it within a cut, whose epoch is none of that yet.
             let isFullSync = await source.needsFuzzyCut
-            if isFullSync, opensResync { return eventLoop.execute { [self] in openResync() } }
+            if isFullSync, opensResync {
+                return eventLoop.execute { [self] in
+                    want(consistency)
+                    openResync()
+                }
+            }
             do {
                 let cut = try await source.cut(fuzzyBytesMax: Self.fuzzyBytesMax, consistency: consistency)
                 let needsMore = await source.needsFuzzyCut
-                eventLoop.execute { [self] in didCut(cut, isFullSync: isFullSync, needsMore: needsMore) }
+                eventLoop.execute { [self] in
+                    // Not proven: it is still owed.
+                    if cut.kind == .fuzzy { want(consistency) }
+                    didCut(cut, isFullSync: isFullSync, needsMore: needsMore)
+                }
             } catch {
-                eventLoop.execute { [self] in didNotCut(error) }
+                eventLoop.execute { [self] in
+                    want(consistency)
+                    didNotCut(error)
+                }
             }
         }
     }
@@ -82,7 +100,7 @@ extension SenderLoop {
         } else {
             endResync(handler)
             // What a source could not prove is sent all the same, and is no reason to hurry: the next one may be.
-            if cut.kind == .fuzzy { base.read { $0.unprovenEpochs += 1 } } else if !isCutRequested { wantedConsistency = .crash }
+            if cut.kind == .fuzzy { base.read { $0.unprovenEpochs += 1 } }
         }
         draining = cut
         epochDataBytes = 0

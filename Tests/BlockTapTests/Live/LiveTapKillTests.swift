@@ -76,6 +76,28 @@ struct FileSystemFreezeTests {
         print("thawed \(ContinuousClock.now - began) after \(isKilled ? "the process was killed" : "freezing")")
         if !isKilled { holder.kill() }
     }
+
+    @Test("A file system on a loop device whose file is on another one is frozen before that; in the other order, where a freeze cannot end, both are thawed")
+    func loopOnAnother() throws {
+        let bed = try LiveTapBed(disks: 1, bytes: 96 << 20)
+        let outer = try MountPoint(), inner = try MountPoint()
+        try Program.run(["mkfs.ext4", "-q", bed.loops[0].path])
+        try Program.run(["mount", bed.loops[0].path, outer.path])
+        let file = outer.path + "/inner"
+        try Program.run(["truncate", "--size=32M", file])
+        let device = try Program.run(["losetup", "--find", "--show", file]).trimmingCharacters(in: .whitespacesAndNewlines)
+        defer { _ = try? Program.run(["losetup", "--detach", device]) }
+        try Program.run(["mkfs.ext4", "-q", device])
+        try Program.run(["mount", device, inner.path])
+        defer { _ = try? inner.unmount() }
+        let devices = Set([bed.loops[0].path, device].compactMap { DeviceNumber(path: $0) })
+        #expect(MountedFileSystem.on(devices).map(\.mountPoint) == [inner.path, outer.path])
+        let holder = try HeldTap(bed, environment: ["FREEZE": "\(outer.path):\(inner.path)"])
+        defer { holder.kill() }
+        holder.tell("z")
+        #expect(try holder.isFrozen())
+        try Program.run(["timeout", "30", "touch", inner.path + "/a", outer.path + "/a"])
+    }
 }
 
 /// `live-tap-holder` on a bed's disks, its epochs applied to the bed's images.

@@ -1,3 +1,4 @@
+import CLiveTap
 import Foundation
 import Testing
 
@@ -48,6 +49,69 @@ struct LiveTapTests {
         }
         try await finish(bed, writers)
         await report("loss and take-over", bed, writers, 0)
+    }
+
+    @Test("What another version of the program left is not taken over: everything is copied again, and nothing is proven before", arguments: [false, true])
+    func anotherVersion(hasOtherForm: Bool) async throws {
+        let (bed, writers) = try await DependentWriters.followed(disks: 2, .init(pauseMicroseconds: 50))
+        defer { writers.stop() }
+        try await bed.carryUntilProven()
+        let instance = bed.group.instance
+        bed.kill()
+        if hasOtherForm {
+            let other = clivetap_create_words(64 * 24)
+            try #require(other >= 0)
+            defer { close(other) }
+            try #require(unlink("\(bed.pins)/map-disks") == 0 && clivetap_pin(other, "\(bed.pins)/map-disks") == 0)
+        } else {
+            try withPinnedState(bed) { $0.pointee.abi += 1 }
+        }
+        try await bed.start()
+        #expect(!bed.group.wasAdopted)
+        #expect(bed.group.instance != instance)
+        #expect(bed.group.resumption == nil)
+        try await bed.fullSync()
+        try await finish(bed, writers)
+    }
+
+    @Test("Writes by a hardware queue that was not there: nothing is proven, nothing is copied again, until the tap is attached anew")
+    func anotherQueue() async throws {
+        let (bed, writers) = try await DependentWriters.followed(disks: 1, .init(pauseMicroseconds: 50))
+        defer { writers.stop() }
+        try await bed.carryUntilProven()
+        #expect(await bed.group.changedQueues == nil)
+        try withPinnedDisk(bed, 0) { $0.pointee.unslotted += 1 }       // as the program does
+        for _ in 0..<5 { #expect(try await bed.carry().kind == .fuzzy) }
+        #expect(await bed.group.changedQueues?.contains("queues") == true)
+        #expect(await bed.group.liveStatistics.resyncCount == 0)
+        bed.kill()
+        try await bed.start()
+        #expect(!bed.group.wasAdopted)
+        try await bed.fullSync()
+        try await finish(bed, writers)
+    }
+
+    @Test("A command past the block layer: everything is copied again before a point counts, by whichever process looks next, and once more if it ended meanwhile")
+    func passThrough() async throws {
+        let (bed, writers) = try await DependentWriters.followed(disks: 2, .init(pauseMicroseconds: 50))
+        defer { writers.stop() }
+        try await bed.carryUntilProven()
+        bed.kill()
+        try withPinnedDisk(bed, 1) { $0.pointee.undescribed += 1 }     // as the program does at its issue
+        try await bed.start()
+        try #require(bed.group.wasAdopted)
+        #expect(try await bed.carry().kind == .fuzzy)
+        let first = await bed.group.liveStatistics
+        #expect(first.resyncCount == 1)
+        #expect(first.resyncReason?.contains("past the block layer") == true)
+        #expect(await bed.group.needsFuzzyCut)
+        try withPinnedDisk(bed, 1) { $0.pointee.undescribed += 1 }     // and at its end
+        while await bed.group.needsFuzzyCut { try await bed.carry() }
+        #expect(try await bed.carry().kind == .fuzzy)
+        #expect(await bed.group.liveStatistics.resyncCount == 2)
+        while await bed.group.needsFuzzyCut { try await bed.carry() }
+        try await finish(bed, writers)
+        #expect(await bed.group.liveStatistics.resyncCount == 2)
     }
 
     @Test("Completions that the kernel does not show cost reads, not writes: points stay exact, and it is counted")
@@ -156,6 +220,22 @@ struct LiveTapTests {
 
     // MARK: -
 
+    private func withPinnedState(_ bed: LiveTapBed, _ change: (UnsafeMutablePointer<clivetap_state>) -> Void) throws { try withPinned(bed, "state", at: 0, change) }
+
+    private func withPinnedDisk(_ bed: LiveTapBed, _ index: Int, _ change: (UnsafeMutablePointer<clivetap_disk>) -> Void) throws { try withPinned(bed, "disks", at: index, change) }
+
+    /// What the program in the kernel has in memory, changed behind our back.
+    private func withPinned<T>(_ bed: LiveTapBed, _ map: String, at index: Int, _ change: (UnsafeMutablePointer<T>) -> Void) throws {
+        let fd = clivetap_get("\(bed.pins)/map-\(map)")
+        guard fd >= 0 else { throw SystemError(errno: -fd, doing: "open the map \(map)") }
+        defer { close(fd) }
+        let bytes = MemoryLayout<T>.stride * (index + 1)
+        let memory = mmap(nil, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        guard let memory, memory != MAP_FAILED else { throw SystemError(errno: errno, doing: "map \(map)") }
+        defer { munmap(memory, bytes) }
+        change(memory.assumingMemoryBound(to: T.self) + index)
+    }
+
     /// Ends the writers; the replica becomes the disks.
     private func finish(_ bed: LiveTapBed, _ writers: DependentWriters) async throws {
         writers.stop()
@@ -164,6 +244,18 @@ struct LiveTapTests {
         let violations = writers.violations(in: bed.images)
         #expect(violations.isEmpty, "\(violations.prefix(3))")
         #expect(try bed.imagesEqualDisks())
+        for disk in bed.loops.indices { #expect(try slotSums(bed, disk).kept == slotSums(bed, disk).counted) }
+    }
+
+    /// What the program keeps, and what its slots have, when nobody writes.
+    private func slotSums(_ bed: LiveTapBed, _ index: Int) throws -> (kept: Int64, counted: Int64) {
+        var disk = clivetap_disk()
+        try withPinnedDisk(bed, index) { disk = $0.pointee }
+        var sum: Int64 = 0
+        for slot in Int(disk.slot_base)..<Int(disk.slot_base + disk.queue_count * disk.tag_count) {
+            try withPinned(bed, "slots", at: slot) { (slot: UnsafeMutablePointer<clivetap_slot>) in sum += Int64(slot.pointee.sectors) }
+        }
+        return (disk.slot_sectors, sum)
     }
 
     private func report(_ what: String, _ bed: LiveTapBed, _ writers: DependentWriters, _ proven: Int) async {

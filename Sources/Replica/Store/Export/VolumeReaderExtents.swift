@@ -5,6 +5,8 @@ extension VolumeReader {
     /// The next run of bytes at or after `offsetBytes` that is not a hole, at most `bytesMax` long; nil when nothing but holes follow.
     /// Begins and ends at blocks, except at the volume's end. A run may hold zeroes that were written as such.
     public func nextData(from offsetBytes: UInt64, bytesMax: Int) -> Range<UInt64>? {
+        // The volume may end within a block: from there on there is none.
+        guard offsetBytes < geometry.sizeBytes else { return nil }
         let blockCount = (geometry.sizeBytes + UInt64(blockBytes) - 1) / UInt64(blockBytes)
         var block = offsetBytes / UInt64(blockBytes)
         while block < blockCount {
@@ -28,7 +30,6 @@ extension VolumeReader {
     /// The next run of bytes at or after `offsetBytes` that may differ from what `earlier`, an older state of the same disk that is still open, shows; as long as
     /// both are held, data that lies where it lay is the same. May name runs that were only moved. Begins and ends at blocks, except at the volume's end.
     public func nextChange(from offsetBytes: UInt64, bytesMax: Int, since earlier: VolumeReader) -> Range<UInt64>? {
-        // The volume may end within a block: from there on there is none.
         guard offsetBytes < geometry.sizeBytes else { return nil }
         let blockCount = (geometry.sizeBytes + UInt64(blockBytes) - 1) / UInt64(blockBytes)
         func piece(at block: UInt64) -> (isSame: Bool, end: UInt64) {
