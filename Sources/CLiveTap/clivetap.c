@@ -149,16 +149,21 @@ bool clivetap_is_bpffs(const char *path) {
 int clivetap_sync(int fd) { return syncfs(fd) < 0 ? -errno : 0; }
 
 // Each in a process of its own: a file system that is still being frozen cannot be thawed before that has ended, and what keeps it from ending may be
-// another one of these, which must not wait for it. `thawing`: the process that is at it, per file system, or 0.
+// another one of these, which must not wait for it. `thawing`: the process that is at it, per file system; 0, or -1 when it has done it (each is frozen once).
 static void thaw_each(const int *fds, int count, pid_t *thawing, int told) {
     for (int i = count - 1; i >= 0; i--) {
-        if (thawing[i] && waitpid(thawing[i], NULL, WNOHANG) == 0) continue;
+        int status = 0;
+        if (thawing[i] < 0 || (thawing[i] && waitpid(thawing[i], &status, WNOHANG) == 0)) continue;
+        if (thawing[i] && WIFEXITED(status) && WEXITSTATUS(status) == 0) {
+            thawing[i] = -1;
+            continue;
+        }
         thawing[i] = _Fork();
         if (thawing[i] > 0) continue;
         if (thawing[i] == 0) close(told);                          // whoever waits for the guard does not wait for this
-        ioctl(fds[i], FITHAW, 0);
-        if (thawing[i] == 0) _exit(0);
-        thawing[i] = 0;                                            // no process to be had
+        bool is_done = ioctl(fds[i], FITHAW, 0) == 0;
+        if (thawing[i] == 0) _exit(!is_done);
+        thawing[i] = is_done ? -1 : 0;                                            // no process to be had
     }
 }
 
@@ -187,6 +192,7 @@ static _Noreturn void guard_freeze(const int *fds, int count, int limit_ms, int 
         }
         char byte;
         if (read(told, &byte, 1) != 1) {
+            memset(thawing, 0, sizeof thawing); // one that tried before the freeze was there may not have ended yet
             if (!is_forever) thaw_each(fds, count, thawing, told);
             _exit(0);
         }

@@ -32,7 +32,7 @@ as_owner() {
 build_release() {
     find_swift
     build_bpf
-    local scratch log status=0 command
+    local scratch log status=0 command progress progress_pid
     scratch=$(mktemp -d "${TMPDIR:-/tmp}/afterimage-build.XXXXXX")
     defer rm -rf "$scratch"
     log=$scratch/log
@@ -40,14 +40,19 @@ build_release() {
     mkdir -m 1777 "$scratch/t"
     command=(as_owner TMPDIR="$scratch/t" "$swift" build -c release --package-path "$repository" --scratch-path "$build_dir" "$@")
     if [ -t 2 ]; then
-        foreground "${command[@]}" 2>&1 | tee "$log" | tr '\r' '\n' |
+        # Not in a pipeline: a signal is to end the build, too.
+        exec {progress}> >(tee "$log" | tr '\r' '\n' |
             awk '{
                 percent = 0
                 if (match($0, /^\[[0-9]+\/[0-9]+\]/)) { split(substr($0, 2, RLENGTH - 2), n, "/"); percent = 100 * n[1] / n[2] }
                 bar = ""
                 for (i = 0; i < 30; i++) bar = bar (i < percent * 0.3 ? "#" : ".")
                 printf "\r\033[K   [%s] %3d%% %s", bar, percent, substr($0, 1, 60); fflush()
-            } END { printf "\r\033[K" }' >&2 || status=$?
+            } END { printf "\r\033[K" }' >&2)
+        progress_pid=$!
+        foreground "${command[@]}" >&"$progress" 2>&1 || status=$?
+        exec {progress}>&-
+        wait "$progress_pid" || true
     else
         foreground "${command[@]}" >"$log" 2>&1 || status=$?
     fi

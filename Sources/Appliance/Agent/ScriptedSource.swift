@@ -104,7 +104,7 @@ final class ScriptedSource: EpochSource {
                 group.addTask {
                     // Cancelled, it is killed, with all that it has started.
                     try await Subprocess.run(
-                        .path(.init(path)), environment: .inherit.updating(["AFTERIMAGE_PHASE": phase]), platformOptions: .killingChildren(afterSeconds: 1),
+                        .path(.init(path)), environment: .inherit.updating(["AFTERIMAGE_PHASE": phase]), platformOptions: .ended(withChildrenAfterSeconds: 0),
                         output: .discarded, error: .discarded
                     ).terminationStatus
                 }

@@ -46,7 +46,7 @@ struct HostScript: Sendable {
 
     /// nil: not in time.
     private func ended(output fd: Int32) async -> Result<TerminationStatus?, any Error> {
-        let options = PlatformOptions.killingChildren(afterSeconds: Self.graceSeconds)
+        let options = PlatformOptions.ended(withChildrenAfterSeconds: Self.graceSeconds)
         var variables: [Environment.Key: String?] = [:]
         for (name, value) in environment { variables[.init(stringLiteral: name)] = value }
         let (platform, added) = (options, variables)
@@ -76,18 +76,5 @@ struct HostScript: Sendable {
         var information = stat()
         if fstat(fd, &information) == 0, information.st_size > count { lines.append("(\(information.st_size - count) bytes more are not kept)") }
         return lines
-    }
-}
-
-extension PlatformOptions {
-    /// A session of its own, so that what it has started is ended with it: asked to, and killed some seconds later.
-    static func killingChildren(afterSeconds seconds: Int) -> PlatformOptions {
-        var options = PlatformOptions()
-        options.createSession = true
-        options.teardownSequence = [
-            .send(signal: .terminate, toProcessGroup: true, allowedDurationToNextStep: .seconds(seconds)),
-            .send(signal: .kill, toProcessGroup: true, allowedDurationToNextStep: .milliseconds(100)),
-        ]
-        return options
     }
 }

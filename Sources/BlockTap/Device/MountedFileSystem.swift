@@ -27,8 +27,8 @@ struct MountedFileSystem: Equatable {
         return nil
     }
 
-    /// Everything mounted from these devices: each file system once, those below another mount point first, and before all those on loop devices: whoever freezes them in
-    /// this order does not freeze the file that another one is written to.
+    /// Everything mounted from these devices: each file system once, those on loop devices first, and then those below another mount point. Whoever freezes them
+    /// in this order, and thaws them in the other one, never has the file frozen that another one is written to.
     static func on(_ devices: Set<DeviceNumber>) -> [MountedFileSystem] {
         var found: [DeviceNumber: MountedFileSystem] = [:]
         for (text, root) in namespaces() {

@@ -10,7 +10,6 @@ package struct FileSystemFreeze: ~Copyable {
     private let isFrozen: [Bool]
     private let guardian: [Int32]
     private let began: UInt64
-    private static let syncsMax = 5
     /// Mounted on these, and of a kind that cannot be frozen (vfat): only written out.
     package let unfreezable: [String]
 
@@ -55,19 +54,23 @@ package struct FileSystemFreeze: ~Copyable {
         return opened.first { clivetap_is_frozen($0.fd) == 0 }?.mountPoint
     }
 
-    /// Takes the descriptors over. What is dirty is written out first, so that the freeze itself is short: what is written meanwhile is written out inside the freeze,
-    /// where nobody can end it, so that must be little.
-    static func hold(_ opened: [(fd: Int32, mountPoint: String)], limitMilliseconds: Int) throws(SystemError) -> FileSystemFreeze {
-        let fds = opened.map(\.fd)
-        var tries = 0
-        while case let synced = LiveReconciliation.now(), !fds.isEmpty {
+    /// Writes out what they have in memory, again and again, until that took less than half of the limit of a freeze: what is written meanwhile is written out inside the
+    /// freeze, where nobody can end it. Whether it did.
+    static func isWrittenOut(_ fds: [Int32], limitMilliseconds: Int, syncsMax: Int) -> Bool {
+        for _ in 0..<syncsMax {
+            let began = LiveReconciliation.now()
             for fd in fds { _ = clivetap_sync(fd) }                // a failure shows in the freeze
-            tries += 1
-            if LiveReconciliation.now() - synced < UInt64(limitMilliseconds) * 500_000 { break }
-            guard tries < Self.syncsMax else {
-                for fd in fds { close(fd) }
-                throw SystemError(errno: EBUSY, what: "cannot freeze \(opened.map(\.mountPoint).joined(separator: ", ")): so much is written there that writing it out takes more than half of the limit of \(limitMilliseconds) ms")
-            }
+            if LiveReconciliation.now() - began < UInt64(limitMilliseconds) * 500_000 { return true }
+        }
+        return false
+    }
+
+    /// Takes the descriptors over. What is dirty is written out first, so that the freeze itself is short.
+    static func hold(_ opened: [(fd: Int32, mountPoint: String)], limitMilliseconds: Int, syncsMax: Int = 1) throws(SystemError) -> FileSystemFreeze {
+        let fds = opened.map(\.fd)
+        guard isWrittenOut(fds, limitMilliseconds: limitMilliseconds, syncsMax: syncsMax) else {
+            for fd in fds { close(fd) }
+            throw SystemError(errno: EBUSY, what: "cannot freeze \(opened.map(\.mountPoint).joined(separator: ", ")): so much is written there that writing it out takes more than half of the limit of \(limitMilliseconds) ms")
         }
         var guardian: [Int32] = [0, 0]
         var isFrozen = Array(repeating: false, count: fds.count)

@@ -32,7 +32,8 @@ struct LiveDisk {
         self.name = name
         self.number = number
         device = try BlockDevice.open(path: path, access: .readOnly, exclusive: false)
-        queueCount = queues.count
+        // A queue that no processor uses is left out there.
+        queueCount = (queues.compactMap { Int($0) }.max() ?? -1) + 1
         tagCount = queues.compactMap { fileText("\(sysfs.directory)/mq/\($0)/nr_tags").flatMap { Int($0.trimmingNewline) } }.max() ?? 0
         processors = queues.reduce(into: [:]) { processors, queue in
             guard let number = Int(queue), let list = fileText("\(sysfs.directory)/mq/\(queue)/cpu_list") else { return }

@@ -56,11 +56,9 @@ extension LiveEpochEngine {
         var step: Step
         if consistency == .fileSystem, mayFreeze {
             // What they have in memory is written now, and not inside the freeze.
-            for fileSystem in MountedFileSystem.on(devices) where !fileSystem.isReadOnly {
-                guard let fd = fileSystem.opened() else { continue }
-                _ = clivetap_sync(fd)
-                close(fd)
-            }
+            let fds = MountedFileSystem.on(devices).filter { !$0.isReadOnly }.compactMap { $0.opened() }
+            _ = FileSystemFreeze.isWrittenOut(fds, limitMilliseconds: configuration.freezeMilliseconds, syncsMax: 5)
+            for fd in fds { close(fd) }
             let isShort = UInt64(configuration.freezeMilliseconds) * 1_000_000 / 4
             step = try rounds(&run) { $0.lastRoundNanoseconds < isShort }
             if step != .ended {

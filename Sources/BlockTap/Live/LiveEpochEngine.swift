@@ -125,6 +125,8 @@ package final class LiveEpochEngine {
 
     /// Nothing is lost that a full sync does not bring back.
     func resync(_ reason: String) {
+        // First: who takes over from a process that is killed in the next lines does not know what was missed.
+        maps.state.pointee.is_synced = 0
         figures.resyncCount += 1
         figures.resyncReason = reason
         onEvent?("writes were missed, the disks are compared with the replica, or copied again: \(reason)")

@@ -25,7 +25,7 @@ public final class LiveHold: @unchecked Sendable {
     init(disks: [LiveDisk], limitMilliseconds: Int, pause: LiveFreezePause) throws(SystemError) {
         self.pause = pause
         if let disk = disks.first(where: { !$0.statistics.isKept }) { throw Self.unaccounted(disk) }
-        let freeze = try FileSystemFreeze.hold(try FileSystemFreeze.opened(on: LiveDisk.devices(of: disks)), limitMilliseconds: limitMilliseconds)
+        let freeze = try FileSystemFreeze.hold(try FileSystemFreeze.opened(on: LiveDisk.devices(of: disks)), limitMilliseconds: limitMilliseconds, syncsMax: 5)
         guard let completed = Self.quiet(disks) else {
             _ = freeze.thaw()
             throw SystemError(errno: EBUSY, what: "the disks are written to past their file systems")
@@ -81,7 +81,8 @@ public final class LiveHold: @unchecked Sendable {
     /// Thaws what a process has held for good that is not there any more. Throws in words when it was not possible for all.
     static func endLeftOver(disks: [LiveDisk]) throws(SystemError) {
         var hidden: [String] = []
-        for fileSystem in MountedFileSystem.on(LiveDisk.devices(of: disks)) where !fileSystem.isReadOnly {
+        // In the other order: to thaw one on a loop device is a write to the one that has its file.
+        for fileSystem in MountedFileSystem.on(LiveDisk.devices(of: disks)).reversed() where !fileSystem.isReadOnly {
             guard let fd = fileSystem.opened() else {
                 hidden.append(fileSystem.mountPoint)
                 continue

@@ -9,7 +9,7 @@ import Glibc
 ///     excess = completed − issued + slots = missed + ended unseen        ≥ 0
 ///     floor  = completed − issued         = missed − really in flight
 ///
-/// excess = 0 proves that nothing was missed so far. floor > 0 proves that something was. In between, the next look decides: a tag
+/// excess = 0 proves that nothing was missed of what has ended. floor > 0 proves that something was. In between, the next look decides: a tag
 /// that is used again frees its slot, and a few reads use all of them.
 final class LiveReconciliation {
     enum Verdict: Equatable {
@@ -85,7 +85,7 @@ final class LiveReconciliation {
         var quietEvents: UInt64?
         /// A sharp look had something in slots that nothing explains.
         var hasLeftOver = false
-        /// Too low, always by as much: since when, and how often.
+        /// Of the last sharp look, and if that is too low: since when it has been just that, and how often.
         var negative: (excess: Int64, since: UInt64, count: Int) = (0, 0, 0)
     }
 
@@ -99,8 +99,8 @@ final class LiveReconciliation {
         var wasSharp = false
         while true {
             for index in open {
-                if let words = missing(index) { return .missed(words) }
                 if let words = outgrown(index) { return .outgrown(words) }
+                if let words = missing(index) { return .missed(words) }
                 let sample = sample(index)
                 if sample.floor > 0 { return .missed("\(disks[index].name): \(sample.floor) sectors were written and not seen to be issued") }
                 guard sample.isSharp else { continue }
@@ -121,7 +121,7 @@ final class LiveReconciliation {
                 let names = open.map { disks[$0].name + (disks[$0].statistics.isKept ? "" : " (its I/O statistics are off)") }
                 return .missed("\(names.joined(separator: ", ")): what was seen and the kernel's account have not agreed for long")
             }
-            if open.allSatisfy({ looks[$0].agreedSince != nil }) {
+            if open.allSatisfy({ looks[$0].agreedSince.map { now - $0 < Self.apartNanoseconds } ?? false }) {
                 usleep(UInt32(Self.apartNanoseconds / 1000 / 4))
             } else if turn % 16 == 8 {
                 for index in open where looks[index].hasLeftOver { useTags(index, of: maps.queuesInFlight(disk: index), until: deadline) }
@@ -134,6 +134,7 @@ final class LiveReconciliation {
     /// Of a sharp look: whether it is one of two that agree.
     private func agrees(_ index: Int, _ sample: Sample, _ looks: inout Looks) -> Bool {
         let now = Self.now()
+        if sample.excess != looks.negative.excess { looks.negative = (sample.excess, now, 0) }
         var quiet: UInt64?
         if sample.excess > 0, sample.floor == 0 {
             // What is in slots has ended unseen if the driver has no write, and goes on having none.
@@ -149,7 +150,7 @@ final class LiveReconciliation {
         if sample.excess < 0, UInt64(-sample.excess) <= maps.disks[index].baseline_slack {
             // A baseline taken while completions were unseen is too high. (A completion on its way from the program to the kernel's account looks the
             // same, but does not last.)
-            looks.negative = sample.excess == looks.negative.excess ? (sample.excess, looks.negative.since, looks.negative.count + 1) : (sample.excess, now, 1)
+            looks.negative.count += 1
             if looks.negative.count >= 4, now - looks.negative.since >= 5 * Self.apartNanoseconds, disks[index].statistics.isKept {
                 maps.disks[index].baseline_sectors += sample.excess
                 maps.disks[index].baseline_slack -= UInt64(-sample.excess)
@@ -238,7 +239,7 @@ final class LiveReconciliation {
                 last = baseline
                 usleep(1000)
             } while look < 200 || last == nil && Self.now() < deadline
-            // Without any, the next verdict is that something was missed, and it is tried again.
+            // Without any: after attaching the next verdict is that something was missed, and it is tried again; else the baseline of before stays.
             if let last { maps.disks[index].baseline_sectors = last }
             maps.disks[index].baseline_slack = UInt64(max(0, maps.sectorsInFlight(disk: index)))
             maps.disks[index].baseline_unmatched = maps.disks[index].unmatched

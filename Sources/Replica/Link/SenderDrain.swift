@@ -39,6 +39,8 @@ extension SenderLoop {
         scheduleCut()
     }
 
+    private var isStreaming: Bool { if case .streaming = link { true } else { false } }
+
     private func want(_ consistency: CutConsistency) {
         if consistency.rawValue > wantedConsistency.rawValue { wantedConsistency = consistency }
     }
@@ -68,11 +70,12 @@ extension SenderLoop {
                 }
             }
             do {
-                let cut = try await source.cut(fuzzyBytesMax: Self.fuzzyBytesMax, consistency: consistency)
+                // Nothing is stopped for an epoch of a full sync.
+                let cut = try await source.cut(fuzzyBytesMax: Self.fuzzyBytesMax, consistency: isFullSync ? .crash : consistency)
                 let needsMore = await source.needsFuzzyCut
                 eventLoop.execute { [self] in
-                    // Not proven: it is still owed.
-                    if cut.kind == .fuzzy { want(consistency) }
+                    // Not proven, or nobody gets it: it is still owed.
+                    if cut.kind == .fuzzy || !isStreaming { want(consistency) }
                     didCut(cut, isFullSync: isFullSync, needsMore: needsMore)
                 }
             } catch {

@@ -17,6 +17,8 @@ final class LiveTapBed: @unchecked Sendable {
     private(set) var group: LiveTapGroup!
     private var signal: AsyncStream<Void>.Iterator!
     let events = Mutex<[String]>([])
+    /// Also told of each, on the tap's thread.
+    var onEvent: (@Sendable (String) -> Void)?
     var configuration = LiveTapConfiguration()
     /// Bytes of the epochs carried so far, zeroes included.
     private(set) var carriedBytes: UInt64 = 0
@@ -49,7 +51,10 @@ final class LiveTapBed: @unchecked Sendable {
         group = nil
         group = try await LiveTapGroup(
             disks: loops.enumerated().map { (name: "d\($0.offset)", path: $0.element.path) }, pinDirectory: pins, configuration: configuration
-        ) { [weak self] line in self?.events.withLock { $0.append(line) } }
+        ) { [weak self] line in
+            self?.events.withLock { $0.append(line) }
+            self?.onEvent?(line)
+        }
         let (stream, continuation) = AsyncStream<Void>.makeStream(bufferingPolicy: .bufferingNewest(1))
         signal = stream.makeAsyncIterator()
         group.setWakeup { continuation.yield() }

@@ -1,5 +1,6 @@
 import CLiveTap
 import Foundation
+import Synchronization
 import Testing
 
 @testable import BlockTap
@@ -80,7 +81,10 @@ struct LiveTapTests {
         defer { writers.stop() }
         try await bed.carryUntilProven()
         #expect(await bed.group.changedQueues == nil)
-        try withPinnedDisk(bed, 0) { $0.pointee.unslotted += 1 }       // as the program does
+        try withPinnedDisk(bed, 0) {                                   // as the program does
+            $0.pointee.unslotted += 1
+            $0.pointee.unmatched += 1
+        }
         for _ in 0..<5 { #expect(try await bed.carry().kind == .fuzzy) }
         #expect(await bed.group.changedQueues?.contains("queues") == true)
         #expect(await bed.group.liveStatistics.resyncCount == 0)
@@ -100,7 +104,15 @@ struct LiveTapTests {
         try withPinnedDisk(bed, 1) { $0.pointee.undescribed += 1 }     // as the program does at its issue
         try await bed.start()
         try #require(bed.group.wasAdopted)
+        // Whoever takes over from a process that is killed right then must not go on from what that knew.
+        let wasSynced = Mutex<[UInt64]>([])
+        bed.onEvent = { [weak bed] _ in
+            guard let bed else { return }
+            try? withPinned(bed, "state", at: 0) { (state: UnsafeMutablePointer<clivetap_state>) in wasSynced.withLock { $0.append(state.pointee.is_synced) } }
+        }
         #expect(try await bed.carry().kind == .fuzzy)
+        #expect(wasSynced.withLock { $0 } == [0])
+        bed.onEvent = nil
         let first = await bed.group.liveStatistics
         #expect(first.resyncCount == 1)
         #expect(first.resyncReason?.contains("past the block layer") == true)
