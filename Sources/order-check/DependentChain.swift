@@ -113,8 +113,8 @@ final class DependentChain: @unchecked Sendable {
 
     /// Whether the chain's blocks in a recovery point are what they were after some write m, all earlier ones included, the last
     /// one possibly in part (it may have been in flight). `stamp` gives (chain, sequence) of a disk's block. `model`: of an older point, or new: what that has, this one has.
-    func check(_ model: inout Model, _ stamp: (_ disk: Int, _ diskBlock: Int) throws -> (UInt64, UInt64)) rethrows -> PointVerdict {
-        let log = writes
+    /// `log`: `writes`, as they were after the point was cut.
+    func check(_ model: inout Model, _ log: [Write], _ stamp: (_ disk: Int, _ diskBlock: Int) throws -> (UInt64, UInt64)) rethrows -> PointVerdict {
         var found: [[UInt64]] = []
         var newest: UInt64 = 0
         for disk in diskBlocks.indices {

@@ -147,18 +147,24 @@ struct OrderCheck: AsyncParsableCommand {
         let judged = tally.withLock { $0.judged }
         let points = store.recoveryPoints(group.id).filter { !judged.contains($0.id) }
         let verdicts = Mutex<[(RecoveryPointID, Result<(newest: UInt64, violations: [String]), any Error>)]>([])
+        // Once: whoever holds a log has the next write copy it. All that these points can have was written by now.
+        let logs = chains.map(\.writes)
+        let models = tally.withLock { $0.models } ?? chains.map { DependentChain.Model($0) }
+        let newestModels = Mutex(models)
         // Several at a time, each from an older point to a newer one.
         let parts = ProcessInfo.processInfo.activeProcessorCount
         DispatchQueue.concurrentPerform(iterations: parts) { part in
-            var models = chains.map { DependentChain.Model($0) }
+            var models = models
+            defer { if part == parts - 1 { newestModels.withLock { $0 = models } } }
             for point in points[points.count * part / parts..<points.count * (part + 1) / parts] where !Interruption.happened {
-                let verdict = Result { try self.judge(point, of: group.id, in: store, chains, &models, bed) }
+                let verdict = Result { try self.judge(point, of: group.id, in: store, chains, logs, &models, bed) }
                 verdicts.withLock { $0.append((point.id, verdict)) }
             }
         }
-        let found = verdicts.withLock { $0 }
+        let (found, newest) = (verdicts.withLock { $0 }, newestModels.withLock { $0 })
         tally.withLock { tally in
             for (point, verdict) in found { tally.count(point, verdict) }
+            if found.count == points.count { tally.models = newest }
             if isLast { tally.hasLast = points.contains(where: \.isOnDemand) }
             if found.count < points.count { tally.fail("ended by a signal: \(points.count - found.count) were not judged") }
         }
@@ -169,6 +175,8 @@ struct OrderCheck: AsyncParsableCommand {
         var failed = 0
         var newestSeen: UInt64 = 0
         var hasLast = false
+        /// As of the newest point that was judged.
+        var models: [DependentChain.Model]?
 
         mutating func count(_ point: RecoveryPointID, _ verdict: Result<(newest: UInt64, violations: [String]), any Error>) {
             judged.insert(point)
@@ -192,7 +200,8 @@ struct OrderCheck: AsyncParsableCommand {
     /// Reads one recovery point whole and lets every chain judge it. The last one, made on demand when nobody wrote any more, must hold all that was
     /// acknowledged.
     private func judge(
-        _ point: RecoveryPoint, of group: GroupID, in store: ReplicaStore, _ chains: [DependentChain], _ models: inout [DependentChain.Model], _ bed: TestBed
+        _ point: RecoveryPoint, of group: GroupID, in store: ReplicaStore, _ chains: [DependentChain], _ logs: [[DependentChain.Write]],
+        _ models: inout [DependentChain.Model], _ bed: TestBed
     ) throws -> (newest: UInt64, violations: [String]) {
         let bytes = size << 20
         let images = (0..<disks).map { _ in UnsafeMutableRawBufferPointer.allocate(byteCount: bytes, alignment: blockBytes) }
@@ -206,7 +215,7 @@ struct OrderCheck: AsyncParsableCommand {
         var newestSeen: UInt64 = 0
         var violations: [String] = []
         for (number, chain) in chains.enumerated() {
-            let verdict = chain.check(&models[number]) { disk, block in
+            let verdict = chain.check(&models[number], logs[number]) { disk, block in
                 let at = images[disk].baseAddress! + block * blockBytes
                 return (at.load(as: UInt64.self), at.load(fromByteOffset: 8, as: UInt64.self))
             }

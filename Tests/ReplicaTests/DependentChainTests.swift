@@ -50,7 +50,7 @@ import Testing
     }
 
     private func newest(_ chain: DependentChain, _ model: inout DependentChain.Model, _ image: Disks.Image) -> UInt64? {
-        if case .exact(let newest) = chain.check(&model, { image[$0][$1] }) { return newest }
+        if case .exact(let newest) = chain.check(&model, chain.writes, { image[$0][$1] }) { return newest }
         return nil
     }
 
