@@ -74,7 +74,7 @@ struct OrderCheck: AsyncParsableCommand {
         }
         try waitUntil("replication starts") { try bed.afterimage(["replication", "start", "server", "--epoch-ms", "\(epochMs)", "--wait"]) }
         let end = Date().addingTimeInterval(Double(seconds))
-        var kills = 0
+        var kills = 0, agentKills = 0
         var look = Date().addingTimeInterval(Self.secondsBetweenLooks)
         while Date() < end {
             let pause = kill > 0 ? Double(kill) * Double.random(in: 0.5..<1.5) : end.timeIntervalSinceNow
@@ -86,10 +86,9 @@ struct OrderCheck: AsyncParsableCommand {
                 look = Date().addingTimeInterval(Self.secondsBetweenLooks)
             } else if kill > 0 && Date() < end {
                 kills += 1
-                try killSomething(bed, kills)
+                if try killSomething(bed, kills) { agentKills += 1 }
             }
         }
-        let agentKills = kills - (kills + 2) / 3
         chains.forEach { $0.stop() }
         while threads.contains(where: { !$0.isFinished }) { usleep(10_000) }
         print("\(chains.reduce(0) { $0 + $1.acknowledged }) writes acknowledged in \(seconds) s by \(self.chains) chains on \(disks) disks, \(kills) kills, \(agentKills) of them of the agent")
@@ -128,13 +127,15 @@ struct OrderCheck: AsyncParsableCommand {
         }
     }
 
-    private func killSomething(_ bed: TestBed, _ kills: Int) throws {
+    /// Whether the agent was among it.
+    private func killSomething(_ bed: TestBed, _ kills: Int) throws -> Bool {
         let agent = kills % 3 != 1
         let appliance = kills % 3 != 2
         if agent { bed.kill("agent") }
         if appliance { bed.kill("appliance") }
         if appliance { try bed.startAppliance() }
         if agent { try bed.startAgent() }
+        return agent
     }
 
     /// Reads every recovery point of the store that was not looked at before, offline, and lets every chain judge it.

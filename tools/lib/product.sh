@@ -73,6 +73,8 @@ if value is not None: print(json.dumps(value) if isinstance(value, (dict, list))
 
 server_json() { "$afterimage" server show "$1" --json </dev/null; }
 server_field() { server_json "$1" | json "$2"; }
+# full_syncs SERVER: how often it has come to Initial Full Sync, comparisons included.
+full_syncs() { "$afterimage" event list --server "$1" --limit 500 --json </dev/null | python3 -c 'import json, sys; print(sum(1 for e in json.load(sys.stdin) if e.get("after") == "Initial Full Sync"))'; }
 server_state_is() { [ "$(server_field "$1" state)" = "$2" ]; }
 
 # points SERVER: one line per recovery point, oldest first: ID CUT-TIME-IN-SECONDS. Whoever reads only the first line may end before the last.

@@ -8,6 +8,7 @@ source "$repository/tools/lib/protected.sh"
 need_product agent-upgrade
 [ -e /sys/kernel/btf/vmlinux ] || { skip agent-upgrade "the live tap needs a kernel with BTF"; finish; }
 make_run_dir
+keep_bpffs
 agent_tap=live
 protect 64
 "$afterimage" replication start s --policy all:1h --wait </dev/null >/dev/null
@@ -18,7 +19,6 @@ mkdir "$run_dir/next"
 cp "$first" "$second"
 printf 'another build' >>"$second"
 
-full_syncs() { "$afterimage" event list --server s --limit 500 --json </dev/null | python3 -c 'import json, sys; print(sum(1 for e in json.load(sys.stdin) if e.get("after") == "Initial Full Sync"))'; }
 start_load() {
     start "$run_dir/load.log" fio --name=load --filename="$loop_device" --rw=randwrite --bs=4k --ioengine=io_uring --direct=1 --iodepth=8 --rate_iops=1500 --time_based --runtime=600 \
         --norandommap --randrepeat=0
@@ -41,11 +41,11 @@ replaced() {
 goes_on() { # after TIME
     tail -c "+$((agent_log_bytes + 1))" "$run_dir/agent.log" | grep -q "followed while no agent ran" || { echo "it began anew"; return 1; }
     until_true 90 has_point_after s "$1" || { echo "no recovery point: $(server_field s state), $(server_field s reason)"; return 1; }
-    [ "$(full_syncs)" = "$syncs" ] && [ "$(server_field s agent.live.resyncCount)" = 0 ] || { echo "there was a full sync, or a resync"; return 1; }
+    [ "$(full_syncs s)" = "$syncs" ] && [ "$(server_field s agent.live.resyncCount)" = 0 ] || { echo "there was a full sync, or a resync"; return 1; }
 }
 exact() { end_load && exact_after "$(now)"; }
 
-syncs=$(full_syncs)
+syncs=$(full_syncs s)
 start_load || not_ok "the disk is written to" "nothing was"
 replaced TERM "$second" || not_ok "ended, and another version is started" "it is not that one which runs"
 check "ended under load, another version goes on, and nothing is copied again" goes_on "$(now)"
@@ -76,7 +76,7 @@ check "what is pinned is made another version's" another_abi
 start_agent "$loop_device"
 compared() {
     ! tail -c "+$((agent_log_bytes + 1))" "$run_dir/agent.log" | grep -q "followed while no agent ran" || { echo "it was taken over"; return 1; }
-    [ "$(full_syncs)" -gt "$syncs" ] || { echo "nothing was compared"; return 1; }
+    [ "$(full_syncs s)" -gt "$syncs" ] || { echo "nothing was compared"; return 1; }
 }
 check "it is not taken over: a point comes when everything was compared" until_true 90 has_point_after s "$(now)"
 check "and that is said" compared

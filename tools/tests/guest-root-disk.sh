@@ -35,14 +35,13 @@ machine_time
 check "its recovery points are proven while it is written to" points_follow "$machine_time"
 
 # --- the agent dies, and systemd starts it again ---------------------------------------------------------------------
-full_syncs() { "$afterimage" event list --server "$server" --limit 500 --json </dev/null | python3 -c 'import json, sys; print(sum(1 for e in json.load(sys.stdin) if e.get("after") == "Initial Full Sync"))'; }
-syncs=$(full_syncs)
+syncs=$(full_syncs "$server")
 goes_on_after_kill() { # NUMBER of restarts until then
     restarted() { at_machine systemctl show -p NRestarts --value afterimage-agent && [ "$said" = "$1" ]; }
     until_true 180 restarted "$1" || { echo "systemd restarted it $said times, not $1"; return 1; }
     machine_time
     points_follow "$machine_time" "$1" || return 1 # a killed agent may have owed a report
-    [ "$(full_syncs)" = "$syncs" ] && [ "$(server_field "$server" agent.live.resyncCount)" = 0 ] || { echo "there was a full sync, or a resync"; return 1; }
+    [ "$(full_syncs "$server")" = "$syncs" ] && [ "$(server_field "$server" agent.live.resyncCount)" = 0 ] || { echo "there was a full sync, or a resync"; return 1; }
     [ "$(at_machine 'journalctl -u afterimage-agent -o cat --no-pager' && grep -c 'followed while no agent ran' <<<"$said")" = "$1" ] || { echo "$said"; return 1; }
 }
 at_machine 'kill -KILL $(systemctl show -p MainPID --value afterimage-agent)'
@@ -73,7 +72,7 @@ compared_first() {
         fi
         [ "$state" != Replicating ] || ! has_point_after "$server" "$newest" || break
     done
-    [ "$state" = Replicating ] && [ -n "$seen" ] && [ "$(full_syncs)" = $((syncs + 1)) ] || { echo "it is $state, and there were $(full_syncs) full syncs, $syncs before"; return 1; }
+    [ "$state" = Replicating ] && [ -n "$seen" ] && [ "$(full_syncs "$server")" = $((syncs + 1)) ] || { echo "it is $state, and there were $(full_syncs "$server") full syncs, $syncs before"; return 1; }
     at_machine 'journalctl -b -u afterimage-agent -o cat --no-pager' && grep -q 'is compared, and only what differs is sent' <<<"$said" && ! grep -q 'followed while no agent ran' <<<"$said" || { echo "$said"; return 1; }
 }
 compare_began=$(now)
