@@ -8,6 +8,7 @@
 #include <linux/fs.h>
 #include <linux/fsmap.h>
 #include <linux/loop.h>
+#include <linux/membarrier.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdio.h>
@@ -138,6 +139,9 @@ int clivetap_run_on(int processor) {
     CPU_SET((unsigned)processor % CPU_SETSIZE, &only);
     return sched_setaffinity(0, sizeof only, &only) < 0 ? -errno : 0;
 }
+
+// It waits for a grace period of RCU: interrupts, softirqs and tracing programs that ran at the call have ended.
+int clivetap_let_processors_pass(void) { return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) < 0 ? -errno : 0; }
 
 int clivetap_mount_bpffs(const char *path) { return mount("bpf", path, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700") < 0 ? -errno : 0; }
 

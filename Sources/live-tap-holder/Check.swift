@@ -10,10 +10,10 @@ import Glibc
 struct Check {
     static let usage = """
         usage: live-tap-holder check --disk DEVICE [--disk DEVICE...] [--seconds N] [--chains N] [--pause MICROSECONDS] [--discards PERCENT]
-                   [--load COMMAND] [--expect resync] [--pins DIRECTORY] [--drop completions|issues] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
+                   [--load COMMAND] [--expect resync] [--pins DIRECTORY] [--drop completions|issues|both] [--fault forget-in-flight|skip-collision-check|single-buffer|unshared-cut|skip-reconciliation]
         """
 
-    private enum Drop: String { case completions, issues }
+    private enum Drop: String { case completions, issues, both }
 
     private static let provenMin = 20
     private static let faults: [String: LiveTapFaults] = [
@@ -126,7 +126,7 @@ struct Check {
             // The first point is without a fault. Issues are dropped in turns, so that what that did to the replica has to be made good.
             if proven > 0 {
                 if turn % 20 == 0 { await inject(replica.group) }
-                if turn % 20 == 10, drop == .issues { await replica.group.inject([]) }
+                if turn % 20 == 10, drop == .issues || drop == .both { await replica.group.inject([]) }
                 turn += 1
             }
             _ = try await point()
@@ -154,8 +154,8 @@ struct Check {
         case nil where figures.resyncCount > 0: problems.append("resync: \(figures.resyncReason ?? "")")
         case .completions where figures.resyncCount > 0: problems.append("resync: \(figures.resyncReason ?? "")")
         case .completions where figures.droppedCompletionCount == 0: problems.append("no completion was dropped")
-        case .issues where figures.droppedIssueCount == 0: problems.append("no issue was dropped")
-        case .issues where figures.resyncCount == 0: problems.append("no resync, though issues were dropped")
+        case .issues where figures.droppedIssueCount == 0, .both where figures.droppedIssueCount == 0: problems.append("no issue was dropped")
+        case .issues where figures.resyncCount == 0, .both where figures.resyncCount == 0: problems.append("no resync, though issues were dropped")
         default: break
         }
         let names = disks.map { String($0.split(separator: "/").last!) }.joined(separator: ",")
@@ -178,6 +178,8 @@ struct Check {
         case nil: await group.inject(fault ?? [])
         case .completions: await group.inject(fault ?? [], completions: (period: 20_000_000, burst: 3_000_000))
         case .issues: await group.inject(fault ?? [], issues: (period: 50_000_000, burst: 1_000_000), completions: (period: 30_000_000, burst: 1_000_000))
+        // Many completions, so that much is in slots that has ended, and few issues: the one must not make up for the other.
+        case .both: await group.inject(fault ?? [], issues: (period: 61_000_000, burst: 300_000), completions: (period: 20_000_000, burst: 10_000_000))
         }
     }
 

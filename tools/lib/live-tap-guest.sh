@@ -120,11 +120,14 @@ live_tap_kind() {
     busy-host)
         echo "busy_scsi_disk"
         echo "run busy-host --disk \$busy_scsi_disk $options"
+        # Hardly anything else is in flight while a request waits to be issued again.
+        [ "$2" -lt 50 ] || echo "run busy-host-alone --disk \$busy_scsi_disk $short --chains 2"
         ;;
     pass-through) echo "run pass-through --disk /dev/sda --expect resync --load \"/bin/sh /pass-through-load /dev/sda\"" ;;
     drops)
         echo "run dropped-completions $virtio $short --drop completions"
         echo "run dropped-issues $virtio $short --drop issues"
+        echo "run dropped-both $virtio $short --drop both"
         ;;
     mutants)
         # Without a pause, so that blocks are written again before they are read on a fast machine, too.

@@ -51,7 +51,9 @@ package final class LiveEpochEngine {
     package let disks: [Disk]
     let maps: LiveTapMaps
     package let queue: DrainQueue
-    package var faults: LiveTapFaults = []
+    package var faults: LiveTapFaults = [] {
+        didSet { reconciliation.faults = faults }
+    }
     /// For tests: done before the file systems are thawed.
     package var whileFrozen: (() -> Void)?
     /// Words for the log.
@@ -130,7 +132,7 @@ package final class LiveEpochEngine {
         figures.resyncCount += 1
         figures.resyncReason = reason
         onEvent?("writes were missed, the disks are compared with the replica, or copied again: \(reason)")
-        reconciliation.calibrate()
+        reconciliation.forgive()
         beginFullSync()
     }
 

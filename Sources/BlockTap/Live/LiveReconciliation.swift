@@ -21,8 +21,8 @@ final class LiveReconciliation {
         case outgrown(String)
     }
 
-    private let maps: LiveTapMaps
-    private let disks: [LiveDisk]
+    let maps: LiveTapMaps
+    let disks: [LiveDisk]
     private let reader: LiveReader
     private let probeMemory: UnsafeMutableRawPointer
     private(set) var openCount: UInt64 = 0
@@ -32,42 +32,58 @@ final class LiveReconciliation {
     private var openStreak = 0
     private static let openStreakMax = 100
 
+    /// Of each disk, at the last verdict that was exact: requests sent back so far.
+    private var requeuedAtAgreement: [UInt64]
+    var faults: LiveTapFaults = []
+
     private static let probeBytes = blockBytes
-    private static let settleNanoseconds: UInt64 = 5_000_000_000
 
     init(maps: LiveTapMaps, disks: [LiveDisk], reader: LiveReader) {
         self.maps = maps
         self.disks = disks
         self.reader = reader
+        requeuedAtAgreement = disks.indices.map { maps.disks[$0].requeued }
         probeMemory = .allocate(byteCount: Self.probeBytes * LiveReader.depthMax, alignment: blockBytes)
     }
 
     deinit { probeMemory.deallocate() }
 
-    struct Sample {
-        /// No event between the first and the last look.
+    /// One disk's accounts at one moment, in sectors from its baseline on.
+    struct Look {
+        /// No event between the first and the last of the numbers.
         var isSharp: Bool
+        /// So far.
+        var events: UInt64
+        var requeued: UInt64
+        /// In slots.
+        var slots: Int64
         var excess: Int64
         var floor: Int64
+        /// Completed by the kernel's account and not seen to be: only grows, but for what is on its way from the program to that account.
+        var unseen: Int64
     }
 
-    func sample(_ index: Int) -> Sample {
-        let before = events(index)
+    func look(_ index: Int) -> Look {
+        let disk = maps.disks + index
+        let before = events(index), requeued = load(disk, \.requeued)
         let slots = maps.sectorsInFlight(disk: index)
         let issued = issuedSectors(index)
-        let completed = disks[index].statistics.completedSectors() - maps.disks[index].baseline_sectors
-        let issuedAfter = issuedSectors(index)
-        return Sample(isSharp: before == events(index), excess: completed - issued + slots, floor: completed - issuedAfter)
+        let seen = Int64(bitPattern: load(disk, \.completed_sectors) &+ load(disk, \.unmatched_sectors))
+        let completed = disks[index].statistics.completedSectors() - disk.pointee.baseline_sectors
+        let floor = completed - issuedSectors(index)
+        return Look(
+            isSharp: before == events(index), events: before, requeued: requeued, slots: slots, excess: completed - issued + slots, floor: floor, unseen: completed - seen)
     }
 
+    /// What was seen to be issued, and of what was not, what was seen to end: of that no account is needed.
     private func issuedSectors(_ index: Int) -> Int64 {
         let disk = maps.disks + index
         // Requeued first: what is requeued between the two looks must not seem to be missing.
         let requeued = Int64(bitPattern: load(disk, \.requeued_sectors))
-        return Int64(bitPattern: load(disk, \.issued_sectors)) - requeued
+        return Int64(bitPattern: load(disk, \.issued_sectors) &+ load(disk, \.unmatched_sectors)) - requeued
     }
 
-    private func events(_ index: Int) -> UInt64 {
+    func events(_ index: Int) -> UInt64 {
         let disk = maps.disks + index
         return load(disk, \.issued) &+ load(disk, \.completed) &+ load(disk, \.overtaken) &+ load(disk, \.overwritten)
             &+ load(disk, \.unmatched) &+ load(disk, \.requeued)
@@ -77,87 +93,139 @@ final class LiveReconciliation {
         clivetap_load_word(UnsafeRawPointer(disk).advanced(by: MemoryLayout<clivetap_disk>.offset(of: field)!).assumingMemoryBound(to: UInt64.self))
     }
 
-    /// One disk's looks of one verdict.
-    private struct Looks {
-        /// When it was first seen to agree, in a row.
-        var agreedSince: UInt64?
-        /// … because the driver had no write, and these were the events so far.
-        var quietEvents: UInt64?
+    /// Whether the driver has no write, at a moment with so many events.
+    func isQuiet(_ index: Int, events: UInt64) -> Bool { disks[index].statistics.writesInFlight() == 0 && events == self.events(index) }
+
+    // MARK: Verdict
+
+    private enum Finding: Equatable {
+        case agrees
+        /// … because the driver has no write, with so many events so far: what is in slots has ended.
+        case agreesQuietly(events: UInt64)
+        /// The accounts differ in what cannot be, by so much.
+        case below(Int64)
+    }
+
+    /// One disk's findings of one verdict.
+    private struct Findings {
+        /// Of the pass before, or of this one.
+        var last: Finding?
+        /// Passes in a row with that.
+        var passCount = 0
+        /// In this pass, sharp looks in a row that were below.
+        var below: (excess: Int64, count: Int) = (0, 0)
         /// A sharp look had something in slots that nothing explains.
         var hasLeftOver = false
-        /// Of the last sharp look, and if that is too low: since when it has been just that, and how often.
-        var negative: (excess: Int64, since: UInt64, count: Int) = (0, 0, 0)
     }
 
-    /// Looks until every disk was seen to agree, for at most `milliseconds`: twice, a millisecond apart. (Between the program and the kernel's account a
-    /// completion is in neither, for nanoseconds, and could make up for a write that was missed.)
+    private static let belowLooks = 16
+    private static let belowPasses = 4
+
+    /// Looks until every disk was found to agree in two passes, between which every processor has left what it was in: a processor that stands still between the program and
+    /// the kernel's account (its host may let it stand for long) has a completion in neither, which could make up for a write that was missed. For at most
+    /// `milliseconds`, not counting what is between the passes.
     func verdict(withinMilliseconds milliseconds: Int) -> Verdict {
-        let deadline = Self.now() + UInt64(milliseconds) * 1_000_000
+        if let verdict = retakeBaselines() { return verdict }
+        var deadline = Self.now() + UInt64(milliseconds) * 1_000_000
+        var findings = Array(repeating: Findings(), count: disks.count)
         var open = Array(disks.indices)
-        var looks = Array(repeating: Looks(), count: disks.count)
-        var turn = 0
         var wasSharp = false
         while true {
-            for index in open {
-                if let words = outgrown(index) { return .outgrown(words) }
-                if let words = missing(index) { return .missed(words) }
-                let sample = sample(index)
-                if sample.floor > 0 { return .missed("\(disks[index].name): \(sample.floor) sectors were written and not seen to be issued") }
-                guard sample.isSharp else { continue }
-                wasSharp = true
-                if agrees(index, sample, &looks[index]) { open.removeAll { $0 == index } }
+            var pass = open
+            for index in pass { findings[index].below.count = 0 }
+            var turn = 0
+            while true {
+                for index in pass {
+                    if let words = outgrown(index) { return .outgrown(words) }
+                    if let words = missing(index) { return .missed(words) }
+                    let look = look(index)
+                    if look.floor > 0, isNothingSentBack(index, look) {
+                        return missedUnknown([index], "\(disks[index].name): \(look.floor) sectors were written and not seen to be issued")
+                    }
+                    guard look.isSharp else { continue }
+                    wasSharp = true
+                    if find(index, look, &findings[index]) { pass.removeAll { $0 == index } }
+                }
+                if pass.isEmpty { break }
+                turn += 1
+                if Self.now() > deadline { return undecided(open, wasSharp: wasSharp) }
+                if turn % 16 == 8 {
+                    for index in pass where findings[index].hasLeftOver { useTags(index, of: maps.queuesInFlight(disk: index), until: deadline) }
+                }
             }
+            open.removeAll { findings[$0].last.map { if case .below = $0 { false } else { true } } == true && findings[$0].passCount >= 2 }
             if open.isEmpty {
                 openStreak = 0
+                for index in disks.indices { requeuedAtAgreement[index] = maps.disks[index].requeued }
                 return .exact
             }
-            turn += 1
-            let now = Self.now()
-            if now > deadline {
-                openCount += 1
-                if wasSharp { openStreak += 1 }
-                guard openStreak > Self.openStreakMax else { return .open }
-                openStreak = 0
-                let names = open.map { disks[$0].name + (disks[$0].statistics.isKept ? "" : " (its I/O statistics are off)") }
-                return .missed("\(names.joined(separator: ", ")): what was seen and the kernel's account have not agreed for long")
+            if let index = open.first(where: { findings[$0].passCount >= Self.belowPasses }), disks[index].statistics.isKept {
+                return missedUnknown([index], "\(disks[index].name): more writes were seen than the kernel's account has")
             }
-            if open.allSatisfy({ looks[$0].agreedSince.map { now - $0 < Self.apartNanoseconds } ?? false }) {
-                usleep(UInt32(Self.apartNanoseconds / 1000 / 4))
-            } else if turn % 16 == 8 {
-                for index in open where looks[index].hasLeftOver { useTags(index, of: maps.queuesInFlight(disk: index), until: deadline) }
-            }
+            let began = Self.now()
+            Self.letProcessorsPass()
+            deadline += Self.now() - began
         }
     }
 
-    private static let apartNanoseconds: UInt64 = 1_000_000
+    /// Of a sharp look: whether it is what this pass was for.
+    private func find(_ index: Int, _ look: Look, _ findings: inout Findings) -> Bool {
+        let finding: Finding
+        if look.excess == 0 {
+            finding = .agrees
+        } else if look.excess > 0 {
+            findings.hasLeftOver = true
+            guard look.floor == 0, isQuiet(index, events: look.events) else { return false }
+            finding = .agreesQuietly(events: look.events)
+        } else {
+            findings.below = look.excess == findings.below.excess ? (look.excess, findings.below.count + 1) : (look.excess, 1)
+            guard findings.below.count >= Self.belowLooks else { return false }
+            finding = .below(look.excess)
+        }
+        findings.passCount = finding == findings.last ? findings.passCount + 1 : 1
+        findings.last = finding
+        return true
+    }
 
-    /// Of a sharp look: whether it is one of two that agree.
-    private func agrees(_ index: Int, _ sample: Sample, _ looks: inout Looks) -> Bool {
-        let now = Self.now()
-        if sample.excess != looks.negative.excess { looks.negative = (sample.excess, now, 0) }
-        var quiet: UInt64?
-        if sample.excess > 0, sample.floor == 0 {
-            // What is in slots has ended unseen if the driver has no write, and goes on having none.
-            let events = events(index)
-            if disks[index].statistics.writesInFlight() == 0, events == self.events(index) { quiet = events }
+    /// What was sent back and is not issued again is in slots, and not in `issued`.
+    private func isNothingSentBack(_ index: Int, _ look: Look) -> Bool { look.floor > look.slots || maps.disks[index].requeued == requeuedAtAgreement[index] }
+
+    private func undecided(_ open: [Int], wasSharp: Bool) -> Verdict {
+        openCount += 1
+        if wasSharp { openStreak += 1 }
+        guard openStreak > Self.openStreakMax else { return .open }
+        openStreak = 0
+        let names = open.map { disks[$0].name + (disks[$0].statistics.isKept ? "" : " (its I/O statistics are off)") }
+        return missedUnknown(open, "\(names.joined(separator: ", ")): what was seen and the kernel's account have not agreed for long")
+    }
+
+    /// How much was missed is not known: their baselines must be taken anew.
+    private func missedUnknown(_ indices: [Int], _ words: String) -> Verdict {
+        for index in indices { maps.disks[index].is_calibrated = 0 }
+        return .missed(words)
+    }
+
+    /// Nil when there is a baseline for every disk. Otherwise nothing is known of what was written since the last one.
+    private func retakeBaselines() -> Verdict? {
+        let without = disks.indices.filter { maps.disks[$0].is_calibrated == 0 }
+        if without.isEmpty { return nil }
+        guard without.allSatisfy({ takeBaseline($0, until: Self.now() + Self.baselineNanoseconds) }) else {
+            openCount += 1
+            return .open
         }
-        if sample.excess == 0 || quiet != nil {
-            if looks.agreedSince == nil || quiet != looks.quietEvents { (looks.agreedSince, looks.quietEvents) = (now, quiet) }
-            return now - looks.agreedSince! >= Self.apartNanoseconds
-        }
-        looks.agreedSince = nil
-        if sample.excess > 0 { looks.hasLeftOver = true }
-        if sample.excess < 0, UInt64(-sample.excess) <= maps.disks[index].baseline_slack {
-            // A baseline taken while completions were unseen is too high. (A completion on its way from the program to the kernel's account looks the
-            // same, but does not last.)
-            looks.negative.count += 1
-            if looks.negative.count >= 4, now - looks.negative.since >= 5 * Self.apartNanoseconds, disks[index].statistics.isKept {
-                maps.disks[index].baseline_sectors += sample.excess
-                maps.disks[index].baseline_slack -= UInt64(-sample.excess)
-                looks.negative = (0, 0, 0)
-            }
-        }
-        return false
+        return .missed("\(without.map { disks[$0].name }.joined(separator: ", ")): it was not known what was in flight")
+    }
+
+    /// Every processor leaves the interrupt, or the program of ours, that it was in.
+    static func letProcessorsPass() {
+        if clivetap_let_processors_pass() != 0 { visitProcessors() }
+    }
+
+    /// The same where the kernel does not offer it (nohz_full): a thread runs on a processor only after that. Those that are not ours to use are left out.
+    static func visitProcessors() {
+        for processor in 0..<max(1, sysconf(Int32(_SC_NPROCESSORS_CONF))) { _ = clivetap_run_on(Int32(processor)) }
+        _ = clivetap_run_on(-1)
+        usleep(5000)
     }
 
     private func missing(_ index: Int) -> String? {
@@ -188,7 +256,8 @@ final class LiveReconciliation {
 
     /// As many small reads at once as the disk has tags: a tag that a read has got is not a write's any more, and its slot is freed. Once per hardware queue, on a
     /// processor that uses it.
-    private func useTags(_ index: Int, of queues: [Int], until deadline: UInt64) {
+    func useTags(_ index: Int, of queues: [Int], until deadline: UInt64) {
+        if faults.contains(.leaveTags) { return }
         flushCount += 1
         let disk = disks[index]
         let count = min(disk.tagCount, LiveReader.depthMax)
@@ -206,44 +275,6 @@ final class LiveReconciliation {
             if disk.queueCount > 1, !(disk.processors[queue] ?? []).contains(where: { clivetap_run_on(Int32($0)) == 0 }) { continue }
             reader.read(ranges, depth: count) { _, _ in }
             if Self.now() > deadline { return }
-        }
-    }
-
-    /// After attaching: waits until every write that was in flight before is known to have ended (all tags seen, or nothing in flight),
-    /// five seconds at most, then takes the baseline.
-    func settle() {
-        let deadline = Self.now() + Self.settleNanoseconds
-        for index in disks.indices {
-            while !maps.isEveryTagSeen(disk: index), disks[index].statistics.writesInFlight() != 0, Self.now() < deadline {
-                useTags(index, of: Array(0..<disks[index].queueCount), until: deadline)
-                usleep(1000)
-            }
-        }
-        calibrate()
-    }
-
-    /// Takes as missed nothing so far. Two looks a while apart must agree: what is on its way from the program's account to the kernel's is
-    /// not there any more at the second one.
-    func calibrate() {
-        for index in disks.indices {
-            let deadline = Self.now() + Self.settleNanoseconds
-            var last: Int64?
-            var look = 0
-            repeat {
-                if look % 64 == 0, maps.sectorsInFlight(disk: index) > 0 { useTags(index, of: maps.queuesInFlight(disk: index), until: deadline) }
-                look += 1
-                let sample = sample(index)
-                guard sample.isSharp else { continue }
-                let baseline = maps.disks[index].baseline_sectors + sample.excess
-                if baseline == last { break }
-                last = baseline
-                usleep(1000)
-            } while look < 200 || last == nil && Self.now() < deadline
-            // Without any: after attaching the next verdict is that something was missed, and it is tried again; else the baseline of before stays.
-            if let last { maps.disks[index].baseline_sectors = last }
-            maps.disks[index].baseline_slack = UInt64(max(0, maps.sectorsInFlight(disk: index)))
-            maps.disks[index].baseline_unmatched = maps.disks[index].unmatched
-            maps.disks[index].baseline_undescribed = maps.disks[index].undescribed
         }
     }
 

@@ -106,8 +106,8 @@ public struct LiveTapStatistics: Sendable, Codable, Hashable {
 
 /// Deliberate faults, for the tests that prove that the tests would notice.
 package struct LiveTapFaults: OptionSet, Sendable {
-    package let rawValue: UInt8
-    package init(rawValue: UInt8) { self.rawValue = rawValue }
+    package let rawValue: UInt16
+    package init(rawValue: UInt16) { self.rawValue = rawValue }
     /// Marking at issue alone: forget what is in flight at the cut.
     package static let forgetInFlightAtCut = LiveTapFaults(rawValue: 1)
     /// Take what was read for what was there at the cut, whatever has been written since.
@@ -124,4 +124,8 @@ package struct LiveTapFaults: OptionSet, Sendable {
     package static let failInRound = LiveTapFaults(rawValue: 64)
     /// Then forget what the first round took.
     package static let forgetWhatWasTaken = LiveTapFaults(rawValue: 128)
+    /// Not wrong: free no tag by reading, so that what has ended unseen stays in its slot.
+    package static let leaveTags = LiveTapFaults(rawValue: 256)
+    /// Take all that is in slots for writes in flight when a baseline is taken.
+    package static let trustSlots = LiveTapFaults(rawValue: 512)
 }

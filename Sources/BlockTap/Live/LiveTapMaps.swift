@@ -254,6 +254,22 @@ final class LiveTapMaps {
         }
     }
 
+    /// A slot that was in use, as it was then.
+    struct SlotInUse {
+        fileprivate let place: Int
+        fileprivate let event: UInt32
+    }
+
+    func slotsInUse(disk: Int) -> [SlotInUse] {
+        let first = Int(disks[disk].slot_base)
+        return (first..<first + Int(disks[disk].queue_count * disks[disk].tag_count)).compactMap {
+            slots[$0].sectors == 0 ? nil : SlotInUse(place: $0, event: slots[$0].event)
+        }
+    }
+
+    /// Whether it has been in use by the same write since.
+    func isInUse(_ slot: SlotInUse) -> Bool { slots[slot.place].sectors != 0 && slots[slot.place].event == slot.event }
+
     /// Whether every tag has been issued since the tap was attached: then every write issued before that has ended.
     func isEveryTagSeen(disk: Int) -> Bool {
         var result = true

@@ -37,6 +37,9 @@ int clivetap_recursion_misses(int link, uint64_t *misses);
 // The calling thread runs on this processor only; on any that it might before, when negative.
 int clivetap_run_on(int processor);
 
+// Returns when every processor has left the interrupt, softirq or tracing program that it is in. -EINVAL where the kernel does not offer that.
+int clivetap_let_processors_pass(void);
+
 int clivetap_mount_bpffs(const char *path);
 bool clivetap_is_bpffs(const char *path);
 

@@ -12,7 +12,7 @@
 
 #include <linux/types.h>
 
-#define CLIVETAP_ABI 3
+#define CLIVETAP_ABI 4
 #define CLIVETAP_MAGIC 0x3170615465766941ULL                      // "AiveTap1"
 #define CLIVETAP_DISKS_MAX 64
 #define CLIVETAP_COPIES 3                                          // of the issue program
@@ -62,9 +62,9 @@ struct clivetap_disk {
     __u64 undescribed;                                             // pass-through requests that may have written: at their issue, and again at their end
     __u64 dropped_issues, dropped_completions;                     // by deliberate fault
     __s64 slot_sectors;                                            // the sum of `sectors` of its slots
-    // Ours only: the kernel's sectors written and discarded minus `issued_sectors` when nothing was in flight.
+    // Ours only: the kernel's sectors written and discarded minus ours when nothing was in flight (LiveReconciliation+Baseline.swift).
     __s64 baseline_sectors;
-    __u64 baseline_slack;                                          // sectors in slots then: by as much it may be too high
+    __u64 is_calibrated;                                           // whether it is known
     __u64 baseline_unmatched;
     __u64 baseline_undescribed;
     __u64 disk_sequence;                                           // /sys/block/*/diskseq: tells a disk from its successor

@@ -1,4 +1,5 @@
 import CIoUring
+import CLiveTap
 import Foundation
 import Synchronization
 import Testing
@@ -147,6 +148,36 @@ final class LiveTapBed: @unchecked Sendable {
             }
         }
         return true
+    }
+}
+
+/// What the program in the kernel has in memory.
+extension LiveTapBed {
+    func withPinnedState(_ change: (UnsafeMutablePointer<clivetap_state>) -> Void) throws { try withPinned("state", at: 0, change) }
+
+    func withPinnedDisk(_ index: Int, _ change: (UnsafeMutablePointer<clivetap_disk>) -> Void) throws { try withPinned("disks", at: index, change) }
+
+    /// Changed behind our back.
+    private func withPinned<T>(_ map: String, at index: Int, _ change: (UnsafeMutablePointer<T>) -> Void) throws {
+        let fd = clivetap_get("\(pins)/map-\(map)")
+        guard fd >= 0 else { throw SystemError(errno: -fd, doing: "open the map \(map)") }
+        defer { close(fd) }
+        let bytes = MemoryLayout<T>.stride * (index + 1)
+        let memory = mmap(nil, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        guard let memory, memory != MAP_FAILED else { throw SystemError(errno: errno, doing: "map \(map)") }
+        defer { munmap(memory, bytes) }
+        change(memory.assumingMemoryBound(to: T.self) + index)
+    }
+
+    /// What the program keeps, and what its slots have, when nobody writes.
+    func slotSums(_ index: Int) throws -> (kept: Int64, counted: Int64) {
+        var disk = clivetap_disk()
+        try withPinnedDisk(index) { disk = $0.pointee }
+        var sum: Int64 = 0
+        for slot in Int(disk.slot_base)..<Int(disk.slot_base + disk.queue_count * disk.tag_count) {
+            try withPinned("slots", at: slot) { (slot: UnsafeMutablePointer<clivetap_slot>) in sum += Int64(slot.pointee.sectors) }
+        }
+        return (disk.slot_sectors, sum)
     }
 }
 
