@@ -47,18 +47,20 @@ struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __uint(map_fl
 struct chunk { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, CLIVETAP_CHUNK_WORDS); __uint(map_flags, BPF_F_MMAPABLE); __type(key, __u32); __type(value, __u64); };
 struct { __uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS); __uint(max_entries, 1); __type(key, __u32); __array(values, struct chunk); } chunks SEC(".maps");
 
-// An OR that everything before it comes before, on every machine: BPF's atomics are ordered only when their result is asked for,
-// x86's always.
-static __always_inline void set_bits(__u64 *word, __u64 mask) {
+// Everything before these comes before them, on every machine: BPF's atomics are ordered only when their result is asked for, x86's always.
 #ifdef __TARGET_ARCH_x86
-    __sync_fetch_and_or(word, mask);
+static __always_inline void set_bits(__u64 *word, __u64 mask) { __sync_fetch_and_or(word, mask); }
+static __always_inline void add(__u64 *counter, __u64 n) { __sync_fetch_and_add(counter, n); }
 #else
+static __always_inline void set_bits(__u64 *word, __u64 mask) {
     __u64 before = __sync_fetch_and_or(word, mask);
     asm volatile("" : : "r"(before));
-#endif
 }
-
-static __always_inline void add(__u64 *counter, __u64 n) { __sync_fetch_and_add(counter, n); }
+static __always_inline void add(__u64 *counter, __u64 n) {
+    __u64 before = __sync_fetch_and_add(counter, n);
+    asm volatile("" : : "r"(before));
+}
+#endif
 
 struct marking {
     __u64 first, last;

@@ -196,6 +196,7 @@ extension LiveEpochEngine {
         case .open:
             say("account", "the kernel's account of the disks could not be compared with what was seen (completions not shown, or no quiet moment): asked again, and nothing is proven before")
             return .goOn
+        case .unknown(let words): say("account", "nothing is proven: \(words)")
         case .missed(let reason): resync(reason)
         case .outgrown(let words): say("writes past the end", words)
         }

@@ -145,6 +145,11 @@ package final class LiveEpochEngine {
         maps.state.pointee.last_epoch = number.rawValue
         isDrainingStaged = false
         lookForResizes()
+        if needsFuzzyCut, reconciliation.lacksBaseline {
+            reconciliation.forgive()
+            // Now it is known from when on nothing is missed: what was compared before must be again.
+            if !reconciliation.lacksBaseline { beginFullSync() }
+        }
         let isFullSync = needsFuzzyCut
         var blocks: [BlockBitmap]
         var time = Self.wallClock()

@@ -40,12 +40,15 @@ public final class LiveHold: @unchecked Sendable {
         SystemError(errno: ENODATA, what: "\(disk.name): nobody can say whether it is written to, its I/O statistics are off (queue/iostats)")
     }
 
-    /// What each had written in a moment in which its driver had no write.
+    /// What each had written in a moment in which its driver had no write, and none that was still to be accounted for.
     private static func quiet(_ disks: [LiveDisk]) -> [Int64]? {
         let deadline = LiveReconciliation.now() + quietNanoseconds
         repeat {
             let completed = disks.map { $0.statistics.completedSectors() }
-            if disks.allSatisfy({ $0.statistics.writesInFlight() == 0 }), completed == disks.map({ $0.statistics.completedSectors() }) { return completed }
+            if disks.allSatisfy({ $0.statistics.writesInFlight() == 0 }) {
+                LiveReconciliation.letProcessorsPass()
+                if disks.allSatisfy({ $0.statistics.writesInFlight() == 0 }), completed == disks.map({ $0.statistics.completedSectors() }) { return completed }
+            }
             usleep(1000)
         } while LiveReconciliation.now() < deadline
         return nil

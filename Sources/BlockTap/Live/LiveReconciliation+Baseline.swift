@@ -32,10 +32,11 @@ extension LiveReconciliation {
 
     /// Nothing was missed from here on: everything is compared that was written before.
     func forgive() {
+        let limit = Self.now() + 2 * Self.baselineNanoseconds
         for index in disks.indices {
             let disk = maps.disks + index
             // Also of one that has a baseline: of what was missed besides there need be no other resync. If it cannot be had now, the old one is as good.
-            takeBaseline(index, until: Self.now() + (disk.pointee.is_calibrated == 0 ? Self.baselineNanoseconds : Self.baselineNanoseconds / 10))
+            takeBaseline(index, until: min(limit, Self.now() + (disk.pointee.is_calibrated == 0 ? Self.baselineNanoseconds : Self.baselineNanoseconds / 10)))
             disk.pointee.baseline_unmatched = disk.pointee.unmatched
             disk.pointee.baseline_undescribed = disk.pointee.undescribed
         }
@@ -71,7 +72,10 @@ extension LiveReconciliation {
                 }
                 before = look
                 // After the look: what has ended unseen before it and is still in its slot must be among these.
-                inUse = maps.slotsInUse(disk: index)
+                let slots = maps.slotsInUse(disk: index)
+                inUse = slots.inUse
+                // A program may stand still between a slot that it has freed and the sum of them.
+                if certain != nil, look.slots != slots.sectors || look.events != events(index) { Self.letProcessorsPass() }
                 continue
             }
             if let look = quietLook(index) { return keep(disk.pointee.baseline_sectors + look.floor) }

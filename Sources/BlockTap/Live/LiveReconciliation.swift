@@ -16,6 +16,8 @@ final class LiveReconciliation {
         case exact
         /// Not known this time: completions that were not seen, or no quiet moment to look.
         case open
+        /// Looking more often does not help.
+        case unknown(String)
         case missed(String)
         /// A disk was written where it had nothing when it was attached.
         case outgrown(String)
@@ -55,6 +57,8 @@ final class LiveReconciliation {
         /// So far.
         var events: UInt64
         var requeued: UInt64
+        /// Events that may have freed the slot of a write that had ended unseen.
+        var freed: UInt64
         /// In slots.
         var slots: Int64
         var excess: Int64
@@ -66,13 +70,14 @@ final class LiveReconciliation {
     func look(_ index: Int) -> Look {
         let disk = maps.disks + index
         let before = events(index), requeued = load(disk, \.requeued)
+        let freed = load(disk, \.overtaken) &+ load(disk, \.overwritten) &+ load(disk, \.unmatched) &+ requeued
         let slots = maps.sectorsInFlight(disk: index)
         let issued = issuedSectors(index)
         let seen = Int64(bitPattern: load(disk, \.completed_sectors) &+ load(disk, \.unmatched_sectors))
         let completed = disks[index].statistics.completedSectors() - disk.pointee.baseline_sectors
         let floor = completed - issuedSectors(index)
         return Look(
-            isSharp: before == events(index), events: before, requeued: requeued, slots: slots, excess: completed - issued + slots, floor: floor, unseen: completed - seen)
+            isSharp: before == events(index), events: before, requeued: requeued, freed: freed, slots: slots, excess: completed - issued + slots, floor: floor, unseen: completed - seen)
     }
 
     /// What was seen to be issued, and of what was not, what was seen to end: of that no account is needed.
@@ -108,83 +113,118 @@ final class LiveReconciliation {
 
     /// One disk's findings of one verdict.
     private struct Findings {
-        /// Of the pass before, or of this one.
+        /// Of the pass before, or of this one; and passes in a row with that.
         var last: Finding?
-        /// Passes in a row with that.
         var passCount = 0
-        /// In this pass, sharp looks in a row that were below.
-        var below: (excess: Int64, count: Int) = (0, 0)
-        /// A sharp look had something in slots that nothing explains.
-        var hasLeftOver = false
+        /// In this pass, sharp looks in a row with this excess.
+        var run: (excess: Int64, count: Int) = (0, 0)
+        /// What freed slots by the last sharp look that had something in slots which nothing explains.
+        var leftOverAt: UInt64?
+        /// Reads have used the tags since something was left over.
+        var hasUsedTags = false
     }
 
-    private static let belowLooks = 16
-    private static let belowPasses = 4
+    private static let runMin = 8
+    private static let passesMin = 2
+    /// … where what was left over at one look was not at the next, though nothing has freed a slot.
+    private static let passesMinUnexplained = 4
+    private static let passesMax = 10
 
     /// Looks until every disk was found to agree in two passes, between which every processor has left what it was in: a processor that stands still between the program and
     /// the kernel's account (its host may let it stand for long) has a completion in neither, which could make up for a write that was missed. For at most
     /// `milliseconds`, not counting what is between the passes.
     func verdict(withinMilliseconds milliseconds: Int) -> Verdict {
-        if let verdict = retakeBaselines() { return verdict }
+        if let verdict = unaccounted() ?? retakeBaselines() { return verdict }
         var deadline = Self.now() + UInt64(milliseconds) * 1_000_000
         var findings = Array(repeating: Findings(), count: disks.count)
         var open = Array(disks.indices)
         var wasSharp = false
-        while true {
+        for _ in 0..<Self.passesMax {
             var pass = open
-            for index in pass { findings[index].below.count = 0 }
+            for index in pass { findings[index].run.count = 0 }
             var turn = 0
             while true {
                 for index in pass {
-                    if let words = outgrown(index) { return .outgrown(words) }
-                    if let words = missing(index) { return .missed(words) }
                     let look = look(index)
-                    if look.floor > 0, isNothingSentBack(index, look) {
-                        return missedUnknown([index], "\(disks[index].name): \(look.floor) sectors were written and not seen to be issued")
-                    }
+                    if let verdict = missing(index, look) { return verdict }
                     guard look.isSharp else { continue }
                     wasSharp = true
                     if find(index, look, &findings[index]) { pass.removeAll { $0 == index } }
                 }
                 if pass.isEmpty { break }
-                turn += 1
                 if Self.now() > deadline { return undecided(open, wasSharp: wasSharp) }
-                if turn % 16 == 8 {
-                    for index in pass where findings[index].hasLeftOver { useTags(index, of: maps.queuesInFlight(disk: index), until: deadline) }
+                turn += 1
+                for index in pass where findings[index].leftOverAt != nil && (turn % 16 == 8 || !findings[index].hasUsedTags && isQuiet(index, events: events(index))) {
+                    useTags(index, of: maps.queuesInFlight(disk: index), until: deadline)
+                    findings[index].hasUsedTags = true
                 }
             }
-            open.removeAll { findings[$0].last.map { if case .below = $0 { false } else { true } } == true && findings[$0].passCount >= 2 }
-            if open.isEmpty {
-                openStreak = 0
-                for index in disks.indices { requeuedAtAgreement[index] = maps.disks[index].requeued }
-                return .exact
-            }
-            if let index = open.first(where: { findings[$0].passCount >= Self.belowPasses }), disks[index].statistics.isKept {
+            open.removeAll { hasAgreed(findings[$0]) }
+            if open.isEmpty { return agreed() }
+            if let index = open.first(where: { if case .below = findings[$0].last { findings[$0].passCount >= Self.passesMinUnexplained } else { false } }) {
                 return missedUnknown([index], "\(disks[index].name): more writes were seen than the kernel's account has")
             }
             let began = Self.now()
             Self.letProcessorsPass()
             deadline += Self.now() - began
         }
+        return undecided(open, wasSharp: wasSharp)
     }
 
     /// Of a sharp look: whether it is what this pass was for.
     private func find(_ index: Int, _ look: Look, _ findings: inout Findings) -> Bool {
+        findings.run = look.excess == findings.run.excess ? (look.excess, findings.run.count + 1) : (look.excess, 1)
         let finding: Finding
-        if look.excess == 0 {
-            finding = .agrees
-        } else if look.excess > 0 {
-            findings.hasLeftOver = true
-            guard look.floor == 0, isQuiet(index, events: look.events) else { return false }
+        if look.excess > 0 {
+            findings.leftOverAt = look.freed
+            // Whoever agreed before must do so again from the start: among enough looks there is one at which another completion is in neither account.
+            if case .agrees = findings.last { (findings.last, findings.passCount) = (nil, 0) }
+            guard look.floor == 0, findings.hasUsedTags, isQuiet(index, events: look.events) else { return false }
             finding = .agreesQuietly(events: look.events)
         } else {
-            findings.below = look.excess == findings.below.excess ? (look.excess, findings.below.count + 1) : (look.excess, 1)
-            guard findings.below.count >= Self.belowLooks else { return false }
-            finding = .below(look.excess)
+            guard findings.run.count >= Self.runMin else { return false }
+            finding = look.excess == 0 ? .agrees : .below(look.excess)
+            // What was left over has been freed.
+            if let freed = findings.leftOverAt, freed != look.freed { findings.leftOverAt = nil }
         }
         findings.passCount = finding == findings.last ? findings.passCount + 1 : 1
         findings.last = finding
         return true
+    }
+
+    private func hasAgreed(_ findings: Findings) -> Bool {
+        switch findings.last {
+        case .agrees: findings.passCount >= (findings.leftOverAt == nil ? Self.passesMin : Self.passesMinUnexplained)
+        case .agreesQuietly: findings.passCount >= Self.passesMin
+        case .below, nil: false
+        }
+    }
+
+    /// Each has, but not at the same time.
+    private func agreed() -> Verdict {
+        for index in disks.indices {
+            let look = look(index)
+            if let verdict = missing(index, look) { return verdict }
+        }
+        if let verdict = unaccounted() { return verdict }
+        openStreak = 0
+        for index in disks.indices { requeuedAtAgreement[index] = maps.disks[index].requeued }
+        return .exact
+    }
+
+    /// After the look: what has ended by then must not be taken for seen by it.
+    private func missing(_ index: Int, _ look: Look) -> Verdict? {
+        if let words = outgrown(index) { return .outgrown(words) }
+        if let words = missedForSure(index) { return .missed(words) }
+        guard look.floor > 0, isNothingSentBack(index, look) else { return nil }
+        return missedUnknown([index], "\(disks[index].name): \(look.floor) sectors were written and not seen to be issued")
+    }
+
+    /// Also when a disk is gone.
+    private func unaccounted() -> Verdict? {
+        guard let disk = disks.first(where: { !$0.statistics.isKept }) else { return nil }
+        openCount += 1
+        return .unknown("\(disk.name): its I/O statistics are off (queue/iostats)")
     }
 
     /// What was sent back and is not issued again is in slots, and not in `issued`.
@@ -195,9 +235,10 @@ final class LiveReconciliation {
         if wasSharp { openStreak += 1 }
         guard openStreak > Self.openStreakMax else { return .open }
         openStreak = 0
-        let names = open.map { disks[$0].name + (disks[$0].statistics.isKept ? "" : " (its I/O statistics are off)") }
-        return missedUnknown(open, "\(names.joined(separator: ", ")): what was seen and the kernel's account have not agreed for long")
+        return missedUnknown(open, "\(names(open)): what was seen and the kernel's account have not agreed for long")
     }
+
+    private func names(_ indices: [Int]) -> String { indices.map { disks[$0].name }.joined(separator: ", ") }
 
     /// How much was missed is not known: their baselines must be taken anew.
     private func missedUnknown(_ indices: [Int], _ words: String) -> Verdict {
@@ -205,30 +246,38 @@ final class LiveReconciliation {
         return .missed(words)
     }
 
+    var lacksBaseline: Bool { disks.indices.contains { maps.disks[$0].is_calibrated == 0 } }
+
     /// Nil when there is a baseline for every disk. Otherwise nothing is known of what was written since the last one.
     private func retakeBaselines() -> Verdict? {
+        guard lacksBaseline else { return nil }
+        // Also by whoever takes over from a process that is killed as soon as there is one.
+        maps.state.pointee.is_synced = 0
         let without = disks.indices.filter { maps.disks[$0].is_calibrated == 0 }
-        if without.isEmpty { return nil }
-        guard without.allSatisfy({ takeBaseline($0, until: Self.now() + Self.baselineNanoseconds) }) else {
+        let limit = Self.now() + Self.baselineNanoseconds
+        guard without.allSatisfy({ takeBaseline($0, until: limit) }) else {
             openCount += 1
-            return .open
+            return .unknown("\(names(without)): it is not known what is in flight; when it is, everything is compared with the replica, or copied again")
         }
-        return .missed("\(without.map { disks[$0].name }.joined(separator: ", ")): it was not known what was in flight")
+        return .missed("\(names(without)): it was not known what was in flight")
     }
 
     /// Every processor leaves the interrupt, or the program of ours, that it was in.
     static func letProcessorsPass() {
-        if clivetap_let_processors_pass() != 0 { visitProcessors() }
+        // With one processor the kernel has nothing to wait for; but work that an interrupt has left to a thread.
+        if sysconf(Int32(_SC_NPROCESSORS_ONLN)) <= 1 { usleep(visitMicroseconds) } else if clivetap_let_processors_pass() != 0 { visitProcessors() }
     }
 
     /// The same where the kernel does not offer it (nohz_full): a thread runs on a processor only after that. Those that are not ours to use are left out.
     static func visitProcessors() {
         for processor in 0..<max(1, sysconf(Int32(_SC_NPROCESSORS_CONF))) { _ = clivetap_run_on(Int32(processor)) }
         _ = clivetap_run_on(-1)
-        usleep(5000)
+        usleep(visitMicroseconds)
     }
 
-    private func missing(_ index: Int) -> String? {
+    private static let visitMicroseconds: UInt32 = 5000
+
+    private func missedForSure(_ index: Int) -> String? {
         let disk = maps.disks[index], name = disks[index].name
         let unmatched = disk.unmatched - disk.baseline_unmatched
         if unmatched > 0 { return "\(name): \(unmatched) writes ended that were not seen to be issued" }

@@ -260,11 +260,17 @@ final class LiveTapMaps {
         fileprivate let event: UInt32
     }
 
-    func slotsInUse(disk: Int) -> [SlotInUse] {
+    /// And what they have.
+    func slotsInUse(disk: Int) -> (inUse: [SlotInUse], sectors: Int64) {
+        var inUse: [SlotInUse] = [], sum: Int64 = 0
         let first = Int(disks[disk].slot_base)
-        return (first..<first + Int(disks[disk].queue_count * disks[disk].tag_count)).compactMap {
-            slots[$0].sectors == 0 ? nil : SlotInUse(place: $0, event: slots[$0].event)
+        for place in first..<first + Int(disks[disk].queue_count * disks[disk].tag_count) {
+            let sectors = slots[place].sectors
+            if sectors == 0 { continue }
+            inUse.append(SlotInUse(place: place, event: slots[place].event))
+            sum += Int64(sectors)
         }
+        return (inUse, sum)
     }
 
     /// Whether it has been in use by the same write since.

@@ -59,7 +59,7 @@ struct LiveTapFreezeTests {
         let mount = try MountPoint()
         try Program.run(["mkfs.ext4", "-q", bed.loops[0].path])
         if why != "nothing mounted" { try Program.run(["mount", "-o", why == "read-only" ? "ro" : "rw", bed.loops[0].path, mount.path]) }
-        bed.configuration.freezeMilliseconds = why == "too long" ? 50 : 20_000
+        bed.configuration.freezeMilliseconds = why == "too long" ? 1000 : 20_000
         try await bed.start()
         try await bed.fullSync()
         let path = mount.path + "/b"
