@@ -33,7 +33,9 @@ extension LiveReconciliation {
     /// Nothing was missed from here on: everything is compared that was written before.
     func forgive() {
         let limit = Self.now() + 2 * Self.baselineNanoseconds
-        for index in disks.indices {
+        // First those that have none: the others may take all the time there is. With one of them left everything is compared once more (`retakeBaselines`).
+        let order = disks.indices.filter { maps.disks[$0].is_calibrated == 0 } + disks.indices.filter { maps.disks[$0].is_calibrated != 0 }
+        for index in order {
             let disk = maps.disks + index
             // Also of one that has a baseline: of what was missed besides there need be no other resync. If it cannot be had now, the old one is as good.
             takeBaseline(index, until: min(limit, Self.now() + (disk.pointee.is_calibrated == 0 ? Self.baselineNanoseconds : Self.baselineNanoseconds / 10)))
@@ -48,7 +50,9 @@ extension LiveReconciliation {
         let disk = maps.disks + index, statistics = disks[index].statistics
         guard statistics.isKept else { return false }
         var before: Look?
-        var certain: Int64?
+        /// What a pair of looks gave, and whether every processor has moved on since.
+        var found: Int64?
+        var haveProcessorsPassed = false
         var inUse: [LiveTapMaps.SlotInUse] = []
         var turn = 0
         func keep(_ baseline: Int64) -> Bool {
@@ -65,17 +69,18 @@ extension LiveReconciliation {
                 let baseline = disk.pointee.baseline_sectors + look.excess
                 if faults.contains(.trustSlots) { return keep(baseline) }
                 if let before, before.unseen == look.unseen, before.requeued == look.requeued {
-                    if baseline == certain { return keep(baseline) }
-                    certain = baseline
-                } else {
-                    certain = nil
+                    if baseline == found, haveProcessorsPassed { return keep(baseline) }
+                    if baseline != found { (found, haveProcessorsPassed) = (baseline, false) }
                 }
                 before = look
                 // After the look: what has ended unseen before it and is still in its slot must be among these.
                 let slots = maps.slotsInUse(disk: index)
                 inUse = slots.inUse
-                // A program may stand still between a slot that it has freed and the sum of them.
-                if certain != nil, look.slots != slots.sectors || look.events != events(index) { Self.letProcessorsPass() }
+                if found != nil, !haveProcessorsPassed {
+                    // A program may stand still between a slot that it has freed and the sum of them; not if the sum is theirs.
+                    if look.slots != slots.sectors || look.events != events(index) { Self.letProcessorsPass() }
+                    haveProcessorsPassed = true
+                }
                 continue
             }
             if let look = quietLook(index) { return keep(disk.pointee.baseline_sectors + look.floor) }

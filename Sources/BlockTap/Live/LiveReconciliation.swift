@@ -116,12 +116,14 @@ final class LiveReconciliation {
         /// Of the pass before, or of this one; and passes in a row with that.
         var last: Finding?
         var passCount = 0
-        /// In this pass, sharp looks in a row with this excess.
-        var run: (excess: Int64, count: Int) = (0, 0)
+        /// In this pass, sharp looks in a row with this excess, and the events at the first of them.
+        var run: (excess: Int64, count: Int, events: UInt64) = (0, 0, 0)
         /// What freed slots by the last sharp look that had something in slots which nothing explains.
         var leftOverAt: UInt64?
-        /// Reads have used the tags since something was left over.
-        var hasUsedTags = false
+        /// Events when reads had used the tags.
+        var usedTagsAt: UInt64?
+        /// Nothing was missing at some look, or another completion was on its way.
+        var hasSeenNone = false
     }
 
     private static let runMin = 8
@@ -152,11 +154,12 @@ final class LiveReconciliation {
                     if find(index, look, &findings[index]) { pass.removeAll { $0 == index } }
                 }
                 if pass.isEmpty { break }
-                if Self.now() > deadline { return undecided(open, wasSharp: wasSharp) }
+                if Self.now() > deadline { return undecided(open, findings, wasSharp: wasSharp) }
                 turn += 1
-                for index in pass where findings[index].leftOverAt != nil && (turn % 16 == 8 || !findings[index].hasUsedTags && isQuiet(index, events: events(index))) {
-                    useTags(index, of: maps.queuesInFlight(disk: index), until: deadline)
-                    findings[index].hasUsedTags = true
+                for index in pass where findings[index].leftOverAt != nil {
+                    let events = events(index)
+                    guard turn % 16 == 8 || findings[index].usedTagsAt != events && isQuiet(index, events: events) else { continue }
+                    findings[index].usedTagsAt = useTags(index, of: maps.queuesInFlight(disk: index), until: deadline) ? self.events(index) : nil
                 }
             }
             open.removeAll { hasAgreed(findings[$0]) }
@@ -168,21 +171,25 @@ final class LiveReconciliation {
             Self.letProcessorsPass()
             deadline += Self.now() - began
         }
-        return undecided(open, wasSharp: wasSharp)
+        return undecided(open, findings, wasSharp: wasSharp)
     }
 
     /// Of a sharp look: whether it is what this pass was for.
     private func find(_ index: Int, _ look: Look, _ findings: inout Findings) -> Bool {
-        findings.run = look.excess == findings.run.excess ? (look.excess, findings.run.count + 1) : (look.excess, 1)
+        if look.excess != findings.run.excess || findings.run.count == 0 { findings.run = (look.excess, 0, look.events) }
+        findings.run.count += 1
+        if look.excess == 0 { findings.hasSeenNone = true }
         let finding: Finding
         if look.excess > 0 {
             findings.leftOverAt = look.freed
             // Whoever agreed before must do so again from the start: among enough looks there is one at which another completion is in neither account.
             if case .agrees = findings.last { (findings.last, findings.passCount) = (nil, 0) }
-            guard look.floor == 0, findings.hasUsedTags, isQuiet(index, events: look.events) else { return false }
+            guard look.floor == 0, findings.usedTagsAt == look.events, isQuiet(index, events: look.events) else { return false }
             finding = .agreesQuietly(events: look.events)
         } else {
             guard findings.run.count >= Self.runMin else { return false }
+            // On a busy disk not all of them while one processor stood still.
+            if look.excess == 0, look.events == findings.run.events, !isQuiet(index, events: look.events) { return false }
             finding = look.excess == 0 ? .agrees : .below(look.excess)
             // What was left over has been freed.
             if let freed = findings.leftOverAt, freed != look.freed { findings.leftOverAt = nil }
@@ -230,12 +237,14 @@ final class LiveReconciliation {
     /// What was sent back and is not issued again is in slots, and not in `issued`.
     private func isNothingSentBack(_ index: Int, _ look: Look) -> Bool { look.floor > look.slots || maps.disks[index].requeued == requeuedAtAgreement[index] }
 
-    private func undecided(_ open: [Int], wasSharp: Bool) -> Verdict {
+    private func undecided(_ open: [Int], _ findings: [Findings], wasSharp: Bool) -> Verdict {
         openCount += 1
-        if wasSharp { openStreak += 1 }
-        guard openStreak > Self.openStreakMax else { return .open }
+        // What is missing is missing at every look. Completions that are not shown, one after the other, are not that.
+        let without = open.filter { !findings[$0].hasSeenNone }
+        if wasSharp, !without.isEmpty { openStreak += 1 }
+        guard openStreak > Self.openStreakMax, !without.isEmpty else { return .open }
         openStreak = 0
-        return missedUnknown(open, "\(names(open)): what was seen and the kernel's account have not agreed for long")
+        return missedUnknown(without, "\(names(without)): what was seen and the kernel's account have not agreed for long")
     }
 
     private func names(_ indices: [Int]) -> String { indices.map { disks[$0].name }.joined(separator: ", ") }
@@ -304,9 +313,10 @@ final class LiveReconciliation {
     }
 
     /// As many small reads at once as the disk has tags: a tag that a read has got is not a write's any more, and its slot is freed. Once per hardware queue, on a
-    /// processor that uses it.
-    func useTags(_ index: Int, of queues: [Int], until deadline: UInt64) {
-        if faults.contains(.leaveTags) { return }
+    /// processor that uses it. Whether there was time for all of them.
+    @discardableResult
+    func useTags(_ index: Int, of queues: [Int], until deadline: UInt64) -> Bool {
+        if faults.contains(.leaveTags) { return true }
         flushCount += 1
         let disk = disks[index]
         let count = min(disk.tagCount, LiveReader.depthMax)
@@ -319,12 +329,13 @@ final class LiveReconciliation {
                 lengthBytes: length, memory: probeMemory + i * length)
         }
         defer { _ = clivetap_run_on(-1) }
-        for queue in queues {
+        for (number, queue) in queues.enumerated() {
             // Not every one of them may be ours to use, or be there now.
             if disk.queueCount > 1, !(disk.processors[queue] ?? []).contains(where: { clivetap_run_on(Int32($0)) == 0 }) { continue }
             reader.read(ranges, depth: count) { _, _ in }
-            if Self.now() > deadline { return }
+            if Self.now() > deadline { return number == queues.count - 1 }
         }
+        return true
     }
 
     static func now() -> UInt64 {
