@@ -26,13 +26,14 @@ public final class LiveHold: @unchecked Sendable {
         self.pause = pause
         if let disk = disks.first(where: { !$0.statistics.isKept }) { throw Self.unaccounted(disk) }
         let freeze = try FileSystemFreeze.hold(try FileSystemFreeze.opened(on: LiveDisk.devices(of: disks)), limitMilliseconds: limitMilliseconds, syncsMax: 5)
-        guard let completed = Self.quiet(disks) else {
+        do throws(SystemError) {
+            completedSectors = try Self.quiet(disks)
+        } catch {
             _ = freeze.thaw()
-            throw SystemError(errno: EBUSY, what: "the disks are written to past their file systems")
+            throw error
         }
         self.disks = disks
         unheld = freeze.unfreezable
-        completedSectors = completed
         self.freeze = Mutex(freeze)
     }
 
@@ -40,18 +41,25 @@ public final class LiveHold: @unchecked Sendable {
         SystemError(errno: ENODATA, what: "\(disk.name): nobody can say whether it is written to, its I/O statistics are off (queue/iostats)")
     }
 
-    /// What each had written in a moment in which its driver had no write, and none that was still to be accounted for.
-    private static func quiet(_ disks: [LiveDisk]) -> [Int64]? {
+    /// What each had written in a moment in which its driver had no write, and none that was still to be accounted for. Throws in words, with the names of those that
+    /// were written to until the end.
+    private static func quiet(_ disks: [LiveDisk]) throws(SystemError) -> [Int64] {
         let deadline = LiveReconciliation.now() + quietNanoseconds
+        // When half of the time was over: what was on its way before is no sign of others.
+        var middle: [Int64]?
+        var completed: [Int64] = []
         repeat {
-            let completed = disks.map { $0.statistics.completedSectors() }
+            completed = disks.map { $0.statistics.completedSectors() }
+            if middle == nil, LiveReconciliation.now() > deadline - quietNanoseconds / 2 { middle = completed }
             if disks.allSatisfy({ $0.statistics.writesInFlight() == 0 }) {
                 LiveReconciliation.letProcessorsPass()
                 if disks.allSatisfy({ $0.statistics.writesInFlight() == 0 }), completed == disks.map({ $0.statistics.completedSectors() }) { return completed }
             }
             usleep(1000)
         } while LiveReconciliation.now() < deadline
-        return nil
+        if let middle, completed != middle { throw writtenPast(disks, middle, completed) }
+        let busy = disks.filter { $0.statistics.writesInFlight() != 0 }.map(\.name)
+        throw SystemError(errno: EBUSY, what: "\((busy.isEmpty ? disks.map(\.name) : busy).joined(separator: ", ")): a write does not end")
     }
 
     /// Asks for more time, or `forGood`: then they stay as they are until `end`, whatever becomes of this process. Throws in words when it has ended, or somebody has
@@ -60,13 +68,13 @@ public final class LiveHold: @unchecked Sendable {
         try keep(forever: false)
         if let disk = disks.first(where: { !$0.statistics.isKept }) { throw Self.unaccounted(disk) }
         guard forGood else { return try compare(disks.map { $0.statistics.completedSectors() }) }
-        try compare(Self.quiet(disks) ?? [])
+        try compare(Self.quiet(disks))
         try keep(forever: true)
         if let place = FileSystemFreeze.unfrozen(try FileSystemFreeze.opened(on: LiveDisk.devices(of: disks))) {
             throw SystemError(errno: ETIMEDOUT, what: "the file system on \(place) is not frozen: somebody else has thawed it")
         }
         // Last: what was written until the moment in which all of them were seen to be frozen for good.
-        try compare(Self.quiet(disks) ?? [])
+        try compare(Self.quiet(disks))
     }
 
     private func keep(forever: Bool) throws(SystemError) {
@@ -74,11 +82,14 @@ public final class LiveHold: @unchecked Sendable {
     }
 
     private func compare(_ now: [Int64]) throws(SystemError) {
-        guard now != completedSectors else { return }
-        let written = zip(disks, zip(now, completedSectors)).filter { $1.0 != $1.1 }.map(\.0.name)
-        throw SystemError(
+        if now != completedSectors { throw Self.writtenPast(disks, completedSectors, now) }
+    }
+
+    private static func writtenPast(_ disks: [LiveDisk], _ before: [Int64], _ now: [Int64]) -> SystemError {
+        let written = zip(disks, zip(before, now)).filter { $1.0 != $1.1 }.map(\.0.name)
+        return SystemError(
             errno: EBUSY,
-            what: "\(written.isEmpty ? "the disks were" : written.joined(separator: ", ") + (written.count == 1 ? " was" : " were")) written to past the file systems that are held (by swap, or a program that has the device itself): stop that first")
+            what: "\(written.joined(separator: ", ")) \(written.count == 1 ? "was" : "were") written to past the file systems that are held (by swap, or a program that has the device itself): stop that first")
     }
 
     /// Thaws what a process has held for good that is not there any more. Throws in words when it was not possible for all.

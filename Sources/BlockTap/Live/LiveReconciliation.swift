@@ -28,7 +28,6 @@ final class LiveReconciliation {
     private let reader: LiveReader
     private let probeMemory: UnsafeMutableRawPointer
     private(set) var openCount: UInt64 = 0
-    private(set) var flushCount: UInt64 = 0
 
     /// Verdicts in a row that stayed open although there were sharp looks.
     private var openStreak = 0
@@ -317,7 +316,6 @@ final class LiveReconciliation {
     @discardableResult
     func useTags(_ index: Int, of queues: [Int], until deadline: UInt64) -> Bool {
         if faults.contains(.leaveTags) { return true }
-        flushCount += 1
         let disk = disks[index]
         let count = min(disk.tagCount, LiveReader.depthMax)
         // Far apart, so that the kernel does not make one request of two.

@@ -38,6 +38,14 @@ struct LiveTapAccountTests {
         #expect(try bed.slotSums(0).kept == 0)
     }
 
+    /// Everything was compared for the last of so many times, and then a point was proven that has everything.
+    private func expectAllCompared(_ bed: LiveTapBed, _ resyncCount: UInt64) async throws {
+        #expect(await bed.group.liveStatistics.resyncCount == resyncCount)
+        while await bed.group.needsFuzzyCut { try await bed.carry() }
+        #expect(try await bed.carry().kind == .exact)
+        #expect(try bed.imagesEqualDisks())
+    }
+
     @Test("A write that had ended unseen when others were missed does not make up for the next one that is missed (and with the mistake of believing the slots, it does)", arguments: [
         [], .trustSlots,
     ] as [LiveTapFaults])
@@ -64,10 +72,7 @@ struct LiveTapAccountTests {
             return #expect(try !bed.imagesEqualDisks())
         }
         #expect(try await bed.carry().kind == .fuzzy)
-        #expect(await bed.group.liveStatistics.resyncCount == 2)
-        while await bed.group.needsFuzzyCut { try await bed.carry() }
-        #expect(try await bed.carry().kind == .exact)
-        #expect(try bed.imagesEqualDisks())
+        try await expectAllCompared(bed, 2)
     }
 
     @Test("As long as it cannot be known what is in flight when writes were missed, nothing is proven; then all is compared once more")
@@ -103,10 +108,7 @@ struct LiveTapAccountTests {
         try bed.withPinnedDisk(0) { $0.pointee.baseline_sectors += error }
         try write(device, block: 40)
         #expect(try await bed.carry().kind == .fuzzy)
-        #expect(await bed.group.liveStatistics.resyncCount == 1)
-        while await bed.group.needsFuzzyCut { try await bed.carry() }
-        #expect(try await bed.carry().kind == .exact)
-        #expect(try bed.imagesEqualDisks())
+        try await expectAllCompared(bed, 1)
     }
 
     @Test("With the disk's I/O statistics off nothing is proven; when they are on again, all is compared")
@@ -121,10 +123,7 @@ struct LiveTapAccountTests {
         try "1".write(toFile: file, atomically: false, encoding: .utf8)
         try write(device, block: 53)
         #expect(try await bed.carry().kind == .fuzzy)
-        #expect(await bed.group.liveStatistics.resyncCount == 1)
-        while await bed.group.needsFuzzyCut { try await bed.carry() }
-        #expect(try await bed.carry().kind == .exact)
-        #expect(try bed.imagesEqualDisks())
+        try await expectAllCompared(bed, 1)
     }
 
     @Test("Visiting every processor leaves the thread where it may run")

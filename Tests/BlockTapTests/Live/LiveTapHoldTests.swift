@@ -1,5 +1,6 @@
 import Foundation
 import Glibc
+import Synchronization
 import Testing
 
 @testable import BlockTap
@@ -132,6 +133,19 @@ struct LiveTapHoldTests {
         }
     }
 
+    @Test("Written to past the file systems all the time: refused, with that disk's name alone, and nothing is held")
+    func pastAllTheTime() async throws {
+        try await Host.with { host in
+            let writer = try RestlessWriter(path: host.bed.loops[1].path)
+            let error = await #expect(throws: SystemError.self) { _ = try await host.hold() }
+            writer.stop()
+            #expect(error?.what.contains(host.bed.group.disks[1].name) == true)
+            #expect(error?.what.contains(host.bed.group.disks[0].name) == false)
+            let count = host.log.synced
+            while host.log.synced == count { try await Task.sleep(for: .milliseconds(10)) }
+        }
+    }
+
     @Test("A cut that would freeze the file systems for itself does not let go of them")
     func cutWhileHeld() async throws {
         try await Host.with { host in
@@ -164,5 +178,28 @@ struct LiveTapHoldTests {
             try Program.run(["fsfreeze", "--unfreeze", host.mount.path])
             while host.log.synced == count { try await Task.sleep(for: .milliseconds(10)) }
         }
+    }
+}
+
+/// Writes to a device, one write after the other, until it is stopped.
+private final class RestlessWriter: @unchecked Sendable {
+    private let device: BlockDevice
+    private let isStopping = Atomic<Bool>(false)
+    private let done = DispatchSemaphore(value: 0)
+
+    init(path: String) throws {
+        device = try BlockDevice.open(path: path, access: .readWrite, exclusive: false)
+        Thread { [self] in
+            let memory = UnsafeMutableRawPointer.allocate(byteCount: blockBytes, alignment: blockBytes)
+            defer { memory.deallocate() }
+            memset(memory, 7, blockBytes)
+            while !isStopping.load(ordering: .relaxed), pwrite(device.fd, memory, blockBytes, 0) == blockBytes {}
+            done.signal()
+        }.start()
+    }
+
+    func stop() {
+        isStopping.store(true, ordering: .relaxed)
+        done.wait()
     }
 }
