@@ -133,11 +133,16 @@ struct LiveTapHoldTests {
         }
     }
 
-    @Test("Written to past the file systems all the time: refused, with that disk's name alone, and nothing is held")
+    @Test("Written to past the file systems all the time: refused at once or at the next question, with that disk's name alone, and nothing is held")
     func pastAllTheTime() async throws {
         try await Host.with { host in
             let writer = try RestlessWriter(path: host.bed.loops[1].path)
-            let error = await #expect(throws: SystemError.self) { _ = try await host.hold() }
+            let error = await #expect(throws: SystemError.self) {
+                let hold = try await host.hold()
+                defer { hold.end() }
+                try await writer.progress()
+                try hold.check()
+            }
             writer.stop()
             #expect(error?.what.contains(host.bed.group.disks[1].name) == true)
             #expect(error?.what.contains(host.bed.group.disks[0].name) == false)
@@ -184,6 +189,7 @@ struct LiveTapHoldTests {
 /// Writes to a device, one write after the other, until it is stopped.
 private final class RestlessWriter: @unchecked Sendable {
     private let device: BlockDevice
+    private let count = Atomic<Int>(0)
     private let isStopping = Atomic<Bool>(false)
     private let done = DispatchSemaphore(value: 0)
 
@@ -193,9 +199,14 @@ private final class RestlessWriter: @unchecked Sendable {
             let memory = UnsafeMutableRawPointer.allocate(byteCount: blockBytes, alignment: blockBytes)
             defer { memory.deallocate() }
             memset(memory, 7, blockBytes)
-            while !isStopping.load(ordering: .relaxed), pwrite(device.fd, memory, blockBytes, 0) == blockBytes {}
+            while !isStopping.load(ordering: .relaxed), pwrite(device.fd, memory, blockBytes, 0) == blockBytes { count.add(1, ordering: .relaxed) }
             done.signal()
         }.start()
+    }
+
+    func progress() async throws {
+        let goal = count.load(ordering: .relaxed) + 2
+        while count.load(ordering: .relaxed) < goal { try await Task.sleep(for: .milliseconds(1)) }
     }
 
     func stop() {
