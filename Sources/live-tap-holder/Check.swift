@@ -102,11 +102,11 @@ struct Check {
         var proven = 0, unproven = 0, turn = 0
         var violations: [String] = []
         func isGoingOn() -> Bool {
-            if child != nil { return child?.hasEnded == false }
+            if child?.hasEnded == false { return true }
             let now = ContinuousClock.now
             // A deliberate mistake is to be caught.
             let isEnough = fault == nil && proven >= Self.provenMin && (drop == nil || turn > 20)
-            return now < end || now < limit && !isEnough
+            return child == nil && now < end || now < limit && !isEnough
         }
         /// Carries one epoch, after every chain has had a chance to write, and checks it if it is a point. Whether it is.
         func point() async throws -> Bool {

@@ -37,8 +37,9 @@ defer thaw
 committed() { wc -l <"$commits"; }
 commits_more() { local before; before=$(committed); until_true 20 committed_after "$before"; }
 committed_after() { [ "$(committed)" -gt "$1" ]; }
-# It stands: a second without a commit, and what was on its way has been told by then.
-commits_no_more() { local before; sleep 0.3; before=$(committed); sleep 1; [ "$(committed)" = "$before" ]; }
+# It stands: a second without a commit, soon after the log has said that it will.
+commits_no_more() { until_true 5 stands_still; }
+stands_still() { local before; before=$(committed); sleep 1; [ "$(committed)" = "$before" ]; }
 agent_said() { grep -c -- "$1" "$run_dir/agent.log"; }
 held() { [ "$(agent_said "writes are held: ")" -gt "$1" ]; }
 task_failed_with() { ai task list --server s --limit 1 --json | json 0.error | grep -qE -- "$1"; }

@@ -22,8 +22,8 @@ checked() {
     fi
 }
 checked "live tap, two disks, 32 chains, with kills" --fs none --disks 2 --chains 32 --kill 3 --seconds 120
-checked "live tap, ext4 on two disks, with kills" --fs ext4 --disks 2 --kill 3 --seconds 10
-checked "live tap, XFS, with kills" --fs xfs --disks 1 --kill 3 --seconds 10
+checked "live tap, ext4 on two disks, with kills" --fs ext4 --disks 2 --kill 3 --seconds 20
+checked "live tap, XFS, with kills" --fs xfs --disks 1 --kill 3 --seconds 20
 checked "live tap, the kernel hides issues" --fs none --disks 2 --chains 8 --drop issues --seconds 15 --points-min 5
-checked "live tap, the kernel hides completions" --fs ext4 --disks 1 --chains 8 --drop completions --kill 3 --seconds 10
+checked "live tap, the kernel hides completions" --fs ext4 --disks 1 --chains 8 --drop completions --kill 3 --seconds 20
 finish

@@ -101,8 +101,7 @@ extension Lifecycle {
                     hasBegun = true
                     if isEnough(held) { return held }
                 } else if hasBegun || status.endedHold == hold {
-                    let reason = status.endedHold == hold ? status.endedHoldReason : nil
-                    throw ApplianceError.failed("the source let go of its writes again\(reason.map { ": \($0)" } ?? "")")
+                    throw Self.letGo(status, hold)
                 }
             }
             guard ContinuousClock.now < deadline else {
@@ -110,6 +109,11 @@ extension Lifecycle {
             }
             try await Task.sleep(for: .milliseconds(20))
         }
+    }
+
+    private static func letGo(_ status: AgentStatus, _ hold: String) -> ApplianceError {
+        let reason = status.endedHold == hold ? status.endedHoldReason : nil
+        return .failed("the source let go of its writes again\(reason.map { ": \($0)" } ?? "")")
     }
 
     /// One that was cut after this call: see `epochsUntilLater`.
@@ -124,9 +128,8 @@ extension Lifecycle {
                 if count >= Self.epochsUntilLater { return point }
                 await tell(server, .cutNow(.crash))
             }
-            guard let live = agents[server], live.connected, let held = live.status?.hold, held.id == hold, !held.isFinal else {
-                throw ApplianceError.failed("the source let go of its writes, or its agent is not connected any more")
-            }
+            guard let live = agents[server], live.connected, let status = live.status else { throw ApplianceError.failed("the source's agent is not connected any more") }
+            guard let held = status.hold, held.id == hold, !held.isFinal else { throw Self.letGo(status, hold) }
             guard ContinuousClock.now < deadline else { throw ApplianceError.failed("no last recovery point followed within \(Int(seconds)) s") }
             try await Task.sleep(for: .milliseconds(20))
         }

@@ -203,6 +203,8 @@ extension LiveEpochEngine {
         return .ended
     }
 
+    private static let frozenVerdictsMax = 3
+
     /// One round while the file systems are held still; nil when they could not be. Its proof is the same: that nothing collided. (Whoever writes to the
     /// disk past the file systems is not held.) `isAsked`: the point is to be file-system-consistent.
     private func frozenRound(_ run: inout Convergence, isAsked: Bool) throws(SystemError) -> Step? {
@@ -232,7 +234,11 @@ extension LiveEpochEngine {
         for line in lines { log?(line) }
         figures.freezeMillisecondsMax = max(figures.freezeMillisecondsMax, milliseconds)
         var step = try result.get()
-        if step == .proven { step = judge(&run) }
+        if step == .proven {
+            step = judge(&run)
+            // The account is about all writes so far: asked again, it says no less of these.
+            for _ in 1..<Self.frozenVerdictsMax where step == .goOn { step = judge(&run) }
+        }
         run.proof?.method = .freeze
         run.proof?.freezeMilliseconds = milliseconds
         if wasHeld {

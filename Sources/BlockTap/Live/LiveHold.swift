@@ -28,14 +28,19 @@ public final class LiveHold: @unchecked Sendable {
         let freeze = try FileSystemFreeze.hold(try FileSystemFreeze.opened(on: LiveDisk.devices(of: disks)), limitMilliseconds: limitMilliseconds, syncsMax: 5)
         do throws(SystemError) {
             completedSectors = try Self.quiet(disks)
+            // Otherwise whoever wrote may have done so to the file systems.
+            if !freeze.keep(forever: false) { throw Self.thawed }
         } catch {
+            let isHeld = freeze.keep(forever: false)
             _ = freeze.thaw()
-            throw error
+            throw isHeld ? error : Self.thawed
         }
         self.disks = disks
         unheld = freeze.unfreezable
         self.freeze = Mutex(freeze)
     }
+
+    private static var thawed: SystemError { SystemError(errno: ETIMEDOUT, what: "the file systems were thawed") }
 
     private static func unaccounted(_ disk: LiveDisk) -> SystemError {
         SystemError(errno: ENODATA, what: "\(disk.name): nobody can say whether it is written to, its I/O statistics are off (queue/iostats)")
@@ -78,7 +83,7 @@ public final class LiveHold: @unchecked Sendable {
     }
 
     private func keep(forever: Bool) throws(SystemError) {
-        guard freeze.withLock({ $0?.keep(forever: forever) ?? false }) else { throw SystemError(errno: ETIMEDOUT, what: "the file systems were thawed") }
+        guard freeze.withLock({ $0?.keep(forever: forever) ?? false }) else { throw Self.thawed }
     }
 
     private func compare(_ now: [Int64]) throws(SystemError) {
@@ -89,7 +94,7 @@ public final class LiveHold: @unchecked Sendable {
         let written = zip(disks, zip(before, now)).filter { $1.0 != $1.1 }.map(\.0.name)
         return SystemError(
             errno: EBUSY,
-            what: "\(written.joined(separator: ", ")) \(written.count == 1 ? "was" : "were") written to past the file systems that are held (by swap, or a program that has the device itself): stop that first")
+            what: "\(written.joined(separator: ", ")) \(written.count == 1 ? "was" : "were") written to past the file systems that are held (by swap, a program that has the device itself, or a RAID or a cache that is stacked on it): stop that first")
     }
 
     /// Thaws what a process has held for good that is not there any more. Throws in words when it was not possible for all.
